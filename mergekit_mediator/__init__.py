@@ -1,0 +1,29 @@
+"""Merge fine-tunes of one base model into one checkpoint plus small experts, and route each request."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mergekit_mediator.artifact import Manifest as Manifest
+    from mergekit_mediator.errors import MediatorError as MediatorError
+    from mergekit_mediator.router import RoutingDecision as RoutingDecision
+    from mergekit_mediator.runtime import MediatorModel as MediatorModel
+
+_EXPORTS = {
+    "Manifest": "artifact",
+    "MediatorError": "errors",
+    "MediatorModel": "runtime",
+    "RoutingDecision": "router",
+}
+
+__all__ = ["Manifest", "MediatorError", "MediatorModel", "RoutingDecision", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is exported on first use, so that importing the package imports no torch."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)

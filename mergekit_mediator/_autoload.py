@@ -1,0 +1,66 @@
+"""The start-up hook: when mergekit is imported, install the plugin. Nothing else, and never an error.
+
+It runs at the start of every interpreter of the environment, so it imports nothing that is not
+loaded already and only adds one finder. `MERGEKIT_MEDIATOR_AUTOLOAD=0` switches it off.
+"""
+
+import os
+import sys
+
+# Which function of `plugin` completes which module of mergekit, once that module has been executed.
+_HOOKS = {
+    "mergekit.merge_methods": "register_methods",
+    "mergekit.merge": "take_over_run_merge",
+}
+
+
+class _Finder:
+    """A meta path finder that wraps the loaders of the modules in `_HOOKS` and finds nothing else."""
+
+    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name not in _HOOKS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader, _HOOKS[name])
+                return spec
+        return None
+
+
+class _Loader:
+    """The module's own loader, followed by one function of the plugin."""
+
+    def __init__(self, loader, hook):  # type: ignore[no-untyped-def]
+        self._loader, self._hook = loader, hook
+
+    def __getattr__(self, name):  # type: ignore[no-untyped-def]
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):  # type: ignore[no-untyped-def]
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):  # type: ignore[no-untyped-def]
+        self._loader.exec_module(module)
+        try:
+            from mergekit_mediator import plugin
+
+            getattr(plugin, self._hook)(module)
+        except Exception as error:  # noqa: BLE001 (other merge methods must go on working)
+            import warnings
+
+            warnings.warn(
+                f"mergekit-mediator could not be loaded, so `merge_method: mediator` is missing: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+
+def install() -> None:
+    """Add the finder once, unless the environment switches it off; complete what is loaded already."""
+    if os.environ.get("MERGEKIT_MEDIATOR_AUTOLOAD") == "0":
+        return
+    if not any(type(finder) is _Finder for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]

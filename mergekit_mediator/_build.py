@@ -1,0 +1,36 @@
+"""The build command that puts the start-up hook's files beside the package, in wheels and editable installs."""
+
+from pathlib import Path
+
+from setuptools.command.build_py import build_py as _build_py
+
+_NAME = "mergekit_mediator"
+# `.pth` import lines run on every Python today; from Python 3.15 on, a `.start` file of the same
+# name is read in their place (PEP 829).
+STARTUP_FILES = {
+    f"{_NAME}.pth": f"import {_NAME}._autoload; {_NAME}._autoload.install()\n",
+    f"{_NAME}.start": f"{_NAME}._autoload:install\n",
+}
+
+
+class build_py(_build_py):  # noqa: N801 (the name that setuptools looks for)
+    """Also writes `STARTUP_FILES` to the root of what will be site-packages."""
+
+    def run(self) -> None:
+        super().run()
+        for name, text in STARTUP_FILES.items():
+            Path(self._site_packages(), name).write_text(text)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs: list[str] = super().get_outputs(include_bytecode)
+        if self.editable_mode:
+            return outputs
+        return outputs + [str(Path(self.build_lib, name)) for name in STARTUP_FILES]
+
+    def _site_packages(self) -> str:
+        """The directory whose content is installed as is: an editable wheel takes no files of build_lib."""
+        if not self.editable_mode:
+            return str(self.build_lib)
+        install = self.distribution.get_command_obj("install")
+        Path(install.install_lib).mkdir(parents=True, exist_ok=True)
+        return str(install.install_lib)

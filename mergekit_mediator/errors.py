@@ -1,0 +1,33 @@
+"""The errors a user can meet. Each message is one readable line: what, where, what was got, what to do."""
+
+
+class MediatorError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ConfigError(MediatorError):
+    """A merge configuration that cannot be carried out as written."""
+
+
+class InputError(MediatorError):
+    """A model, tensor or file that was given to a merge and cannot be merged."""
+
+
+class OutputError(MediatorError):
+    """An output directory that cannot be written or must not be overwritten."""
+
+
+class ArtifactError(MediatorError):
+    """A mediator artifact that is missing, incomplete, altered or malformed."""
+
+
+class RoutingError(MediatorError):
+    """A request that cannot be routed, or a router that cannot be fitted or loaded."""
+
+
+class MixtureError(MediatorError):
+    """A mixture of experts that cannot be applied to the model."""
+
+
+class TaskError(MediatorError):
+    """Evaluation data that cannot be loaded or scored."""
