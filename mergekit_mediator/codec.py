@@ -100,18 +100,18 @@ def parse_description(fields: Any, where: str) -> Description:
         ArtifactError: a field is missing, unknown or out of range.
     """
     try:
-        description = Description.model_validate(fields)
+        d = Description.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{where}: {field}: {first['msg']}") from error
-    if description.dtype not in _DTYPES:
-        raise ArtifactError(f"{where}: dtype {description.dtype!r} is none of {', '.join(_DTYPES)}")
-    if any(size < 0 for size in description.shape) or description.count > description.numel:
-        raise ArtifactError(
-            f"{where}: {description.count} coordinates do not fit shape {list(description.shape)}"
-        )
-    return description
+    if d.dtype not in _DTYPES:
+        raise ArtifactError(f"{where}: dtype {d.dtype!r} is none of {', '.join(_DTYPES)}")
+    if any(size < 0 for size in d.shape) or d.numel >= 2**63:
+        raise ArtifactError(f"{where}: shape {list(d.shape)} is out of range")
+    if d.count > d.numel:
+        raise ArtifactError(f"{where}: {d.count} coordinates do not fit shape {list(d.shape)}")
+    return d
 
 
 def _as_bytes(values: Tensor) -> Tensor:

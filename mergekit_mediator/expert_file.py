@@ -100,7 +100,7 @@ class ExpertFile:
             )
         self.expert = metadata.get("expert", "")
         self.weights = {
-            name: parse_description(entry, f"{path}: {name}") for name, entry in fields.items()
+            name: parse_description(entry, f"{path}: {name!r}") for name, entry in fields.items()
         }
 
     def read(self, weight: str) -> SparseTensor:
@@ -110,7 +110,7 @@ class ExpertFile:
             ArtifactError: its bytes do not fit its description.
         """
         stream = self._file.get_tensor(weight)
-        return decode_bytes(stream, self.weights[weight], f"{self.path}: {weight}")
+        return decode_bytes(stream, self.weights[weight], f"{self.path}: {weight!r}")
 
     def stored_bytes(self, weight: str) -> int:
         """The bytes that one weight takes in the file."""
