@@ -1,0 +1,92 @@
+"""How well a model answers, by teacher forcing: one forward pass an example, no decoding."""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_mediator.errors import TaskError
+from mergekit_mediator.results import Score
+from mergekit_mediator.tasks import Example, Prompt
+
+
+def render(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, through the tokenizer's chat template when it has one.
+
+    Raises:
+        TaskError: a conversation of several messages, and no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt).input_ids)
+    if len(prompt) == 1:
+        return list(tokenizer(prompt[0]["content"]).input_ids)
+    raise TaskError(
+        f"a conversation of {len(prompt)} messages needs a tokenizer with a chat template"
+    )
+
+
+def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 8) -> Score:
+    """Score a causal language model on examples with one forward pass each.
+
+    The model reads prompt, answer and end of sequence, padded on the right. If at every answer
+    position the most likely token is the answer's, then greedy decoding writes the answer, since
+    it sees the same tokens; so the exact match of greedy decoding needs no decoding.
+
+    model: any `AutoModelForCausalLM`, or what has its forward.
+
+    Raises:
+        TaskError: no examples, or a tokenizer without an end of sequence.
+    """
+    if not examples:
+        raise TaskError("nothing to score: at least one example is required")
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise TaskError("the tokenizer has no end-of-sequence token, which ends an answer")
+    pairs = []
+    for example in examples:
+        answer = tokenizer(example.answer, add_special_tokens=False).input_ids
+        pairs.append((render(tokenizer, example.prompt), [*answer, end]))
+    # alike in length together: less padding, and answers in the same columns
+    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    right, log_likelihood, tokens = 0, 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start : start + batch_size]
+            for (_, answer), logits in zip(batch, _answer_logits(model, batch), strict=True):
+                target = torch.tensor(answer, device=logits.device)
+                right += int((logits.argmax(-1) == target).all())
+                chosen = logits.float().log_softmax(-1).gather(-1, target[:, None])
+                log_likelihood += float(chosen.double().sum())
+                tokens += len(answer)
+    return Score(right / len(pairs), log_likelihood / tokens, len(pairs))
+
+
+def _answer_logits(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Iterable[Tensor]:
+    """For each (prompt, answer) the logits that predict the answer, [answer tokens, vocabulary]."""
+    width = max(len(prompt) + len(answer) for prompt, answer in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, (prompt, answer) in enumerate(batch):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        mask[row, : len(prompt) + len(answer)] = 1
+    spans = [range(len(p) - 1, len(p) + len(a) - 1) for p, a in batch]
+    columns = sorted({column for span in spans for column in span})
+    device = next(model.parameters()).device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    # the vocabulary is wide: where the model allows it, its head runs on the answers' columns only
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        keep = torch.tensor(columns, device=device)
+        logits = model(**inputs, logits_to_keep=keep).logits
+        place = {column: i for i, column in enumerate(columns)}
+    else:
+        logits = model(**inputs).logits
+        place = {column: column for column in columns}
+    return (logits[row, [place[c] for c in span]] for row, span in enumerate(spans))

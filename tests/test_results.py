@@ -1,0 +1,65 @@
+import pytest
+
+from mergekit_mediator.errors import TaskError
+from mergekit_mediator.results import (
+    Score,
+    SystemResult,
+    normalized,
+    recovered,
+    to_json,
+    to_markdown,
+)
+
+BASE = {"sums": Score(0.0, -4.0, 50), "words": Score(0.1, -3.0, 50)}
+EXPERTS = {"sums": Score(0.8, -1.0, 50), "words": Score(1.0, -0.5, 50)}
+MERGED = {"sums": Score(0.4, -2.5, 50), "words": Score(0.9, -1.0, 50)}
+
+
+def test_an_expert_on_its_own_task_is_100():
+    assert normalized(EXPERTS, EXPERTS) == (100.0, 100.0)
+    assert recovered(EXPERTS, BASE, EXPERTS) == (100.0, 100.0)
+
+
+def test_normalized_is_the_mean_and_the_worst_share_of_the_expert():
+    mean, worst = normalized(MERGED, EXPERTS)
+    assert mean == pytest.approx((50 + 90) / 2)
+    assert worst == pytest.approx(50)
+
+
+def test_recovered_is_the_way_from_base_to_expert():
+    mean, worst = recovered(MERGED, BASE, EXPERTS)
+    assert mean == pytest.approx((50 + 80) / 2)
+    assert worst == pytest.approx(50)
+    assert recovered(BASE, BASE, EXPERTS) == (0.0, 0.0)
+
+
+def test_a_missing_task_is_named():
+    with pytest.raises(TaskError, match="no score on task 'words'"):
+        normalized({"sums": MERGED["sums"]}, EXPERTS)
+
+
+def test_an_expert_that_answers_nothing_is_refused():
+    with pytest.raises(TaskError, match="'sums' answers nothing"):
+        normalized(MERGED, {"sums": BASE["sums"]})
+    with pytest.raises(TaskError, match="'sums' answers no better than the base"):
+        recovered(MERGED, BASE, {"sums": BASE["sums"]})
+
+
+def test_json_holds_the_normalised_figures_and_every_score():
+    row = to_json([SystemResult("ties", MERGED, {"total_bytes_over_base": 1.0})], EXPERTS)["ties"]
+    assert row["normalized_worst"] == pytest.approx(50)
+    assert row["total_bytes_over_base"] == 1.0
+    assert row["tasks"]["sums"] == {"accuracy": 0.4, "answer_log_likelihood": -2.5, "n": 50}
+
+
+def test_markdown_has_a_row_a_system_and_only_shared_numbers_as_columns():
+    rows = [
+        SystemResult("base", BASE, {"bytes": 1, "note": "as it is"}),
+        SystemResult("ties", MERGED, {"bytes": 1.5, "note": "density 0.2", "seconds": 3}),
+    ]
+    assert to_markdown(rows, EXPERTS) == (
+        "| system | sums | words | mean of expert | worst of expert | bytes |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| base | 0.0 | 10.0 | 5.0 | 0.0 | 1.000 |\n"
+        "| ties | 40.0 | 90.0 | 70.0 | 50.0 | 1.500 |\n"
+    )
