@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.errors import TaskError
-from mergekit_mediator.results import Score
+from mergekit_mediator.results import AnswerScore, Score
 from mergekit_mediator.tasks import Example, Prompt
 
 
@@ -34,7 +34,18 @@ def render(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 8) -> Score:
-    """Score a causal language model on examples with one forward pass each.
+    """Sum up `score_answers`.
+
+    Raises:
+        TaskError: no examples, or a tokenizer without an end of sequence.
+    """
+    return Score.of(score_answers(model, tokenizer, examples, batch_size))
+
+
+def score_answers(
+    model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 8
+) -> list[AnswerScore]:
+    """Score a causal language model on each example, with one forward pass and no decoding.
 
     The model reads prompt, answer and end of sequence, padded on the right. If at every answer
     position the most likely token is the answer's, then greedy decoding writes the answer, since
@@ -43,10 +54,8 @@ def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: i
     model: any `AutoModelForCausalLM`, or what has its forward.
 
     Raises:
-        TaskError: no examples, or a tokenizer without an end of sequence.
+        TaskError: a tokenizer without an end of sequence.
     """
-    if not examples:
-        raise TaskError("nothing to score: at least one example is required")
     end = tokenizer.eos_token_id
     if end is None:
         raise TaskError("the tokenizer has no end-of-sequence token, which ends an answer")
@@ -55,18 +64,22 @@ def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: i
         answer = tokenizer(example.answer, add_special_tokens=False).input_ids
         pairs.append((render(tokenizer, example.prompt), [*answer, end]))
     # alike in length together: less padding, and answers in the same columns
-    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    right, log_likelihood, tokens = 0, 0.0, 0
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    scores: dict[int, AnswerScore] = {}
     with torch.inference_mode():
-        for start in range(0, len(pairs), batch_size):
-            batch = pairs[start : start + batch_size]
-            for (_, answer), logits in zip(batch, _answer_logits(model, batch), strict=True):
-                target = torch.tensor(answer, device=logits.device)
-                right += int((logits.argmax(-1) == target).all())
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            for i, logits in zip(
+                rows, _answer_logits(model, [pairs[i] for i in rows]), strict=True
+            ):
+                target = torch.tensor(pairs[i][1], device=logits.device)
                 chosen = logits.float().log_softmax(-1).gather(-1, target[:, None])
-                log_likelihood += float(chosen.double().sum())
-                tokens += len(answer)
-    return Score(right / len(pairs), log_likelihood / tokens, len(pairs))
+                scores[i] = AnswerScore(
+                    right=bool((logits.argmax(-1) == target).all()),
+                    log_likelihood=float(chosen.double().sum()),
+                    tokens=len(target),
+                )
+    return [scores[i] for i in range(len(pairs))]
 
 
 def _answer_logits(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Iterable[Tensor]:

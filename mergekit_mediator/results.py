@@ -8,6 +8,20 @@ from mergekit_mediator.errors import TaskError
 
 
 @dataclass(frozen=True)
+class AnswerScore:
+    """How a model does on one example.
+
+    right: greedy decoding writes exactly the answer.
+    log_likelihood: of the whole answer with its end of sequence, in nats.
+    tokens: of the answer, the end of sequence among them.
+    """
+
+    right: bool
+    log_likelihood: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Score:
     """How a model does on a task.
 
@@ -20,6 +34,20 @@ class Score:
     accuracy: float
     answer_log_likelihood: float
     n: int
+
+    @classmethod
+    def of(cls, answers: Sequence[AnswerScore]) -> "Score":
+        """Sum up examples, which may have been answered by different experts.
+
+        Raises:
+            TaskError: there are none.
+        """
+        if not answers:
+            raise TaskError("nothing to score: at least one example is required")
+        right = sum(answer.right for answer in answers)
+        log_likelihood = sum(answer.log_likelihood for answer in answers)
+        tokens = sum(answer.tokens for answer in answers)
+        return cls(right / len(answers), log_likelihood / tokens, len(answers))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mergekit_mediator.errors import TaskError
-from mergekit_mediator.evaluate import render, score
+from mergekit_mediator.evaluate import render, score, score_answers
 from mergekit_mediator.tasks import Example
 
 WORDS = ["</s>", "<user>", "<model>", *(f"w{i}" for i in range(29))]
@@ -105,6 +105,14 @@ def test_batches_and_padding_change_nothing(model, tokenizer, batch_size):
     one, many = score(model, tokenizer, examples, 1), score(model, tokenizer, examples, batch_size)
     assert many.accuracy == one.accuracy
     assert many.answer_log_likelihood == pytest.approx(one.answer_log_likelihood, abs=1e-5)
+
+
+def test_answers_are_scored_in_the_order_of_the_examples(model, tokenizer):
+    examples = generated_examples(model, tokenizer)
+    got = score_answers(model, tokenizer, examples, 4)
+    assert [a.tokens for a in got] == [len(e.answer.split()) + 1 for e in examples]
+    alone = [score(model, tokenizer, [example]) for example in examples]
+    assert [a.right for a in got] == [s.accuracy == 1 for s in alone]
 
 
 def test_a_model_that_cannot_keep_few_logits_scores_the_same(model, tokenizer):

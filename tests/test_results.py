@@ -2,6 +2,7 @@ import pytest
 
 from mergekit_mediator.errors import TaskError
 from mergekit_mediator.results import (
+    AnswerScore,
     Score,
     SystemResult,
     normalized,
@@ -13,6 +14,11 @@ from mergekit_mediator.results import (
 BASE = {"sums": Score(0.0, -4.0, 50), "words": Score(0.1, -3.0, 50)}
 EXPERTS = {"sums": Score(0.8, -1.0, 50), "words": Score(1.0, -0.5, 50)}
 MERGED = {"sums": Score(0.4, -2.5, 50), "words": Score(0.9, -1.0, 50)}
+
+
+def test_a_score_counts_examples_once_and_every_token_the_same():
+    answers = [AnswerScore(True, -1.0, 1), AnswerScore(False, -8.0, 2), AnswerScore(True, 0.0, 3)]
+    assert Score.of(answers) == Score(accuracy=2 / 3, answer_log_likelihood=-1.5, n=3)
 
 
 def test_an_expert_on_its_own_task_is_100():
