@@ -1,0 +1,169 @@
+"""Routing without any data: which expert's change answers most strongly to this request.
+
+Training writes into a weight along the inputs that it saw: a gradient of `W` is a sum of outer
+products with inputs. So a task vector τt amplifies the activations of its own task more than
+others, also where the expert's likelihood of the prompt says nothing (experts are usually trained
+on answers only). With `x` the inputs of a weight at the request's tokens in the dense expert,
+
+    r_t(weight) = 1/2 log( mean_x ‖τt x‖² / (‖τt‖_F² ‖x‖²) )
+    score_t     = mean over weights of r_t  −  the same for a reference prompt that says nothing
+
+The reference (the chat template around an empty message) takes each expert's own bias away. Of τt,
+the leading right singular vectors are enough. Measured are the weights with more inputs than
+outputs, in a transformer the projections out of the MLP, whose inputs are the most specific. One
+pass of the dense expert serves all experts. The formula is ours; reading routes off the right
+singular vectors of low-rank experts is the idea of Arrow (Ostapenko et al., arXiv 2405.11157).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_mediator.errors import ArtifactError, RoutingError
+from mergekit_mediator.router import RoutingDecision, decide_from_scores
+from mergekit_mediator.router_file import load_tensors, save_tensors
+
+TEMPERATURE = 0.05  # nats of response; the benchmark's file says how it was chosen
+_SMALLEST = 1e-20  # keeps the log finite for an expert that left a weight as it was
+
+
+def is_measured(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape, `[out, in]`, is one whose inputs are measured."""
+    return len(shape) == 2 and shape[1] > shape[0]
+
+
+def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Tensor:
+    """The leading right singular vectors of τ/‖τ‖_F, each times its singular value.
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061), two rounds.
+
+    Args:
+        task_vector: `[out, in]`, any float dtype; computed in float32 on its device.
+        rank: how many to keep.
+        seed: of the random start.
+
+    Returns:
+        `[rank, in]` float16, rows of zeros where τ has no such direction.
+    """
+    tau = task_vector.to(torch.float32)
+    norm = tau.norm()
+    result = torch.zeros(rank, tau.shape[1], dtype=torch.float16, device=tau.device)
+    if norm == 0:
+        return result
+    width = min(rank + 8, *tau.shape)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(tau.shape[1], width, generator=generator).to(tau.device)
+    basis = torch.linalg.qr(tau @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(tau @ torch.linalg.qr(tau.T @ basis).Q).Q
+    _, values, vectors = torch.linalg.svd(basis.T @ tau, full_matrices=False)
+    found = min(rank, width)
+    result[:found] = (values[:found, None] * vectors[:found] / norm).to(torch.float16)
+    return result
+
+
+@dataclass(frozen=True)
+class ResponseRouter:
+    """Every expert's leading directions in the measured weights.
+
+    experts: names, in the order of the first dimension of `directions`.
+    directions: by weight name, `[n_experts, rank, in]` float16.
+    """
+
+    experts: tuple[str, ...]
+    directions: Mapping[str, Tensor]
+
+    @contextmanager
+    def recording(self, model: nn.Module, counted: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Measure responses while the dense expert runs on a batch.
+
+        Args:
+            model: whose submodules carry the weights' names; must hold the dense expert.
+            counted: `[batch, seq]` bool, the tokens that count: no padding, and no template
+                tokens that every request begins with. At least one per row.
+
+        Yields:
+            A dictionary that the forward pass fills: by weight, r_t `[batch, n_experts]`.
+
+        Raises:
+            RoutingError: no measured weight belongs to a linear layer of the model.
+        """
+        modules = {name: module for name, module in model.named_modules()}
+        responses: dict[str, Tensor] = {}
+        handles = []
+        for name, directions in self.directions.items():
+            module = modules.get(name.removesuffix(".weight"))
+            if isinstance(module, nn.Linear) and module.in_features == directions.shape[2]:
+                hook = _hook(responses, name, directions, counted)
+                handles.append(module.register_forward_pre_hook(hook))
+        if not handles:
+            raise RoutingError(
+                f"none of the {len(self.directions)} weights that response routing measures is a "
+                "linear layer of this model; use the likelihood router or calibrate one"
+            )
+        try:
+            yield responses
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def decide(
+        self,
+        responses: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        temperature: float = TEMPERATURE,
+    ) -> RoutingDecision:
+        """Score recorded responses against those of the reference prompt.
+
+        Args:
+            responses: by weight, `[batch, n_experts]`, from `recording`.
+            reference: the same of one prompt that says nothing, `[1, n_experts]`.
+            temperature: in nats of response.
+
+        Returns:
+            A decision whose `ood` is minus the strongest score. It orders requests; without
+            data there is no threshold for it.
+        """
+        scores = torch.stack([responses[name] - reference[name] for name in responses]).mean(dim=0)
+        return decide_from_scores(scores, self.experts, temperature, -scores.max(dim=1).values)
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        save_tensors(path, "response", dict(self.directions), {"experts": list(self.experts)})
+
+    @classmethod
+    def load(cls, path: Path) -> "ResponseRouter":
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, of another kind, or inconsistent.
+        """
+        tensors, about = load_tensors(path, "response")
+        experts = about.get("experts")
+        if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
+            raise ArtifactError(f"{path}: `experts` must be a list of names, got {experts!r}")
+        for name, tensor in tensors.items():
+            if tensor.ndim != 3 or tensor.shape[0] != len(experts):
+                raise ArtifactError(
+                    f"{path}: {name} must be [{len(experts)}, rank, in], got {list(tensor.shape)}"
+                )
+        return cls(tuple(experts), tensors)
+
+
+def _hook(
+    responses: dict[str, Tensor], name: str, directions: Tensor, counted: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().to(torch.float32)
+        x = x / x.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST)
+        d = directions.to(x.device, torch.float32)
+        energy = (x @ d.flatten(0, 1).T).unflatten(-1, d.shape[:2]).square().sum(dim=-1)
+        mask = counted.to(x.device, torch.float32)[..., None]
+        mean = (energy * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
+        responses[name] = mean.clamp_min(_SMALLEST).log() / 2
+
+    return hook
