@@ -9,10 +9,10 @@ on answers only). With `x` the inputs of a weight at the request's tokens in the
     score_t     = mean over weights of r_t  −  the same for a reference prompt that says nothing
 
 The reference (the chat template around an empty message) takes each expert's own bias away. Of τt,
-the leading right singular vectors are enough. Measured are the weights with more inputs than
-outputs, in a transformer the projections out of the MLP, whose inputs are the most specific. One
-pass of the dense expert serves all experts. The formula is ours; reading routes off the right
-singular vectors of low-rank experts is the idea of Arrow (Ostapenko et al., arXiv 2405.11157).
+the leading right singular vectors are enough. Measured are the projections out of the MLPs, whose
+inputs are the most specific. One pass of the dense expert serves all experts. The formula is ours;
+reading routes off the right singular vectors of low-rank experts is the idea of Arrow (Ostapenko
+et al., arXiv 2405.11157).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +27,14 @@ from mergekit_mediator.errors import ArtifactError, RoutingError
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
 from mergekit_mediator.router_file import load_tensors, save_tensors
 
-TEMPERATURE = 0.05  # nats of response; the benchmark's file says how it was chosen
+TEMPERATURE = 0.03  # nats of response; the benchmark's file says how it was chosen
 _SMALLEST = 1e-20  # keeps the log finite for an expert that left a weight as it was
 
 
-def is_measured(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape, `[out, in]`, is one whose inputs are measured."""
-    return len(shape) == 2 and shape[1] > shape[0]
+def is_measured(shape: Sequence[int], hidden_size: int) -> bool:
+    """Whether a weight of this shape, `[out, in]`, writes into the residual stream of
+    `hidden_size` from something wider, as the last projection of an MLP does."""
+    return len(shape) == 2 and shape[0] == hidden_size and shape[1] > hidden_size
 
 
 def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Tensor:
