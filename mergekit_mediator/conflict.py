@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.threshold import chunks, count_kept, kth_largest
+from mergekit_mediator.workers import Map
 
 Metric = Literal["sign", "mass", "dispersion"]
 METRICS: tuple[Metric, ...] = ("sign", "mass", "dispersion")
@@ -57,7 +58,11 @@ class Conflict:
 
 
 def measure(
-    base: Tensor, experts: Sequence[Tensor], denoise: float, device: str = "cpu"
+    base: Tensor,
+    experts: Sequence[Tensor],
+    denoise: float,
+    device: str = "cpu",
+    over: Map = map,
 ) -> Conflict:
     """The conflict of one weight.
 
@@ -66,14 +71,16 @@ def measure(
         experts: two or more tensors of the base's shape.
         denoise: fraction in (0, 1] of each task vector that counts as a change for `sign`.
         device: where the arithmetic is done, chunk by chunk; the inputs may be elsewhere.
+        over: what runs the independent parts; see `workers`.
     """
     base, experts = base.reshape(-1), [e.reshape(-1) for e in experts]
-    thresholds = [_denoise_threshold(base, e, denoise, device) for e in experts]
-    result = Conflict()
-    for part in chunks(base.numel()):
+    thresholds = list(over(lambda e: _denoise_threshold(base, e, denoise, device), experts))
+
+    def measure_chunk(part: slice) -> Conflict:
         taus = task_vectors(base[part], [e[part] for e in experts], device)
-        result += _measure_chunk(taus, thresholds)
-    return result
+        return _measure_chunk(taus, thresholds)
+
+    return sum(over(measure_chunk, chunks(base.numel())), Conflict())
 
 
 def task_vectors(base: Tensor, experts: Iterable[Tensor], device: str = "cpu") -> Iterator[Tensor]:

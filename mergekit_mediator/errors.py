@@ -31,3 +31,7 @@ class MixtureError(MediatorError):
 
 class TaskError(MediatorError):
     """Evaluation data that cannot be loaded or scored."""
+
+
+class PromptError(MediatorError):
+    """A prompt that cannot be turned into tokens."""

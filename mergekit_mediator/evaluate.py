@@ -8,29 +8,9 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.errors import TaskError
+from mergekit_mediator.prompts import render
 from mergekit_mediator.results import AnswerScore, Score
-from mergekit_mediator.tasks import Example, Prompt
-
-
-def render(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, through the tokenizer's chat template when it has one.
-
-    Raises:
-        TaskError: a conversation of several messages, and no chat template.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt).input_ids)
-    if len(prompt) == 1:
-        return list(tokenizer(prompt[0]["content"]).input_ids)
-    raise TaskError(
-        f"a conversation of {len(prompt)} messages needs a tokenizer with a chat template"
-    )
+from mergekit_mediator.tasks import Example
 
 
 def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 8) -> Score:

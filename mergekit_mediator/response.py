@@ -78,6 +78,10 @@ class ResponseRouter:
     experts: tuple[str, ...]
     directions: Mapping[str, Tensor]
 
+    def applies_to(self, model: nn.Module) -> bool:
+        """Whether any measured weight belongs to a linear layer of the model."""
+        return any(True for _ in self._layers(model))
+
     @contextmanager
     def recording(self, model: nn.Module, counted: Tensor) -> Iterator[dict[str, Tensor]]:
         """Measure responses while the dense expert runs on a batch.
@@ -93,14 +97,11 @@ class ResponseRouter:
         Raises:
             RoutingError: no measured weight belongs to a linear layer of the model.
         """
-        modules = {name: module for name, module in model.named_modules()}
         responses: dict[str, Tensor] = {}
-        handles = []
-        for name, directions in self.directions.items():
-            module = modules.get(name.removesuffix(".weight"))
-            if isinstance(module, nn.Linear) and module.in_features == directions.shape[2]:
-                hook = _hook(responses, name, directions, counted)
-                handles.append(module.register_forward_pre_hook(hook))
+        handles = [
+            module.register_forward_pre_hook(_hook(responses, name, directions, counted))
+            for name, directions, module in self._layers(model)
+        ]
         if not handles:
             raise RoutingError(
                 f"none of the {len(self.directions)} weights that response routing measures is a "
@@ -111,6 +112,13 @@ class ResponseRouter:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _layers(self, model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Linear]]:
+        modules = dict(model.named_modules())
+        for name, directions in self.directions.items():
+            module = modules.get(name.removesuffix(".weight"))
+            if isinstance(module, nn.Linear) and module.in_features == directions.shape[2]:
+                yield name, directions, module
 
     def decide(
         self,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_mediator.errors import TaskError
-
-Prompt = str | tuple[Mapping[str, str], ...]
+from mergekit_mediator.prompts import Prompt
 
 
 @dataclass(frozen=True)

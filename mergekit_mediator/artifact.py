@@ -1,0 +1,280 @@
+"""The artifact: a directory with an ordinary checkpoint, sparse experts, and the manifest that vouches for them."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mergekit_mediator.errors import ArtifactError, OutputError
+from mergekit_mediator.expert_file import ExpertFile
+
+MANIFEST = "mediator/manifest.json"
+EXPERTS = "mediator/experts"
+ROUTER = "mediator/router.safetensors"
+RESPONSE = "mediator/response.safetensors"
+FORMAT_VERSION = 1
+_EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileDigest(_Model):
+    """What a file must be: its SHA-256 in hexadecimal, and its size."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class BaseEntry(_Model):
+    """The base model: where it came from, and its weight files by name."""
+
+    source: str
+    revision: str | None = None
+    files: dict[str, FileDigest]
+
+
+class ExpertEntry(_Model):
+    """One expert: where it came from, its share in the mean, and its file below `mediator/`."""
+
+    name: Annotated[str, Field(pattern=_EXPERT_NAME)]
+    source: str
+    revision: str | None = None
+    license: str | None = None
+    weight: Any = 1.0
+    file: str
+
+
+class LayerEntry(_Model):
+    """One layer: its weights, its conflict by metric in [0, 1] where it was measured, and the decision."""
+
+    name: str
+    weights: tuple[str, ...]
+    conflict: dict[str, float] = {}
+    routed: bool
+
+
+class Manifest(_Model):
+    """Everything that is needed to trust an artifact and to run it.
+
+    Attributes:
+        format_version: of the artifact; this package reads version 1.
+        parameters: the configuration's parameters, with their defaults.
+        parameter_count: of the dense expert, each tied weight counted once.
+        router: which router `router.safetensors` holds, with its held-out figures, or None.
+        files: digest by path of every other file of the artifact.
+    """
+
+    format_version: int
+    package_version: str
+    base: BaseEntry
+    experts: tuple[ExpertEntry, ...]
+    layers: tuple[LayerEntry, ...]
+    parameters: dict[str, Any]
+    parameter_count: int
+    router: dict[str, Any] | None = None
+    files: dict[str, FileDigest]
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileDigest]) -> dict[str, FileDigest]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
+                raise ValueError(f"{name!r} is not a path inside the artifact")
+        return files
+
+    @field_validator("experts")
+    @classmethod
+    def _unique(cls, experts: tuple[ExpertEntry, ...]) -> tuple[ExpertEntry, ...]:
+        if len({e.name for e in experts}) < len(experts):
+            raise ValueError("two experts have the same name")
+        for expert in experts:
+            if expert.file != f"experts/{expert.name}.safetensors":
+                raise ValueError(
+                    f"expert {expert.name!r} must be experts/{expert.name}.safetensors"
+                )
+        return experts
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """In the order of the configuration."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def routed_layers(self) -> tuple[LayerEntry, ...]:
+        """The layers of which every expert keeps its own version."""
+        return tuple(layer for layer in self.layers if layer.routed)
+
+
+def digest(path: Path) -> FileDigest:
+    """The digest of a file, read once as a stream."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return FileDigest(sha256=state.hexdigest(), bytes=path.stat().st_size)
+
+
+def digests(root: Path, names: Iterable[str]) -> dict[str, FileDigest]:
+    """The digests of files below a directory, two at a time: hashing leaves the interpreter free."""
+    ordered = list(names)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ordered, pool.map(lambda name: digest(root / name), ordered), strict=True))
+
+
+def files_below(root: Path) -> list[str]:
+    """All files of an artifact but its manifest, as sorted relative paths."""
+    paths = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    return sorted(name for name in paths if name != MANIFEST)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write the manifest beside its place, then move it there in one step."""
+    path = root / MANIFEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check the manifest, without looking at the files it names.
+
+    Raises:
+        ArtifactError: there is none, it is not valid, or it is of another version.
+    """
+    path = root / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{path}: cannot be read, so {root} is not a mediator artifact: {error}"
+        ) from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {place or 'content'}: {first['msg']}") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format_version {FORMAT_VERSION} required, got {manifest.format_version}: "
+            "use the version of mergekit-mediator that wrote it"
+        )
+    return manifest
+
+
+def verify_files(root: Path, manifest: Manifest) -> None:
+    """Check size and digest of every file that the manifest names.
+
+    Raises:
+        ArtifactError: naming the first file that is missing or differs.
+    """
+    for name, expected in manifest.files.items():
+        path = root / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing, but named by the manifest")
+        if path.stat().st_size != expected.bytes:
+            raise ArtifactError(
+                f"{path}: {expected.bytes} bytes required, got {path.stat().st_size}"
+            )
+    for name, found in digests(root, manifest.files).items():
+        if found != manifest.files[name]:
+            raise ArtifactError(
+                f"{root / name}: SHA-256 {manifest.files[name].sha256[:12]}… required, got "
+                f"{found.sha256[:12]}…: the file was altered after the merge"
+            )
+    for expert in manifest.experts:
+        if f"mediator/{expert.file}" not in manifest.files:
+            raise ArtifactError(f"{root / MANIFEST}: no digest of expert {expert.name!r}'s file")
+
+
+def verify_base(base: Path, manifest: Manifest) -> None:
+    """Check that a local directory holds the base model that the artifact was made from.
+
+    Raises:
+        ArtifactError: naming the first weight file that is missing or differs.
+    """
+    for name, expected in manifest.base.files.items():
+        path = base / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing from the base model, {manifest.base.source}")
+        if digest(path) != expected:
+            raise ArtifactError(
+                f"{path}: is not the base this artifact was made from (SHA-256 differs)"
+            )
+
+
+def open_expert(root: Path, entry: ExpertEntry) -> ExpertFile:
+    """Open an expert's file, memory-mapped.
+
+    Raises:
+        ArtifactError: it cannot be read, or belongs to another expert.
+    """
+    file = ExpertFile(root / "mediator" / entry.file)
+    if file.expert != entry.name:
+        raise ArtifactError(f"{file.path}: holds expert {file.expert!r}, not {entry.name!r}")
+    return file
+
+
+class Staging:
+    """A directory beside the output that becomes the output when all is written, or vanishes.
+
+    Use as a context manager; `publish` at the end. An error or interrupt removes what was written.
+    """
+
+    def __init__(self, out: Path, overwrite: bool = False) -> None:
+        """
+        Raises:
+            OutputError: the output holds a model and `overwrite` is not set, or cannot be created.
+        """
+        self.out = out
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: is a file: choose another output directory")
+        self._replaced = _model_files(out)
+        if self._replaced and not overwrite:
+            raise OutputError(
+                f"{out}: already holds a model ({self._replaced[0]}): choose another directory, or "
+                "run `mergekit-mediator merge --overwrite`"
+            )
+        self.path = out.with_name(f".{out.resolve().name}.partial-{os.getpid()}")
+
+    def __enter__(self) -> "Staging":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be created: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Move everything into place, the manifest last."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / MANIFEST).unlink(missing_ok=True)
+        for name in self._replaced:
+            (self.out / name).unlink(missing_ok=True)
+        for name in files_below(self.path):
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path / name, self.out / name)
+        write_manifest(self.out, manifest)
+
+
+def _model_files(out: Path) -> list[str]:
+    """The files of a model that a directory holds already."""
+    if not out.is_dir():
+        return []
+    patterns = ("*.safetensors", "*.bin", "*.index.json", "config.json", "mediator/**/*")
+    found = {p.relative_to(out).as_posix() for pattern in patterns for p in out.glob(pattern)}
+    return sorted(name for name in found if (out / name).is_file())

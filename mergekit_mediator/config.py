@@ -1,0 +1,223 @@
+"""MediatorConfig: what a merge configuration asks of this method, typed and checked before any weight is read."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration, ParameterSetting
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mergekit_mediator.conflict import Metric
+from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.plan import Selection
+from mergekit_mediator.sparse import Values
+
+# Resolved by mergekit for each weight, so filters and gradients have a meaning.
+PER_WEIGHT = frozenset({"weight", "density", "lambda"})
+# Belong to one expert, and are given with its model.
+PER_EXPERT = frozenset({"expert"})
+METHOD = "mediator"
+_RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class MediatorConfig(BaseModel):
+    """The parameters that hold for a whole merge. Those of `PER_WEIGHT` stay with mergekit.
+
+    Attributes:
+        conflict: the metric that the selection of layers looks at.
+        denoise: fraction of each task vector, largest first, that counts as a change for `sign`.
+        route: which layers are routed, unless one of the next three says it.
+        conflict_threshold, routed_fraction, routed_layers: see `plan.Selection`.
+        values: how sparse experts store their values.
+        reference: what the dense expert holds in routed layers: the weighted mean, or the base.
+        base_model: what all experts are fine-tunes of.
+        experts: name by model, in the order of the configuration; at least two.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    conflict: Metric = "sign"
+    denoise: Annotated[float, Field(gt=0, le=1)] = 0.2
+    route: Literal["auto", "all", "none"] = "auto"
+    conflict_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    routed_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    routed_layers: str | None = None
+    values: Values = "exact"
+    reference: Literal["mean", "base"] = "mean"
+    base_model: ModelReference
+    experts: dict[ModelReference, str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_layers(cls, fields: Any) -> Any:
+        """YAML reads `routed_layers: 3` as a number."""
+        if isinstance(fields.get("routed_layers"), int):
+            fields["routed_layers"] = str(fields["routed_layers"])
+        return fields
+
+    @property
+    def selection(self) -> Selection:
+        """The rule that chooses the routed layers."""
+        if self.conflict_threshold is not None:
+            return Selection("conflict_threshold", threshold=self.conflict_threshold)
+        if self.routed_fraction is not None:
+            return Selection("routed_fraction", fraction=self.routed_fraction)
+        if self.routed_layers is not None:
+            return Selection("routed_layers", layers=self.routed_layers)
+        return Selection(self.route)
+
+    @classmethod
+    def from_merge_config(cls, config: MergeConfiguration) -> "MediatorConfig":
+        """Read and check the parameters of a mergekit configuration.
+
+        Raises:
+            ConfigError: an unknown, misplaced, contradictory or out-of-range parameter, no base
+                model, fewer than two experts, or two experts of one name.
+        """
+        if config.base_model is None:
+            raise ConfigError("base_model: required by merge_method: mediator, but not given")
+        own: dict[str, Any] = {}
+        for where, parameters in _shared_parameters(config):
+            for name, setting in parameters.items():
+                if name in PER_EXPERT:
+                    raise ConfigError(f"{where}: {name!r} belongs to one model's parameters")
+                _check_known(name, where)
+                if name in PER_WEIGHT:
+                    continue
+                if where != "parameters":
+                    raise ConfigError(
+                        f"{where}: {name!r} holds for the whole merge: put it top level"
+                    )
+                own[name] = _scalar(setting, f"{where}: {name}")
+        _check_selection(own)
+        try:
+            return cls(**own, base_model=config.base_model, experts=_experts(config))
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from error
+
+
+def _experts(config: MergeConfiguration) -> dict[ModelReference, str]:
+    experts: dict[ModelReference, str] = {}
+    explicit: dict[ModelReference, str] = {}
+    for model, parameters in _sources(config):
+        where = f"model {model}"
+        for name, setting in parameters.items():
+            if name not in PER_EXPERT and name not in PER_WEIGHT:
+                _check_known(name, where)
+                raise ConfigError(f"{where}: {name!r} holds for the whole merge: put it top level")
+            if name == "expert":
+                explicit[model] = str(_scalar(setting, f"{where}: expert"))
+        if model == config.base_model:
+            if parameters:
+                raise ConfigError(f"{where}: the base model takes no parameters of its own")
+            continue
+        experts[model] = ""
+    for model in experts:
+        experts[model] = _expert_name(model, explicit.get(model))
+    if len(experts) < 2:
+        raise ConfigError(f"models: at least two experts required, got {len(experts)}")
+    by_name: dict[str, ModelReference] = {}
+    for model, name in experts.items():
+        if name.lower() in by_name:
+            raise ConfigError(
+                f"models: {by_name[name.lower()]} and {model} are both named {name!r}: "
+                "give each its own `expert:` name"
+            )
+        by_name[name.lower()] = model
+    return experts
+
+
+def _expert_name(model: ModelReference, explicit: str | None) -> str:
+    if explicit is not None:
+        if not _NAME.fullmatch(explicit):
+            raise ConfigError(
+                f"model {model}: expert name {explicit!r} must be 1 to 64 characters of "
+                "a-z 0-9 . _ - and start with a letter or digit"
+            )
+        return explicit
+    path = (model.lora or model.model).path.rstrip("/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^a-z0-9._-]+", "-", path.lower()).lstrip("._-")[:64]
+    if not name:
+        raise ConfigError(
+            f"model {model}: no expert name follows from its path: add `expert: NAME`"
+        )
+    return name
+
+
+def _sources(
+    config: MergeConfiguration,
+) -> Iterator[tuple[ModelReference, Mapping[str, ParameterSetting]]]:
+    """Every input model with its own parameters, in the order of the configuration."""
+    modules = list((config.modules or {}).values())
+    for models in [config.models or [], *((m.models or []) for m in modules)]:
+        for entry in models:
+            yield entry.model, entry.parameters or {}
+    for slices in [config.slices or [], *((m.slices or []) for m in modules)]:
+        for output in slices:
+            for source in output.sources:
+                yield source.model, source.parameters or {}
+
+
+def _shared_parameters(
+    config: MergeConfiguration,
+) -> Iterator[tuple[str, Mapping[str, ParameterSetting]]]:
+    """All parameters that do not belong to one model, each with the place where they stand."""
+    yield "parameters", config.parameters or {}
+    for index, output in enumerate(config.slices or []):
+        yield f"slices[{index}].parameters", output.parameters or {}
+    for name, module in (config.modules or {}).items():
+        yield f"modules.{name}.parameters", module.parameters or {}
+        for index, output in enumerate(module.slices or []):
+            yield f"modules.{name}.slices[{index}].parameters", output.parameters or {}
+
+
+def _check_known(name: str, where: str) -> None:
+    known = (
+        (set(MediatorConfig.model_fields) - {"base_model", "experts"})
+        | PER_WEIGHT
+        | PER_EXPERT
+        | {"budget"}
+    )
+    if name not in known:
+        raise ConfigError(
+            f"{where}: unknown parameter {name!r}; known are {', '.join(sorted(known))}"
+        )
+
+
+def _check_selection(own: Mapping[str, Any]) -> None:
+    given = [name for name in ("route", *_RULES) if name in own]
+    if len(given) > 1:
+        raise ConfigError(
+            f"parameters: {' and '.join(given)} contradict each other: give one of them"
+        )
+    if "budget" in own:
+        raise ConfigError(
+            "parameters: budget is not available yet: use routed_fraction and density to bound the size"
+        )
+
+
+def _scalar(setting: ParameterSetting, where: str) -> Any:
+    if not isinstance(setting, str | int | float):
+        raise ConfigError(f"{where}: takes one value, neither a gradient nor a filter")
+    return setting
+
+
+def check_per_weight(weight: str, model: str, density: float, model_weight: float) -> None:
+    """Check what mergekit has resolved for one weight and one expert.
+
+    Raises:
+        ConfigError: a density outside (0, 1] or a weight that is negative or not finite.
+    """
+    if not 0 < density <= 1:
+        raise ConfigError(f"density: must be in (0, 1], got {density} for {weight} of {model}")
+    if not (math.isfinite(model_weight) and model_weight >= 0):
+        raise ConfigError(f"weight: must be finite and at least 0, got {model_weight} for {model}")
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"parameters: {place}: {first['msg']}, got {first['input']!r}"

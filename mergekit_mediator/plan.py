@@ -1,0 +1,127 @@
+"""Conflict of the layers and a selection -> which layers are routed and which are averaged."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mergekit_mediator.conflict import METRICS, Conflict, Metric
+from mergekit_mediator.errors import ConfigError
+
+Rule = Literal["auto", "all", "none", "conflict_threshold", "routed_fraction", "routed_layers"]
+# `auto` routes the layers whose conflict is above the mean by this many standard deviations.
+AUTO_DEVIATIONS = 0.0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which layers to route: `auto`, `all` or `none`, or one of the other rules with its value.
+
+    Attributes:
+        rule: the name of the rule.
+        threshold: for `conflict_threshold`: layers with a conflict above it are routed.
+        fraction: for `routed_fraction`: this fraction of the layers, those of most conflict.
+        layers: for `routed_layers`: names and ranges, such as `embed,0-3,30`.
+    """
+
+    rule: Rule = "auto"
+    threshold: float = 0.0
+    fraction: float = 0.0
+    layers: str = ""
+
+    @property
+    def needs_conflict(self) -> bool:
+        """Whether the choice depends on what is measured."""
+        return self.rule in ("auto", "conflict_threshold", "routed_fraction")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for one layer.
+
+    Attributes:
+        name: `embed`, the number of a decoder block, or `final`; with the module's name and a dot
+            in front where an architecture has several modules.
+        weights: names of its weights in the checkpoint, each at most once.
+        conflict: by metric, or None where it was not measured.
+        routed: whether every expert keeps its own version; None while undecided.
+    """
+
+    name: str
+    weights: tuple[str, ...]
+    conflict: Conflict | None = None
+    routed: bool | None = None
+
+    @property
+    def metrics(self) -> dict[Metric, float]:
+        """The three metrics, each in [0, 1]; empty where nothing was measured."""
+        return {m: self.conflict.value(m) for m in METRICS} if self.conflict else {}
+
+
+def select_routed(
+    layers: Sequence[str], selection: Selection, conflict: Mapping[str, float]
+) -> frozenset[str]:
+    """The names of the layers to route.
+
+    Args:
+        layers: all names, in order.
+        selection: the rule.
+        conflict: the chosen metric by layer; may be empty if the rule does not need it.
+
+    Raises:
+        ConfigError: `routed_layers` names a layer that is not there.
+    """
+    if selection.rule == "all":
+        return frozenset(layers)
+    if selection.rule == "none":
+        return frozenset()
+    if selection.rule == "routed_layers":
+        return parse_layers(selection.layers, layers)
+    if selection.rule == "routed_fraction":
+        count = round(selection.fraction * len(layers))
+        return frozenset(sorted(layers, key=lambda name: -conflict[name])[:count])
+    threshold = selection.threshold
+    if selection.rule == "auto":
+        mean = math.fsum(conflict[name] for name in layers) / len(layers)
+        variance = math.fsum((conflict[name] - mean) ** 2 for name in layers) / len(layers)
+        threshold = mean + AUTO_DEVIATIONS * math.sqrt(variance)
+    return frozenset(name for name in layers if conflict[name] > threshold)
+
+
+def parse_layers(text: str, layers: Sequence[str]) -> frozenset[str]:
+    """The layers of a list such as `embed,0-3,30`.
+
+    Raises:
+        ConfigError: an entry is no layer, no range of layers, or a range that runs backwards.
+    """
+    chosen: set[str] = set()
+    for entry in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"((?:[^,]*\.)?)(\d+)-(\d+)", entry)
+        if span:
+            prefix, first, last = span[1], int(span[2]), int(span[3])
+            if last < first:
+                raise ConfigError(f"routed_layers: range {entry!r} runs backwards")
+            names = [f"{prefix}{i}" for i in range(first, last + 1)]
+        else:
+            names = [entry]
+        unknown = [name for name in names if name not in layers]
+        if unknown:
+            raise ConfigError(
+                f"routed_layers: {entry!r} is not in this model, whose layers are {_span(layers)}"
+            )
+        chosen.update(names)
+    return frozenset(chosen)
+
+
+def _span(layers: Sequence[str]) -> str:
+    """All layer names in short, such as `embed, 0-29, final`."""
+    parts: list[str] = []
+    for name in layers:
+        previous = parts[-1] if parts else ""
+        first, _, last = previous.partition("-")
+        if name.isdigit() and (last or first).isdigit():
+            parts[-1] = f"{first}-{name}"
+        else:
+            parts.append(name)
+    return ", ".join(parts)

@@ -1,0 +1,331 @@
+"""mergekit's architecture definitions and loaders -> the weights of each layer, and their tensors.
+
+`Inputs` resolves a merge configuration once: which weights there are, which layer each belongs to,
+the per-weight parameters, and how mergekit loads and aligns the tensors of all models.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
+from mergekit.common import ModelReference
+from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import _model_out_config
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
+from torch import Tensor
+
+from mergekit_mediator.config import MediatorConfig, check_per_weight
+from mergekit_mediator.errors import ConfigError, InputError, MediatorError
+from mergekit_mediator.headers import TensorHeader, fetch_headers, first_line, read_headers
+
+Headers = dict[ModelReference, dict[str, TensorHeader]]
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One weight of the output, and what is done with it.
+
+    Attributes:
+        info: mergekit's definition: name, aliases, vocabulary axis.
+        layer: the name of its layer.
+        inputs: the task that loads it from every model.
+        names: what it is called in each model.
+        scale: λ of averaged layers.
+        shares: the expert's weight in the mean, by model.
+        densities: the fraction that a sparse expert keeps, by model.
+    """
+
+    info: WeightInfo
+    layer: str
+    inputs: Task[Any]
+    names: dict[ModelReference, WeightInfo]
+    scale: float
+    shares: dict[ModelReference, float]
+    densities: dict[ModelReference, float]
+
+
+class Inputs:
+    """The models of a merge and the weights that they have in common."""
+
+    def __init__(self, merge_config: MergeConfiguration, options: MergeOptions) -> None:
+        """Resolve the configuration; reads model configurations, no weights.
+
+        Raises:
+            ConfigError: see `MediatorConfig.from_merge_config`.
+            InputError: a model cannot be found, or has another architecture than the base.
+        """
+        self.config = MediatorConfig.from_merge_config(merge_config)
+        self.base = self.config.base_model
+        self.experts: tuple[ModelReference, ...] = tuple(self.config.experts)
+        self.models = (self.base, *self.experts)
+        self.options = options
+        # mergekit would convert every input at load; the arithmetic here is float32 in any case
+        self.merge_config = merge_config.model_copy(update={"dtype": None}, deep=True)
+        self.out_dtype: str | None = merge_config.out_dtype or merge_config.dtype
+        self.architecture = self._common_architecture()
+        self.out_config = _model_out_config(
+            merge_config, self.architecture, trust_remote_code=options.trust_remote_code
+        )
+        self.tokenizer: TokenizerInfo | None = None
+        self._tokenizer_task: BuildTokenizer | None = None
+        self._headers: Headers = {}
+
+    def open(self) -> None:
+        """Open all models with mergekit's loaders, which download and merge adapters as needed.
+
+        Raises:
+            InputError: a model cannot be loaded.
+        """
+        cache = LoaderCache()
+        cache.setup(self.options)
+        headers = self._headers = {}
+        for model in self.models:
+            cache.loaders.pop(model, None)  # the files may have changed since an earlier merge
+            try:
+                index = cache.get(model).index
+            except (OSError, RuntimeError, ValueError) as error:
+                raise InputError(f"model {model}: cannot be loaded: {first_line(error)}") from error
+            if index.is_safetensors:
+                files = sorted(set(index.tensor_paths.values()))
+                headers[model] = read_headers(Path(index.base_path), files)
+                absent = [n for n in index.tensor_paths if n not in headers[model]]
+                if absent:
+                    raise InputError(f"model {model}: {absent[0]} is in the index but in no file")
+
+    def peek(self) -> None:
+        """The headers of all models, without loading, downloading or merging any weight.
+
+        An adapter changes no shape, so its base model stands for it.
+        """
+        headers = self._headers = {}
+        for model in self.models:
+            path = Path(model.model.path)
+            if path.is_dir():
+                files = sorted(p.name for p in path.glob("*.safetensors"))
+                if not files:
+                    raise InputError(f"model {model}: no *.safetensors file in {path}")
+                headers[model] = read_headers(path, files)
+            else:
+                headers[model] = fetch_headers(model.model.path, model.model.revision)
+            LoaderCache().loaders[model] = _HeaderLoader(headers[model])
+
+    def close(self) -> None:
+        """Let go of the models' files."""
+        for model in self.models:
+            LoaderCache().loaders.pop(model, None)
+
+    def weights(self) -> list[PlannedWeight]:
+        """All weights, in the model's order, checked against the headers.
+
+        Raises:
+            ConfigError: a per-weight parameter out of range, or slices that do not fit this method.
+            InputError: a weight that is missing somewhere, or of different shapes.
+        """
+        planner = _Planner(self)
+        try:
+            planner._plan()
+        except MediatorError:
+            raise
+        except (ValueError, RuntimeError) as error:  # mergekit's own complaints about the config
+            raise ConfigError(first_line(error)) from error
+        self._tokenizer_task = planner._tokenizer_task
+        for weight in planner.planned:
+            self._check_shapes(weight)
+        return planner.planned
+
+    def load(self, weight: PlannedWeight) -> tuple[Tensor, list[Tensor]]:
+        """The tensor of the base and those of all experts, in order, aligned to one vocabulary.
+
+        Raises:
+            InputError: it cannot be read, or some models lack it.
+        """
+        try:
+            tensors = self._run(weight.inputs)
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise InputError(f"{weight.info.name}: cannot be read: {first_line(error)}") from error
+        for model in self.models:
+            if tensors.get(model) is None:
+                raise InputError(
+                    f"{weight.info.name}: missing from {model}, but not from the others"
+                )
+        base, experts = tensors[self.base], [tensors[model] for model in self.experts]
+        for model, tensor in zip(self.experts, experts, strict=True):
+            if tensor.shape != base.shape:
+                raise _shape_error(weight.info, model, tuple(tensor.shape), tuple(base.shape))
+        return base, experts
+
+    def build_tokenizer(self) -> TokenizerInfo | None:
+        """The tokenizer that the configuration asks for, or None if it asks for none."""
+        return self._run(self._tokenizer_task) if self._tokenizer_task else None
+
+    def header(self, weight: PlannedWeight, model: ModelReference) -> TensorHeader | None:
+        """A weight's header in one model; None where a checkpoint has no safetensors header."""
+        return _find(weight.names[model], self._headers.get(model, {}))
+
+    def input_bytes(self, weight: PlannedWeight) -> int:
+        """The bytes that one weight takes in all models together."""
+        found = (self.header(weight, model) for model in self.models)
+        return sum(header.bytes for header in found if header)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the residual stream; 0 where the configuration does not say."""
+        text = self.out_config.get_text_config()
+        return int(getattr(text, "hidden_size", 0) or 0)
+
+    def base_directory(self) -> Path:
+        """Where the base model's files are on this machine."""
+        return Path(LoaderCache().get(self.base).index.base_path)
+
+    def _run(self, task: Task[Any]) -> Any:
+        if isinstance(task, BuildTokenizer):
+            if self.tokenizer is None:
+                self.tokenizer = task.execute()
+            return self.tokenizer
+        return task.execute(**{name: self._run(t) for name, t in task.arguments().items()})
+
+    def _common_architecture(self) -> ModelArchitecture:
+        configs = {model: self._model_config(model) for model in self.models}
+        base = configs[self.base]
+        for model, config in configs.items():
+            if config.architectures != base.architectures:
+                raise InputError(
+                    f"model {model}: architecture {_names(config)}, but the base {self.base} is "
+                    f"{_names(base)}: experts must be fine-tunes of the base"
+                )
+            if _tied(config) != _tied(base):
+                raise InputError(
+                    f"model {model}: tie_word_embeddings is {_tied(config)}, but "
+                    f"{_tied(base)} in the base: untie or tie all models alike"
+                )
+        try:
+            architecture = arch_info_for_config(base)
+            if architecture is None:
+                from mergekit.architecture.auto import infer_architecture_info
+
+                architecture = infer_architecture_info(self.models, self.base, self.options)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"model {self.base}: {first_line(error)}") from error
+        return architecture
+
+    def _model_config(self, model: ModelReference) -> transformers.PretrainedConfig:
+        try:
+            return model.config(trust_remote_code=self.options.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            role = "base_model" if model == self.base else "model"
+            raise InputError(
+                f"{role} {model}: neither a model directory here nor one that the Hub gives: "
+                f"{first_line(error)}"
+            ) from error
+
+    def _check_shapes(self, weight: PlannedWeight) -> None:
+        aligned = isinstance(weight.inputs, PermutedVocabulary) or (
+            self.options.unsafe_truncate_embeddings and weight.info.vocabulary_axis is not None
+        )
+        shapes = {}
+        for model in weight.names:
+            header = self.header(weight, model)
+            if header is not None:
+                shapes[model] = header.shape
+        expected = shapes.get(self.base)
+        for model, shape in shapes.items():
+            if expected is not None and shape != expected and not aligned:
+                raise _shape_error(weight.info, model, shape, expected)
+
+
+class _Planner(MergePlanner):  # type: ignore[misc]
+    """mergekit's planner, which also notes the layer of each weight and keeps loading from merging."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(
+            inputs.merge_config, inputs.architecture, inputs.options, inputs.out_config
+        )
+        self._inputs = inputs
+        self._layer = ""
+        self.planned: list[PlannedWeight] = []
+
+    def plan_module(self, module_name: str, definition: Any) -> None:
+        prefix = f"{module_name}." if len(self.arch_info.modules) > 1 else ""
+        self._prefix = prefix
+        self._layer = f"{prefix}embed"
+        super().plan_module(module_name, definition)
+
+    def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
+        models = {source.model for source in definition.sources}
+        for model in self._inputs.models:
+            if model not in models:
+                raise ConfigError(f"slices: {model} is missing from one: each needs every model")
+        if len({tuple(source.layer_range) for source in definition.sources}) > 1:
+            raise ConfigError("slices: all models of one slice need the same layer_range")
+        super().plan_slice(definition, module_def, module_name)
+        self._layer = f"{self._prefix}final"
+
+    def plan_layer(self, *args: Any, **kwargs: Any) -> None:
+        self._layer = f"{self._prefix}{self._current_module_layers}"
+        super().plan_layer(*args, **kwargs)
+
+    def plan_tensor(
+        self,
+        weight: WeightInfo,
+        weights_in: list[WeightInfo],
+        models: list[ModelReference],
+        cfg_reader: ConfigReader,
+    ) -> None:
+        if weight.tied_names and _tied(self.out_model_config):
+            return  # the same weight as the one it is tied to
+        before = len(self._tensors)
+        super().plan_tensor(weight, weights_in, models, cfg_reader)
+        for _, task in self._tensors[before:]:
+            by_model = {m: task.input_parameters[m] for m in self._inputs.experts}
+            planned = PlannedWeight(
+                info=weight,
+                layer=self._layer,
+                inputs=task.gather_tensors,
+                names=dict(zip(models, weights_in, strict=True)),
+                scale=task.parameters["lambda"],
+                shares={m: p["weight"] for m, p in by_model.items()},
+                densities={m: p["density"] for m, p in by_model.items()},
+            )
+            for model in self._inputs.experts:
+                check_per_weight(
+                    weight.name, str(model), planned.densities[model], planned.shares[model]
+                )
+            if sum(planned.shares.values()) <= 0:
+                raise ConfigError(f"weight: those of all experts are 0 for {weight.name}")
+            self.planned.append(planned)
+
+
+class _HeaderLoader:
+    """Stands in for mergekit's loader where only names are asked for."""
+
+    def __init__(self, headers: dict[str, TensorHeader]) -> None:
+        self.index = self
+        self.tensor_paths = {name: header.file for name, header in headers.items()}
+
+
+def _find(info: WeightInfo, headers: dict[str, TensorHeader]) -> TensorHeader | None:
+    names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+    return next((headers[name] for name in names if name in headers), None)
+
+
+def _shape_error(
+    info: WeightInfo, model: ModelReference, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> InputError:
+    message = f"{info.name}: shape {list(shape)} in {model}, but {list(expected)} in the base"
+    if info.vocabulary_axis is not None:
+        message += ": add `tokenizer: {source: base}` (or union) to align the vocabularies"
+    return InputError(message)
+
+
+def _tied(config: transformers.PretrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _names(config: transformers.PretrainedConfig) -> str:
+    return ", ".join(config.architectures or ["unknown"])
