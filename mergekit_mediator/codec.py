@@ -1,128 +1,127 @@
-"""SparseTensor to bytes and back: the one place that knows how a stored weight is laid out.
-
-Layout 1, for a weight that keeps k coordinates: k positions (int32, or int64 for weights of 2^31
-coordinates or more), then k codes (the weight's dtype for `exact`, int8 for `int8` and `sign`, two to a
-byte and low half first for `int4`), all little-endian. The description says how to read it.
-"""
+"""SparseTensor to bytes and back: the one place that knows how a stored weight is laid out (FORMAT.md)."""
 
 import math
-from typing import Any
+import zlib
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from mergekit_mediator.bits import by_exponent, from_ordered, to_ordered
+from mergekit_mediator.description import DTYPES, Description
+from mergekit_mediator.entropy import (
+    Bytes,
+    Integers,
+    byte_planes,
+    from_byte_planes,
+    from_gap_streams,
+    gap_streams,
+    pack,
+    unpack,
+)
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.sparse import SparseTensor, Values
+from mergekit_mediator.sparse import SparseTensor
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+# From this density on, codes of all coordinates are shorter than gaps and codes of the kept ones.
+_IMPLIED_DENSITY = 0.25
 
 
-class Description(BaseModel):
-    """What must be known of one stored weight before its bytes are read."""
+def encode_bytes(sparse: SparseTensor, dense: Tensor | None = None) -> tuple[Tensor, Description]:
+    """The stored form `[bytes]` uint8 of a sparse tensor, and its description.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shape: tuple[int, ...]
-    dtype: str
-    values: Values
-    count: int = Field(ge=0)
-    scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def position_bytes(self) -> int:
-        return self.count * (4 if self.numel < 2**31 else 8)
-
-    @property
-    def code_bytes(self) -> int:
-        if self.values == "exact":
-            return self.count * _DTYPES[self.dtype].itemsize
-        return (self.count + 1) // 2 if self.values == "int4" else self.count
-
-
-def encode_bytes(sparse: SparseTensor) -> tuple[Tensor, Description]:
-    """The stored form `[bytes]` uint8 of a sparse tensor, and its description."""
-    codes = _pack_int4(sparse.codes) if sparse.values == "int4" else sparse.codes
-    stream = torch.cat([_as_bytes(sparse.positions), _as_bytes(codes)])
-    return stream, Description(
+    Args:
+        sparse: what to store.
+        dense: the dense expert's weight, of the same shape and dtype. With it, exact values take about
+            half the bytes, and reading them takes the same weight.
+    """
+    positions, numel = sparse.positions.to(torch.int64), math.prod(sparse.shape)
+    exact, relative = sparse.values == "exact", sparse.values == "exact" and dense is not None
+    d = Description(
         shape=sparse.shape,
         dtype=str(sparse.dtype).removeprefix("torch."),
         values=sparse.values,
-        count=sparse.positions.numel(),
+        count=positions.numel(),
         scale=sparse.scale,
+        relative=relative,
+        implied=(relative or not exact) and positions.numel() > _IMPLIED_DENSITY * numel,
+        check=_checksum(sparse.codes),
     )
+    codes = to_ordered(sparse.codes) if exact else sparse.codes
+    if relative:
+        codes = codes - to_ordered(_kept(dense, positions))
+    if d.implied:
+        codes = codes.new_zeros(numel).index_copy_(0, positions, codes)
+    array: Integers = codes.numpy()
+    if relative:
+        array = array[by_exponent(_kept(dense, None if d.implied else positions))]
+    parts = [] if d.implied else gap_streams(positions.numpy(), d.wide)
+    streams = [pack(part) for part in [*parts, *byte_planes(array)]]
+    sizes = tuple(len(stream) for stream in streams)
+    content = np.frombuffer(b"".join(streams), dtype=np.uint8).copy()
+    gaps = parts[0].size if parts else 0
+    return torch.from_numpy(content), d.model_copy(update={"gaps": gaps, "sizes": sizes})
 
 
-def decode_bytes(stream: Tensor, description: Description, where: str) -> SparseTensor:
+def decode_bytes(
+    stream: Tensor, description: Description, where: str, dense: Tensor | None = None
+) -> SparseTensor:
     """The sparse tensor of a stored form.
 
     Args:
         stream: `[bytes]` uint8.
         description: as written beside it; see `parse_description`.
         where: the file and tensor, for error messages.
+        dense: the dense expert's weight as in its checkpoint; needed if the description says `relative`.
 
     Raises:
-        ArtifactError: the bytes do not fit the description, or the positions do not ascend within the shape.
+        ArtifactError: the bytes do not fit the description, or `dense` is not what they were stored with.
     """
-    d = description
-    expected = d.position_bytes + d.code_bytes
-    if stream.numel() != expected:
-        raise ArtifactError(f"{where}: {expected} bytes expected, got {stream.numel()}")
-    index_dtype = torch.int32 if d.numel < 2**31 else torch.int64
-    positions = stream[: d.position_bytes].clone().view(index_dtype)
-    if d.count and (
-        int(positions[0]) < 0
-        or int(positions[-1]) >= d.numel
-        or bool((positions[1:] <= positions[:-1]).any())
-    ):
-        raise ArtifactError(f"{where}: positions must ascend from 0 to below {d.numel}")
-    raw = stream[d.position_bytes :].clone()
+    d, dtype = description, DTYPES[description.dtype]
+    if d.relative and (dense is None or dense.dtype != dtype or tuple(dense.shape) != d.shape):
+        got = "none" if dense is None else f"{dense.dtype} {list(dense.shape)}"
+        raise ArtifactError(f"{where}: needs the dense weight {dtype} {list(d.shape)}, got {got}")
+    if sum(d.sizes) != stream.numel():
+        raise ArtifactError(f"{where}: {sum(d.sizes)} bytes expected, got {stream.numel()}")
+    streams = _cut(stream.numpy(), d.sizes)
+    kept: Tensor | None = None
+    if not d.implied:
+        heads = [unpack(s, n, where) for s, n in zip(streams, d.heads, strict=False)]
+        kept = torch.from_numpy(from_gap_streams(heads, d.numel, where))
+    coded = d.numel if d.implied else d.count
+    planes = [unpack(s, coded, where) for s in streams[len(d.heads) :]]
+    array = from_byte_planes(planes, d.code_bytes)
+    if d.relative:
+        ordered = np.empty_like(array)
+        ordered[by_exponent(_kept(dense, kept))] = array
+        array = ordered
+    codes = torch.from_numpy(array)
+    if kept is None:
+        kept = codes.nonzero().reshape(-1)
+        codes = codes[kept]
+    if kept.numel() != d.count:
+        raise ArtifactError(f"{where}: {d.count} coordinates expected, got {kept.numel()}")
     if d.values == "exact":
-        codes = raw.view(_DTYPES[d.dtype])
-    else:
-        codes = _unpack_int4(raw, d.count) if d.values == "int4" else raw.view(torch.int8)
-    return SparseTensor(d.shape, _DTYPES[d.dtype], d.values, positions, codes, d.scale)
+        codes = codes + to_ordered(_kept(dense, kept)) if d.relative else codes
+        codes = from_ordered(codes, dtype)
+    if _checksum(codes) != d.check:
+        reason = ": is this the dense weight it was stored with?" if d.relative else ""
+        raise ArtifactError(f"{where}: the decoded values fail their checksum{reason}")
+    positions = kept.to(torch.int32 if d.numel < 2**31 else torch.int64)
+    return SparseTensor(d.shape, dtype, d.values, positions, codes, d.scale)
 
 
-def parse_description(fields: Any, where: str) -> Description:
-    """Check a description that was read from a file.
-
-    Raises:
-        ArtifactError: a field is missing, unknown or out of range.
-    """
-    try:
-        d = Description.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{where}: {field}: {first['msg']}") from error
-    if d.dtype not in _DTYPES:
-        raise ArtifactError(f"{where}: dtype {d.dtype!r} is none of {', '.join(_DTYPES)}")
-    if any(size < 0 for size in d.shape) or d.numel >= 2**63:
-        raise ArtifactError(f"{where}: shape {list(d.shape)} is out of range")
-    if d.count > d.numel:
-        raise ArtifactError(f"{where}: {d.count} coordinates do not fit shape {list(d.shape)}")
-    return d
+def _kept(dense: Tensor | None, positions: Tensor | None) -> Tensor:
+    """The dense weights at some positions, or all of them, flat."""
+    if dense is None:
+        raise TypeError("relative values need the dense weight")
+    flat = dense.reshape(-1)
+    return flat if positions is None else flat[positions]
 
 
-def _as_bytes(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.uint8)
+def _cut(stream: Bytes, sizes: tuple[int, ...]) -> list[Bytes]:
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    return [stream[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _pack_int4(codes: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(torch.uint8) & 15
-    return padded[0::2] | (padded[1::2] << 4)
-
-
-def _unpack_int4(stream: Tensor, count: int) -> Tensor:
-    halves = torch.stack([stream & 15, stream >> 4], dim=1).view(torch.int8).reshape(-1)[:count]
-    return torch.where(halves > 7, halves - 16, halves)
+def _checksum(codes: Tensor) -> int:
+    return zlib.crc32(codes.contiguous().view(torch.uint8).numpy().data)

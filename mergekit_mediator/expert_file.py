@@ -7,15 +7,17 @@ from typing import Any, BinaryIO
 
 import safetensors
 from safetensors import safe_open
+from torch import Tensor
 
-from mergekit_mediator.codec import Description, decode_bytes, encode_bytes, parse_description
+from mergekit_mediator.codec import decode_bytes, encode_bytes
+from mergekit_mediator.description import Description, parse_description
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.sparse import SparseTensor
 
 _FORMAT = "mediator-expert"
 _VERSION = 1
 # Upper bound of what one weight adds to the header besides its name (twice): offsets and description.
-_ENTRY_BYTES = 400
+_ENTRY_BYTES = 800
 
 
 class ExpertWriter:
@@ -41,9 +43,16 @@ class ExpertWriter:
         self._file: BinaryIO = path.open("xb")
         self._file.seek(8 + self._header_bytes)
 
-    def write(self, weight: str, sparse: SparseTensor) -> None:
-        """Append one weight."""
-        stream, description = encode_bytes(sparse)
+    def write(self, weight: str, stored: SparseTensor, dense: Tensor | None = None) -> None:
+        """Append one weight.
+
+        Args:
+            weight: its name.
+            stored: what to store of it.
+            dense: the dense expert's weight. Exact values are stored relative to it if it is given, in
+                about half the bytes, and can then be read only with it.
+        """
+        stream, description = encode_bytes(stored, dense)
         self._file.write(stream.numpy().data)
         self._entries[weight] = (self._end, self._end + stream.numel(), description)
         self._end += stream.numel()
@@ -83,8 +92,8 @@ class ExpertFile:
         """
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
-            self._file.__enter__()
+            opened: Any = safe_open(path, framework="pt")
+            self._file = opened.__enter__()
             metadata = self._file.metadata() or {}
             fields = json.loads(metadata.get("weights", "null"))
         except (OSError, safetensors.SafetensorError, ValueError) as error:
@@ -103,14 +112,19 @@ class ExpertFile:
             name: parse_description(entry, f"{path}: {name!r}") for name, entry in fields.items()
         }
 
-    def read(self, weight: str) -> SparseTensor:
+    def read(self, weight: str, dense: Tensor | None = None) -> SparseTensor:
         """Decode one weight.
 
+        Args:
+            weight: its name.
+            dense: the dense expert's weight in the dtype of its checkpoint; needed where
+                `weights[weight].relative`, ignored elsewhere.
+
         Raises:
-            ArtifactError: its bytes do not fit its description.
+            ArtifactError: its bytes do not fit its description, or the dense weight is missing or another.
         """
         stream = self._file.get_tensor(weight)
-        return decode_bytes(stream, self.weights[weight], f"{self.path}: {weight!r}")
+        return decode_bytes(stream, self.weights[weight], f"{self.path}: {weight!r}", dense)
 
     def stored_bytes(self, weight: str) -> int:
         """The bytes that one weight takes in the file."""

@@ -11,6 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mergekit_mediator.bits import bit_patterns
+from mergekit_mediator.errors import InputError
 from mergekit_mediator.threshold import chunks, count_kept, kth_largest, nonzero
 
 Values = Literal["exact", "int8", "int4", "sign"]
@@ -76,6 +78,9 @@ def encode(
             of position. Coordinates that do not differ are never kept.
         values: `exact` or one of the quantised forms.
         device: where the arithmetic is done, chunk by chunk.
+
+    Raises:
+        InputError: the values are to be quantised and not all of them are finite.
     """
     flat_expert, flat_dense = expert.reshape(-1), dense.reshape(-1)
     positions = _select(flat_expert, flat_dense, density, values == "exact", device)
@@ -84,7 +89,12 @@ def encode(
         codes, scale = flat_expert[kept], 1.0
     else:
         delta = flat_expert[kept].to(torch.float32) - flat_dense[kept].to(torch.float32)
+        if not bool(delta.isfinite().all()):
+            raise InputError(
+                f"{values} values need finite weights; `values: exact` keeps others too"
+            )
         codes, scale = _quantise(delta, values)
+        positions, codes = positions[codes != 0], codes[codes != 0]
     index_dtype = torch.int32 if flat_expert.numel() < 2**31 else torch.int64
     stored = positions.to("cpu", index_dtype)
     return SparseTensor(tuple(expert.shape), dense.dtype, values, stored, codes.cpu(), scale)
@@ -128,7 +138,7 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
 
     def differs(part: slice) -> Tensor:
         if bitwise:  # 0 and -0 are equal and yet not the same weight
-            return _bits(expert[part].to(device)) != _bits(dense[part].to(device))
+            return bit_patterns(expert[part].to(device)) != bit_patterns(dense[part].to(device))
         return magnitudes(part) > 0
 
     changed = [nonzero(differs(part)) + part.start for part in chunks(numel)]
@@ -147,11 +157,6 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
             ties -= tied.numel()
         positions.append(nonzero(keep) + part.start)
     return torch.cat(positions)
-
-
-def _bits(values: Tensor) -> Tensor:
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.contiguous().view(integers[values.element_size()])
 
 
 def _quantise(delta: Tensor, values: Values) -> tuple[Tensor, float]:

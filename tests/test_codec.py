@@ -1,11 +1,12 @@
-import dataclasses
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_mediator.codec import decode_bytes, encode_bytes, parse_description
+from mergekit_mediator.codec import decode_bytes, encode_bytes
+from mergekit_mediator.description import parse_description
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.sparse import VALUES, encode
 
@@ -14,33 +15,98 @@ SHAPES = st.sampled_from([(), (0,), (1,), (7,), (3, 0), (1, 1), (5, 9), (40, 31)
 
 
 @st.composite
-def stored_tensors(draw):
+def stored_pairs(draw):
+    """A stored tensor and the dense weight that it was encoded against."""
     shape, dtype = draw(SHAPES), draw(DTYPES)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dense = torch.randn(shape, generator=generator).to(dtype)
-    expert = (dense + torch.randn(shape, generator=generator).to(dtype)).to(dtype)
-    return encode(expert, dense, draw(st.floats(0.01, 1)), draw(st.sampled_from(VALUES)))
+    step = draw(st.sampled_from([1e-6, 1e-2, 1.0]))
+    expert = (dense + step * torch.randn(shape, generator=generator).to(dtype)).to(dtype)
+    values = draw(st.sampled_from(VALUES))
+    if values == "exact" and draw(st.booleans()):
+        special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan]).to(dtype)
+        expert.view(-1)[:5] = special[: expert.numel()]
+        dense.view(-1)[1:6] = special[: max(0, dense.numel() - 1)]
+    return encode(expert, dense, draw(st.floats(0.01, 1)), values), dense
+
+
+def stored_tensors():
+    return stored_pairs().map(lambda pair: pair[0])
 
 
 def same(a, b):
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        integers = (
-            a.dtype
-            if not a.is_floating_point()
-            else {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-        )
-        return a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
-    if dataclasses.is_dataclass(a):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
-    return a == b
+    return (
+        (a.shape, a.dtype, a.values, a.scale) == (b.shape, b.dtype, b.values, b.scale)
+        and torch.equal(a.positions, b.positions)
+        and a.codes.dtype == b.codes.dtype
+        and a.codes.numpy(force=True).tobytes() == b.codes.numpy(force=True).tobytes()
+        if a.codes.dtype != torch.bfloat16
+        else torch.equal(a.codes.view(torch.int16), b.codes.view(torch.int16))
+    )
 
 
 @given(stored_tensors())
 def test_bytes_give_the_stored_tensor_back(stored):
     stream, description = encode_bytes(stored)
     assert stream.dtype == torch.uint8
+    assert same(decode_bytes(stream, description, "here"), stored)
+
+
+@given(stored_pairs())
+def test_bytes_relative_to_a_dense_weight_give_the_stored_tensor_back_with_it(pair):
+    stored, dense = pair
+    stream, description = encode_bytes(stored, dense)
+    assert description.relative == (stored.values == "exact")
+    assert same(decode_bytes(stream, description, "here", dense), stored)
+
+
+def test_another_dense_weight_is_refused():
+    dense = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    stream, description = encode_bytes(encode(dense + 0.01, dense, 0.5), dense)
+    with pytest.raises(ArtifactError, match="here: needs the dense weight"):
+        decode_bytes(stream, description, "here")
+    with pytest.raises(ArtifactError, match="here: needs the dense weight"):
+        decode_bytes(stream, description, "here", dense.half())
+    with pytest.raises(ArtifactError, match="the dense weight it was stored with"):
+        decode_bytes(stream, description, "here", dense + 1e-4)
+
+
+def test_exact_values_near_the_dense_weight_take_few_bits():
+    generator = torch.Generator().manual_seed(0)
+    dense = (0.2 * torch.randn(1000, 300, generator=generator)).bfloat16()
+    expert = (dense.float() + 1e-3 * torch.randn(1000, 300, generator=generator)).bfloat16()
+    stored = encode(expert, dense, 0.1)
+    stream, description = encode_bytes(stored, dense)
+    position_bits = 8 * description.sizes[0] / description.count
+    assert position_bits < 1.02 * 4.69  # H(p)/p at p = 0.1
+    assert 8 * stream.numel() < 0.9 * description.numel
+    assert stream.numel() < 0.75 * encode_bytes(stored)[0].numel()
+
+
+@pytest.mark.parametrize("density", [1e-4, 1e-3, 0.01, 0.2])
+def test_positions_take_little_more_than_their_entropy(density):
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.zeros(600_000)
+    delta[torch.rand(600_000, generator=generator) < density] = 1.0
+    stream, description = encode_bytes(encode(delta, torch.zeros(600_000), 1.0, "sign"))
+    p = description.count / description.numel
+    entropy = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * description.numel
+    assert 8 * stream.numel() < 1.03 * entropy + 8 * 100
+
+
+def test_a_stream_that_claims_to_expand_too_far_is_refused_before_memory_is_taken():
+    stored = encode(torch.ones(3), torch.zeros(3), 1.0, "sign")
+    stream, description = encode_bytes(stored)
+    huge = description.model_copy(update={"shape": (1 << 40,), "count": 1 << 40})
+    with pytest.raises(ArtifactError, match="cannot hold"):
+        decode_bytes(stream, huge, "here")
+
+
+def test_constant_codes_of_a_large_weight_survive_the_limit_on_expansion():
+    delta = torch.ones(3 << 20)
+    stored = encode(delta, torch.zeros_like(delta), 1.0, "sign")
+    stream, description = encode_bytes(stored)
+    assert stream.numel() < 2000
     assert same(decode_bytes(stream, description, "here"), stored)
 
 

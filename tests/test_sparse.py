@@ -1,7 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergekit_mediator.errors import InputError
 from mergekit_mediator.sparse import VALUES, SparseTensor, encode, mix_, restore_
 from mergekit_mediator.threshold import count_kept
 
@@ -147,6 +149,12 @@ def test_infinite_differences_are_the_largest():
     dense = torch.zeros(4)
     expert = torch.tensor([1.0, torch.inf, 2.0, torch.nan])
     assert encode(expert, dense, 0.5).positions.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "sign"])
+def test_weights_that_are_not_finite_cannot_be_quantised(values):
+    with pytest.raises(InputError, match=rf"{values} .* finite"):
+        encode(torch.tensor([1.0, torch.nan]), torch.zeros(2), 1.0, values)
 
 
 def test_a_large_weight_keeps_the_exact_count():

@@ -1,0 +1,85 @@
+"""What an expert file says about each stored weight, checked before anything is read by it (FORMAT.md)."""
+
+import math
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.sparse import Values
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+# Below this density the low byte of a gap is as good as random and goes to a stream of its own.
+_WIDE_GAPS_DENSITY = 1 / 256
+
+
+class Description(BaseModel):
+    """What must be known of one stored weight before its bytes are read; see FORMAT.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: Values
+    count: int = Field(ge=0)
+    scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    relative: bool = False
+    implied: bool = False
+    gaps: int = Field(default=0, ge=0)
+    sizes: tuple[int, ...] = ()
+    check: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def wide(self) -> bool:
+        return self.count < _WIDE_GAPS_DENSITY * self.numel
+
+    @property
+    def code_bytes(self) -> int:
+        """The size of one code in memory."""
+        return DTYPES[self.dtype].itemsize if self.values == "exact" else 1
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The decoded sizes of the streams that hold positions; those that hold codes come after them."""
+        if self.implied:
+            return ()
+        return (self.gaps, self.count) if self.wide else (self.gaps,)
+
+
+def parse_description(fields: Any, where: str) -> Description:
+    """Check a description that was read from a file.
+
+    Raises:
+        ArtifactError: a field is missing, unknown or out of range.
+    """
+    try:
+        d = Description.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{where}: {field}: {first['msg']}") from error
+    if d.dtype not in DTYPES:
+        raise ArtifactError(f"{where}: dtype {d.dtype!r} is none of {', '.join(DTYPES)}")
+    if any(size < 0 for size in d.shape) or d.numel >= 2**63:
+        raise ArtifactError(f"{where}: shape {list(d.shape)} is out of range")
+    if d.count > d.numel:
+        raise ArtifactError(f"{where}: {d.count} coordinates do not fit shape {list(d.shape)}")
+    planes = len(d.sizes) - len(d.heads)
+    coded = d.numel if d.implied else d.count
+    if min(d.sizes, default=0) < 0 or not min(coded, 1) <= planes <= min(coded, 1) * d.code_bytes:
+        raise ArtifactError(f"{where}: sizes {list(d.sizes)} are not those of its streams")
+    if (d.relative and d.values != "exact") or (
+        d.implied and d.values == "exact" and not d.relative
+    ):
+        raise ArtifactError(f"{where}: {d.values} values are never stored so")
+    return d

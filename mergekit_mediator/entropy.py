@@ -1,0 +1,127 @@
+"""Integers to bytes near their entropy, and back: gaps, byte planes, zstandard. Layout in FORMAT.md.
+
+Huffman coding of bytes, which is what zstandard does here, is within 1.3% of the entropy of random
+positions at densities from 1% to 20%, and needs neither a model nor code of our own in the inner loop.
+"""
+
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from mergekit_mediator.errors import ArtifactError
+
+Bytes = NDArray[np.uint8]
+Integers = NDArray[np.signedinteger[Any]]
+
+# A stream may be this many times its stored size, so that a small file cannot ask for much memory. The
+# writer pads what compresses better with zeros.
+_MAX_EXPANSION = 4096
+_ALWAYS_ALLOWED = 1 << 20
+_ESCAPE = 255
+# Hardly any matches are looked for: the streams have no repetitions, only unequal frequencies.
+_PARAMETERS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=17,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+)
+
+
+def pack(raw: Bytes) -> bytes:
+    """One stored stream: a zstandard frame, or the bytes themselves where that is shorter."""
+    content = np.ascontiguousarray(raw)
+    frame = zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(content.data)
+    if content.size > _ALWAYS_ALLOWED:
+        frame = frame.ljust(-(-content.size // _MAX_EXPANSION), b"\0")
+    return frame if len(frame) < content.size else content.tobytes()
+
+
+def unpack(stored: Bytes, size: int, where: str) -> Bytes:
+    """The `size` bytes of a stored stream.
+
+    Raises:
+        ArtifactError: the stream does not hold that many bytes, or claims to expand too far.
+    """
+    if stored.size == size:
+        return stored
+    if size > max(_ALWAYS_ALLOWED, _MAX_EXPANSION * stored.size):
+        raise ArtifactError(f"{where}: {stored.size} bytes cannot hold {size}")
+    try:
+        if zstandard.frame_content_size(stored.data) != size:
+            raise ArtifactError(f"{where}: a stream of {size} bytes expected")
+        content = zstandard.ZstdDecompressor().decompress(
+            stored.data, max_output_size=size, allow_extra_data=True
+        )
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"{where}: a stream cannot be decompressed: {error}") from error
+    if len(content) != size:
+        raise ArtifactError(f"{where}: {size} bytes expected in a stream, got {len(content)}")
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def gap_streams(positions: NDArray[np.int64], wide: bool) -> list[Bytes]:
+    """Ascending positions as gaps: a stream of bytes where 255 means 255 more and the gap goes on.
+
+    Args:
+        positions: `[k]`, ascending from 0.
+        wide: for gaps of hundreds, whose low byte is as good as random: it goes to a second stream `[k]`,
+            and the first holds the rest.
+    """
+    gaps = np.diff(positions, prepend=-1) - 1
+    streams = []
+    if wide:
+        streams = [(gaps & 255).astype(np.uint8)]
+        gaps >>= 8
+    ends = np.cumsum(gaps // _ESCAPE) + np.arange(gaps.size)
+    first = np.full(int(ends[-1]) + 1 if ends.size else 0, _ESCAPE, dtype=np.uint8)
+    first[ends] = gaps % _ESCAPE
+    return [first, *streams]
+
+
+def from_gap_streams(streams: list[Bytes], numel: int, where: str) -> NDArray[np.int64]:
+    """The positions of `gap_streams`.
+
+    Raises:
+        ArtifactError: they do not ascend within `numel`.
+    """
+    first, *low = streams
+    ends = first != _ESCAPE
+    positions = np.cumsum(first + ends.view(np.uint8), dtype=np.int64)
+    positions -= 1
+    if not ends.all():
+        positions = positions[ends]
+    if low:
+        gaps = np.diff(positions, prepend=-1) - 1
+        if gaps.size != low[0].size or (gaps >= (numel >> 8) + 1).any():
+            raise ArtifactError(f"{where}: the gaps between positions do not fit {numel}")
+        positions = np.cumsum((gaps << 8) + low[0] + 1) - 1
+    if positions.size and (positions[-1] >= numel or (low and (np.diff(positions) <= 0).any())):
+        raise ArtifactError(f"{where}: positions must ascend from 0 to below {numel}")
+    return positions
+
+
+def byte_planes(codes: Integers) -> list[Bytes]:
+    """Signed integers as zigzag codes (0, -1, 1, -2 as 0, 1, 2, 3), one plane `[k]` for each byte in use.
+
+    Args:
+        codes: `[k]`; there is at least one plane if k > 0.
+    """
+    bits = 8 * codes.itemsize
+    zigzag = ((codes << 1) ^ (codes >> (bits - 1))).view(f"u{codes.itemsize}")
+    width = max(1, (int(zigzag.max()).bit_length() + 7) // 8) if zigzag.size else 0
+    return [(zigzag >> (8 * byte)).astype(np.uint8) for byte in range(width)]
+
+
+def from_byte_planes(planes: list[Bytes], itemsize: int) -> Integers:
+    """The signed integers of byte planes, lowest byte first."""
+    unsigned = np.zeros(planes[0].size if planes else 0, dtype=f"u{itemsize}")
+    for byte, plane in enumerate(planes):
+        unsigned |= plane.astype(unsigned.dtype) << unsigned.dtype.type(8 * byte)
+    signed = unsigned.view(f"i{itemsize}")
+    codes: Integers = (unsigned >> 1).view(signed.dtype) ^ -(signed & 1)
+    return codes
