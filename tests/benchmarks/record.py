@@ -1,0 +1,46 @@
+"""Write what a benchmark found, with all that it takes to find it again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("mergekit-mediator", "mergekit", "torch", "transformers", "reasoning-gym", "numpy")
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = None) -> Path:
+    """Write results/NAME.json: the command, versions, machine, seeds and figures."""
+    record = {
+        "command": " ".join(["python", *(Path(arg).name for arg in sys.argv[:1]), *sys.argv[1:]]),
+        "versions": {package: version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "seeds": seeds or {},
+        **figures,
+    }
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
