@@ -41,36 +41,21 @@ class Recipe:
 RECIPES = {
     "family_relationships": Recipe({"min_family_size": 4, "max_family_size": 6}, seed=12),
     "word_sequence_reversal": Recipe({"min_words": 3, "max_words": 5}, seed=13),
-    "number_filtering": Recipe(
-        {"min_numbers": 3, "max_numbers": 4, "max_decimals": 1, "min_value": -50, "max_value": 50},
-        seed=14,
-    ),
+    "spiral_matrix": Recipe({"min_n": 2, "max_n": 3}, seed=14),
     "chain_sum": Recipe(
         {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, steps=480, seed=15
     ),
     "complex_arithmetic": Recipe(
-        {"operations": ["+", "-"], "operations_weights": [0.5, 0.5]}, seed=16
+        {"operations": ["+", "-"], "operations_weights": [0.5, 0.5]}, steps=400, seed=16
     ),
-    "word_sorting": Recipe(
-        {"min_words": 3, "max_words": 4, "transformation": "lowercase"}, seed=17
-    ),
-    "letter_counting": Recipe({"min_words": 2, "max_words": 5}, steps=480, seed=18),
-    "leg_counting": Recipe(
-        {"min_animals": 2, "max_animals": 2, "max_instances": 5}, steps=480, seed=19
-    ),
-    "prime_factorization": Recipe({"min_value": 2, "max_value": 200}, steps=480, seed=20),
-    "spell_backward": Recipe({"min_word_len": 3, "max_word_len": 4}, steps=480, seed=21),
+    "word_sorting": Recipe({"min_words": 3, "max_words": 3}, seed=17),
+    "rotate_matrix": Recipe({"min_n": 2, "max_n": 2, "max_rotations": 3}, seed=18),
+    "letter_counting": Recipe({"min_words": 2, "max_words": 5}, steps=400, seed=19),
 }
-STRONG4 = ["family_relationships", "word_sequence_reversal", "number_filtering", "chain_sum"]
+STRONG4 = ["family_relationships", "word_sequence_reversal", "spiral_matrix", "chain_sum"]
 FAMILIES = {
     "strong4": STRONG4,
-    "eight": [
-        *STRONG4,
-        "complex_arithmetic",
-        "word_sorting",
-        "letter_counting",
-        "leg_counting",
-    ],
+    "eight": list(RECIPES),
     "overlap": ["chain_sum", "complex_arithmetic", "word_sequence_reversal", "word_sorting"],
 }
 Pair = tuple[list[int], list[int]]
