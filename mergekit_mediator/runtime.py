@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,7 +125,7 @@ class MediatorModel:
             return self._route_by_likelihood(ids, mask, 1.0 if temperature is None else temperature)
         if chosen != "response":
             raise RoutingError(f"unknown router {chosen!r}: choose response or likelihood")
-        responses, router = self._responses(ids, mask, self._counted(ids, mask))
+        responses, router = self._responses(ids, mask)
         given = {} if temperature is None else {"temperature": temperature}
         return router.decide(responses, self._reference, **given)
 
@@ -142,12 +143,13 @@ class MediatorModel:
         Rows that need the same mixture run together; the results are padded to one length.
 
         Args:
-            input_ids: `[batch, length]`, padded on the left.
+            input_ids: `[batch, length]`; rows that are padded on the right are padded on the left
+                instead, as generation needs it.
             attention_mask: `[batch, length]`, 0 for padding.
             mixture: this one for all rows, instead of routing.
             kwargs: as for transformers' generate.
         """
-        ids, mask = self._tokens(input_ids, attention_mask)
+        ids, mask = _pad_left(*self._tokens(input_ids, attention_mask))
         if mixture is not None:
             with self.mixture(mixture):
                 return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)
@@ -228,44 +230,40 @@ class MediatorModel:
         return router if router.applies_to(self.model) else None
 
     @cached_property
-    def _neutral_prompt(self) -> Tensor:
-        """Token ids `[length]` of a prompt that says nothing: the chat template around no message."""
-        ids = render(self.tokenizer, "") if self.tokenizer else []
-        return torch.tensor(ids or [_pad_token(self.model)], device=self.model.device)
+    def _opening(self) -> list[int]:
+        """The token ids that every prompt begins with: the chat template up to the user's text."""
+        if self.tokenizer is None:
+            return []
+        pairs = zip(render(self.tokenizer, ""), render(self.tokenizer, "x"), strict=False)
+        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     @cached_property
     def _reference(self) -> dict[str, Tensor]:
-        ids = self._neutral_prompt[None]
-        everything = torch.ones_like(ids)
-        responses, _ = self._responses(ids, everything, everything.bool())
+        """The responses to a prompt that says nothing: the chat template around an empty message."""
+        tokens = render(self.tokenizer, "") if self.tokenizer else []
+        ids = torch.tensor([tokens or [_pad_token(self.model)]], device=self.model.device)
+        responses, _ = self._responses(ids, torch.ones_like(ids))
         return responses
 
     @torch.no_grad()
-    def _responses(
-        self, ids: Tensor, mask: Tensor, counted: Tensor
-    ) -> tuple[dict[str, Tensor], ResponseRouter]:
+    def _responses(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], ResponseRouter]:
         if self._response_router is None:
             raise RoutingError(
                 f"{self.root}: response routing has nothing to measure in this model: use the "
                 "likelihood router, or calibrate one"
             )
-        with self._response_router.recording(self.model, counted) as responses:
+        with self._response_router.recording(self.model, self._counted(ids, mask)) as responses:
             self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         return responses, self._response_router
 
     def _counted(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The tokens that tell requests apart: no padding, and not what every prompt begins with."""
         counted = mask.bool().clone()
-        neutral = self._neutral_prompt.tolist()
         for row, (tokens, keep) in enumerate(zip(ids.tolist(), counted.tolist(), strict=True)):
-            places = [i for i, kept in enumerate(keep) if kept]
-            shared = 0
-            for place, token in zip(places, neutral, strict=False):
-                if tokens[place] != token:
-                    break
-                shared += 1
-            if shared < len(places):
-                counted[row, places[:shared]] = False
+            places = [place for place, kept in enumerate(keep) if kept]
+            opening = places[: len(self._opening)]
+            if len(places) > len(opening) and [tokens[p] for p in opening] == self._opening:
+                counted[row, opening] = False
         return counted
 
     @torch.no_grad()
@@ -313,6 +311,14 @@ def _local(source: str | Path, revision: str | None) -> Path:
         raise ArtifactError(
             f"{source}: neither a directory nor a repository on the Hub: {error}"
         ) from error
+
+
+def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows `[batch, length]` with their padding in front."""
+    if bool(mask[:, -1].all()):
+        return ids, mask
+    order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
 
 
 def _pad_token(model: PreTrainedModel) -> int:
