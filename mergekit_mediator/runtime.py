@@ -193,7 +193,7 @@ class MediatorModel:
         if isinstance(prompts, Mapping):
             prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask")
         if not isinstance(prompts, Tensor):
-            prompts, attention_mask = self._tokenize(prompts)
+            prompts, attention_mask = self.tokenize(prompts)
         ids = prompts.to(self.model.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         if ids.ndim != 2 or not len(ids):
@@ -207,7 +207,12 @@ class MediatorModel:
             )
         return ids, mask
 
-    def _tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask `[batch, length]` of texts, through the chat template, padded left.
+
+        Raises:
+            RoutingError: no prompts, an empty one, or an artifact without a tokenizer.
+        """
         if self.tokenizer is None:
             raise RoutingError(f"{self.root}: has no tokenizer: give token ids instead of text")
         if not prompts:
