@@ -1,0 +1,49 @@
+"""Text in, text out: each prompt's mixture and answer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mergekit_mediator.router import apply_policy
+from mergekit_mediator.runtime import MediatorModel
+
+
+def answer(
+    model: MediatorModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    mixture: Mapping[str, float] | None = None,
+    router: Any = None,
+) -> list[dict[str, Any]]:
+    """Answer prompts by greedy decoding.
+
+    Args:
+        model: with a tokenizer.
+        prompts: one or more texts.
+        max_new_tokens: for each answer.
+        mixture: this one for all prompts, instead of routing.
+        router: the router's name, or None for the default one.
+
+    Returns:
+        For each prompt `prompt`, `mixture`, `entropy` in nats (None without routing), `answer`.
+    """
+    results = []
+    for prompt in prompts:
+        entropy, chosen = None, dict(mixture or {})
+        ids, mask = model.tokenize([prompt])
+        if mixture is None:
+            decision = model.route(ids, mask, router=router)
+            weights = apply_policy(decision, model.policy, model.entropy_threshold)[0]
+            entropy = float(decision.entropy[0])
+            chosen = {e: p for e, p in zip(model.experts, weights.tolist(), strict=True) if p > 0}
+        with torch.no_grad(), model.mixture(chosen) as mixed:
+            output = mixed.generate(
+                input_ids=ids.to(mixed.device),
+                attention_mask=mask.to(mixed.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        text = model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        results.append({"prompt": prompt, "mixture": chosen, "entropy": entropy, "answer": text})
+    return results

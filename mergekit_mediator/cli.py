@@ -1,0 +1,180 @@
+"""The commands, thin: options in, one call, figures out."""
+
+import json
+import logging
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_mediator import __version__
+from mergekit_mediator.errors import MediatorError
+
+# These need mergekit, which takes seconds to import: only when they are called.
+_LAZY = {"merge": "cli_merge", "plan": "cli_merge", "demo": "demo"}
+
+
+class _Commands(click.Group):
+    """Imports a command when it is asked for; ends with one readable line where it fails."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_LAZY})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _LAZY:
+            module = import_module(f"mergekit_mediator.{_LAZY[cmd_name]}")
+            command: click.Command = getattr(module, cmd_name)
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_SUMMARY.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MediatorError as error:
+            if ctx.params.get("verbose"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+_SUMMARY = {
+    "calibrate": "Fit the router of an artifact to example prompts.",
+    "demo": "Merge four skills of a small model and see each prompt routed.",
+    "evaluate": "Score an artifact on tasks, routed and with each expert.",
+    "generate": "Answer prompts, each with the experts that it needs.",
+    "inspect": "Show experts, conflict, routed layers and sizes.",
+    "merge": "Merge models into an artifact.",
+    "plan": "Show what a merge will read, write and need, before it runs.",
+    "verify": "Check every digest of an artifact, and its base.",
+}
+
+_directory = click.Path(exists=True, file_okay=False, path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+
+
+@click.group(cls=_Commands)
+@click.option("-v", "--verbose", is_flag=True, help="Show a traceback where a command fails.")
+@click.version_option(__version__)
+def main(verbose: bool) -> None:
+    """Merge fine-tunes into one checkpoint plus small experts, and route each request.
+
+    Example: mergekit-mediator merge config.yml OUT && mergekit-mediator generate OUT "2 + 2 ="
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+
+
+@main.command()
+@click.argument("out", type=_directory)
+@_json
+def inspect(out: Path, as_json: bool) -> None:
+    """Show experts, conflict, routed layers and sizes of the artifact in OUT.
+
+    Example: mergekit-mediator inspect OUT
+    """
+    from mergekit_mediator import artifact, report
+
+    figures = report.inspect_figures(out, artifact.read_manifest(out))
+    click.echo(json.dumps(figures, indent=1) if as_json else report.inspect_report(figures))
+
+
+@main.command()
+@click.argument("out", type=_directory)
+@click.option("--base", type=_directory, help="Where the base model is on this machine.")
+@_json
+def verify(out: Path, base: Path | None, as_json: bool) -> None:
+    """Check every digest of the artifact in OUT, and that its base is the one it was made from.
+
+    Example: mergekit-mediator verify OUT --base models/base
+    """
+    from mergekit_mediator import artifact
+
+    manifest = artifact.read_manifest(out)
+    artifact.verify_files(out, manifest)
+    local = base or Path(manifest.base.source)
+    checked = local.is_dir()
+    if checked:
+        artifact.verify_base(local, manifest)
+    if as_json:
+        click.echo(json.dumps({"files": len(manifest.files), "base_checked": checked}))
+        return
+    click.echo(f"{len(manifest.files)} files match the manifest")
+    unchecked = "the base is not on this machine: name its directory with --base to check it"
+    click.echo(f"base {local} matches the manifest" if checked else unchecked)
+
+
+@main.command()
+@click.argument("out")
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--expert", "experts", multiple=True, help="NAME or NAME=WEIGHT, instead of routing.")
+@click.option("--router", help="Route by this router instead of the default one.")
+@click.option("--max-new-tokens", default=64, show_default=True)
+@_json
+def generate(
+    out: str,
+    prompts: tuple[str, ...],
+    experts: tuple[str, ...],
+    router: str | None,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Answer PROMPTS with the artifact in OUT, a directory or a repository on the Hub.
+
+    Example: mergekit-mediator generate OUT "What is 12 + 30?" "Reverse: a b c"
+    """
+    from mergekit_mediator.answer import answer
+    from mergekit_mediator.runtime import MediatorModel
+
+    model = MediatorModel.from_pretrained(out)
+    mixture = _mixture(experts)
+    results = answer(model, prompts, max_new_tokens, mixture=mixture, router=router)
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+        return
+    for result in results:
+        weights = ", ".join(f"{name} {p:.2f}" for name, p in result["mixture"].items()) or "dense"
+        note = "" if result["entropy"] is None else f", entropy {result['entropy']:.2f} nats"
+        click.echo(f"[{weights}{note}] {result['answer']}")
+
+
+@main.command()
+@click.argument("out")
+@click.option(
+    "--task", "tasks", multiple=True, required=True, help="NAME=FILE.jsonl or NAME=gym:TASK."
+)
+@click.option("--base", help="Also score this model, such as the base.")
+@click.option("--limit", default=64, show_default=True, help="Examples per task.")
+@click.option("--seed", default=7, show_default=True, help="Of generated tasks.")
+@_json
+def evaluate(
+    out: str, tasks: tuple[str, ...], base: str | None, limit: int, seed: int, as_json: bool
+) -> None:
+    """Score the artifact in OUT on tasks: with its router, with each expert, and dense.
+
+    NAME is the expert that a task belongs to. A line of FILE.jsonl is {"prompt": ..., "answer": ...}.
+
+    Example: mergekit-mediator evaluate OUT --task math=math.jsonl --task code=code.jsonl
+    """
+    from mergekit_mediator.compare import compare, load_tasks
+
+    report = compare(out, load_tasks(tasks, limit, seed), base)
+    click.echo(json.dumps(report.figures, indent=1) if as_json else report.markdown)
+
+
+def _mixture(experts: tuple[str, ...]) -> dict[str, float] | None:
+    mixture = {}
+    for text in experts:
+        name, _, weight = text.partition("=")
+        try:
+            mixture[name] = float(weight or 1.0)
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r}: NAME or NAME=WEIGHT required") from error
+    return mixture or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

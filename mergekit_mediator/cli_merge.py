@@ -1,0 +1,110 @@
+"""The commands that need mergekit: merge and plan."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions, add_merge_options
+from pydantic import ValidationError
+
+from mergekit_mediator import merge as merging
+from mergekit_mediator import plugin, report
+from mergekit_mediator.card import plot_conflict
+from mergekit_mediator.config import METHOD
+from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.estimate import estimate
+from mergekit_mediator.headers import first_line
+from mergekit_mediator.weights import Inputs
+from mergekit_mediator.workers import workers
+
+_config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+@click.command()
+@_config
+@click.argument("out")
+@click.option("--overwrite", is_flag=True, help="Replace a model that OUT holds already.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
+@add_merge_options  # type: ignore[untyped-decorator]
+def merge(
+    merge_options: MergeOptions, config: Path, out: str, overwrite: bool, allow_nonfinite: bool
+) -> None:
+    """Merge the models of CONFIG into an artifact in OUT, as `mergekit-yaml CONFIG OUT` does.
+
+    Example: mergekit-mediator merge config.yml OUT --device cuda
+    """
+    merge_options.apply_global_options()
+    source, merge_config = _read(config)
+    manifest = merging.run(
+        merge_config,
+        out,
+        merge_options,
+        source,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+    )
+    routed = len(manifest.routed_layers)
+    click.echo(
+        f"{out}: dense expert and {len(manifest.experts)} sparse experts, "
+        f"{routed} of {len(manifest.layers)} layers routed"
+    )
+
+
+@click.command()
+@_config
+@click.option("--conflict", is_flag=True, help="Measure conflict: reads every weight once.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw it: FILE.png.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@add_merge_options  # type: ignore[untyped-decorator]
+def plan(
+    merge_options: MergeOptions, config: Path, conflict: bool, plot: Path | None, as_json: bool
+) -> None:
+    """Show what the merge of CONFIG will read, write and need; reads headers only.
+
+    Example: mergekit-mediator plan config.yml --conflict --plot conflict.png
+    """
+    if plot is not None and not conflict:
+        raise click.UsageError("--plot draws what --conflict measures: give both")
+    _, merge_config = _read(config)
+    with tempfile.TemporaryDirectory() as merged_adapters:
+        if merge_options.lora_merge_cache is None:
+            merge_options = merge_options.model_copy(update={"lora_merge_cache": merged_adapters})
+        inputs = Inputs(merge_config, merge_options)
+        try:
+            inputs.open() if conflict else inputs.peek()
+            weights = inputs.weights()
+            measured = None
+            if conflict:
+                with workers() as over:
+                    measured = merging.measure_layers(inputs, weights, over)
+            plans = merging.plan_layers(inputs, weights, measured)
+            estimated = estimate(inputs, weights, plans)
+        finally:
+            inputs.close()
+    if plot is not None:
+        profile = {m: [p.metrics[m] for p in plans] for m in ("sign", "mass", "dispersion")}
+        plot_conflict(plot, [p.name for p in plans], profile, [p.routed for p in plans])
+    figures = report.plan_figures(estimated)
+    click.echo(json.dumps(figures, indent=1) if as_json else report.plan_report(estimated))
+
+
+def _read(path: Path) -> tuple[str, MergeConfiguration]:
+    """A configuration's text, and what mergekit reads in it."""
+    plugin.install()
+    try:
+        source = path.read_text(encoding="utf-8")
+        config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RuntimeError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {place}: {first_line(ValueError(first['msg']))}") from error
+    if config.merge_method != METHOD:
+        raise ConfigError(
+            f"{path}: merge_method is {config.merge_method}, not {METHOD}: use mergekit-yaml"
+        )
+    return source, config

@@ -1,0 +1,129 @@
+"""What a merge will read, write and need in memory, from headers and the configuration alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mergekit.common import dtype_from_name
+
+from mergekit_mediator.plan import LayerPlan
+from mergekit_mediator.threshold import count_kept
+from mergekit_mediator.weights import Inputs, PlannedWeight
+
+# Python with torch, transformers and mergekit loaded, measured.
+_PROCESS_BYTES = 700_000_000
+_CODE_BITS = {"int8": 8, "int4": 4, "sign": 1}
+
+
+@dataclass(frozen=True)
+class LayerEstimate:
+    """One layer of a merge, in bytes.
+
+    Attributes:
+        plan: its weights, its conflict if measured, and the decision if made.
+        parameters: the number of its parameters.
+        read: of all models together, in one pass.
+        dense: of the dense expert's checkpoint.
+        experts: of all sparse experts together, about; 0 if averaged or undecided.
+    """
+
+    plan: LayerPlan
+    parameters: int
+    read: int
+    dense: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A whole merge, in bytes.
+
+    Attributes:
+        layers: in order.
+        passes: how often each input is read: 2 if what is routed depends on what is measured.
+        peak_memory: predicted, without the pages of input files that the system maps and can drop.
+    """
+
+    layers: tuple[LayerEstimate, ...]
+    passes: int
+    peak_memory: int
+
+    @property
+    def read(self) -> int:
+        """Bytes read in all passes."""
+        return self.passes * sum(layer.read for layer in self.layers)
+
+    @property
+    def dense(self) -> int:
+        """Bytes of the dense expert."""
+        return sum(layer.dense for layer in self.layers)
+
+    @property
+    def experts(self) -> int:
+        """Bytes of all sparse experts, about."""
+        return sum(layer.experts for layer in self.layers)
+
+
+def estimate(
+    inputs: Inputs, weights: Sequence[PlannedWeight], plans: Sequence[LayerPlan]
+) -> Estimate:
+    """Predict a merge.
+
+    Args:
+        inputs: with headers read.
+        weights: all of them.
+        plans: the layers that they make up.
+    """
+    by_layer: dict[str, list[PlannedWeight]] = {}
+    for weight in weights:
+        by_layer.setdefault(weight.layer, []).append(weight)
+    layers = tuple(_layer(inputs, by_layer[plan.name], plan) for plan in plans)
+    dense = sum(layer.dense for layer in layers)
+    largest = max((_dense_bytes(inputs, weight) for weight in weights), default=0)
+    # the shard that is being filled, and of the largest weight the result and what encoding it needs
+    peak = _PROCESS_BYTES + min(inputs.options.out_shard_size, dense) + 3 * largest
+    passes = 2 if inputs.config.selection.needs_conflict else 1
+    return Estimate(layers, passes, peak)
+
+
+def _layer(inputs: Inputs, weights: list[PlannedWeight], plan: LayerPlan) -> LayerEstimate:
+    return LayerEstimate(
+        plan=plan,
+        parameters=sum(_parameters(inputs, weight) for weight in weights),
+        read=sum(inputs.input_bytes(weight) for weight in weights),
+        dense=sum(_dense_bytes(inputs, weight) for weight in weights),
+        experts=sum(_expert_bytes(inputs, weight) for weight in weights) if plan.routed else 0,
+    )
+
+
+def _parameters(inputs: Inputs, weight: PlannedWeight) -> int:
+    header = inputs.header(weight, inputs.base)
+    return header.numel if header else 0
+
+
+def _dense_bytes(inputs: Inputs, weight: PlannedWeight) -> int:
+    header = inputs.header(weight, inputs.base)
+    if header is None:
+        return 0
+    dtype = dtype_from_name(weight.info.force_dtype or inputs.out_dtype)
+    return int(header.numel * dtype.itemsize) if dtype else header.bytes
+
+
+def _expert_bytes(inputs: Inputs, weight: PlannedWeight) -> int:
+    """Positions at their entropy, and one code for each kept coordinate."""
+    numel = _parameters(inputs, weight)
+    if not numel:
+        return 0
+    code_bits = _CODE_BITS.get(inputs.config.values, 8 * _dense_bytes(inputs, weight) // numel)
+    total = 0.0
+    for density in weight.densities.values():
+        kept = count_kept(numel, density)
+        total += numel * _entropy(kept / numel) + kept * code_bits
+    return round(total / 8)
+
+
+def _entropy(share: float) -> float:
+    """Bits per coordinate that say which ones are kept."""
+    if share in (0.0, 1.0):
+        return 0.0
+    return -share * math.log2(share) - (1 - share) * math.log2(1 - share)
