@@ -1,8 +1,8 @@
-"""What Mediator is compared with: mergekit's static merges, and low-rank remainders."""
+"""What Mediator is compared with: mergekit's static merges, and low-rank experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ def static_configs(count: int) -> dict[str, tuple[str, dict[str, Any]]]:
         parameters = {"weight": weight, "normalize": False}
         configs[f"task_arithmetic {weight}"] = ("task_arithmetic", parameters)
     for density in (0.2, 0.5):
-        parameters = {"weight": 1.0, "density": density}
-        configs[f"ties {density}"] = ("ties", parameters)
+        configs[f"ties {density}"] = ("ties", {"weight": 1.0, "density": density})
         for method in ("dare_ties", "della"):
             parameters = {"weight": 0.5, "density": density, "normalize": False}
             if method == "della":
@@ -36,60 +35,25 @@ def static_configs(count: int) -> dict[str, tuple[str, dict[str, Any]]]:
     return configs
 
 
-def static_merge(
-    method: str, parameters: dict[str, Any], base: Path, experts: list[Path], out: Path
-) -> State:
-    """Merge with mergekit itself into `out`, unless it is there, and load the result."""
-    weights = out / "model.safetensors"
-    if not weights.exists():
-        config: dict[str, Any] = {
-            "merge_method": method,
-            "models": [{"model": str(path.resolve())} for path in experts],
-            "parameters": parameters,
-            "dtype": "float32",
-            "out_dtype": "bfloat16",
-        }
-        if method != "linear":
+def merge(config: dict[str, Any], base: Path, experts: dict[str, Path], out: Path) -> Path:
+    """Merge with mergekit into `out`, unless it is there."""
+    if not out.exists():
+        mediator = config["merge_method"] == "mediator"
+        models = [
+            {"model": str(path.resolve()), "parameters": {"expert": name} if mediator else {}}
+            for name, path in experts.items()
+        ]
+        config = {"models": models, "dtype": "float32", "out_dtype": "bfloat16"} | config
+        if config["merge_method"] != "linear":
             config["base_model"] = str(base.resolve())
         options = MergeOptions(random_seed=0, write_model_card=False, quiet=True)
         run_merge(MergeConfiguration.model_validate(config), str(out), options)
-    return load_file(weights)
+    return out
 
 
-def left_directions(expert: State, reference: State) -> State:
-    """For every matrix of the model the left singular vectors of its change, strongest first.
-
-    Taken from the eigenvectors of the smaller Gram matrix; a vector's change is not factored.
-    """
-    directions = {}
-    for name, weight in expert.items():
-        if weight.ndim == 2:
-            change = weight.float() - reference[name].float()
-            change = change if change.shape[0] <= change.shape[1] else change.T
-            directions[name] = torch.linalg.eigh(change @ change.T).eigenvectors.flip(1)
-    return directions
-
-
-def low_rank(expert: State, reference: State, directions: State, rank: int) -> tuple[State, int]:
-    """The reference plus the best rank-`rank` form of every matrix's change, and its bytes.
-
-    Factors count two bytes a value, and changes of vectors (norms) are kept whole. Rank-r
-    extraction of adapters from fine-tunes (mergekit-extract-lora) where the reference is the
-    base; Twin-Merging's exclusive knowledge (arXiv 2406.15479) where it is the shared merge.
-    """
-    state, stored = {}, 0
-    for name, weight in expert.items():
-        start = reference[name].float()
-        change = weight.float() - start
-        if name in directions:
-            top = directions[name][:, :rank]
-            wide = change.shape[0] <= change.shape[1]
-            change = top @ (top.T @ change) if wide else (change @ top) @ top.T
-            stored += 2 * rank * sum(change.shape)
-        else:
-            stored += 2 * change.numel()
-        state[name] = (start + change).to(torch.bfloat16)
-    return state, stored
+def load(folder: Path) -> State:
+    """All weights of a checkpoint of one file."""
+    return load_file(folder / "model.safetensors")
 
 
 def size(state: State) -> int:
@@ -97,12 +61,53 @@ def size(state: State) -> int:
     return sum(weight.numel() * weight.element_size() for weight in state.values())
 
 
-def remainders(
-    expert: State, references: dict[str, State], ranks: tuple[int, ...]
-) -> Iterator[tuple[str, State, int]]:
-    """(name, weights, bytes of the expert) for every reference and rank."""
-    for label, reference in references.items():
-        directions = left_directions(expert, reference)
-        for rank in ranks:
-            state, stored = low_rank(expert, reference, directions, rank)
-            yield f"{label} {rank}", state, stored
+def average(states: list[State]) -> State:
+    """The plain mean, in bfloat16."""
+    return {
+        name: (sum(state[name].float() for state in states) / len(states)).to(torch.bfloat16)
+        for name in states[0]
+    }
+
+
+class LowRank:
+    """Experts as a reference plus the best rank-r form of every matrix's change.
+
+    With the base as the reference this is what mergekit-extract-lora does; with the average it is
+    Twin-Merging's shared and exclusive knowledge (arXiv 2406.15479). Changes of vectors (norms) are
+    kept whole.
+    """
+
+    def __init__(self, reference: State, experts: dict[str, State]) -> None:
+        self.reference, self.experts = reference, experts
+        self.directions = cache(self._directions)
+
+    def _directions(self, expert: str) -> State:
+        """Of every matrix's change the singular vectors of the smaller side, strongest first."""
+        directions = {}
+        for name, weight in self.experts[expert].items():
+            if weight.ndim == 2:
+                change = weight.float() - self.reference[name].float()
+                change = change if change.shape[0] <= change.shape[1] else change.T
+                directions[name] = torch.linalg.eigh(change @ change.T).eigenvectors.flip(1)
+        return directions
+
+    def state(self, expert: str, rank: int) -> State:
+        """The expert's weights, in bfloat16."""
+        state = {}
+        for name, weight in self.experts[expert].items():
+            start = self.reference[name].float()
+            change = weight.float() - start
+            if weight.ndim == 2:
+                top = self.directions(expert)[name][:, :rank]
+                wide = change.shape[0] <= change.shape[1]
+                change = top @ (top.T @ change) if wide else (change @ top) @ top.T
+            state[name] = (start + change).to(torch.bfloat16)
+        return state
+
+    def stored(self, rank: int) -> int:
+        """Bytes of all experts, with two bytes a value."""
+        values = sum(
+            rank * sum(weight.shape) if weight.ndim == 2 else weight.numel()
+            for weight in self.reference.values()
+        )
+        return 2 * values * len(self.experts)

@@ -11,21 +11,19 @@ on the prompts of the report. Scores and merges in the work folder are kept and 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
-from baselines import State, remainders, size, static_configs, static_merge
-from safetensors.torch import load_file
-from train_experts import FAMILIES, RECIPES, REPORT_SEED, Pair, answer_logits, tokenised
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from baselines import LowRank, State, average, load, merge, size, static_configs
+from bench import Bench, Mixture, Routes
+from train_experts import FAMILIES, RECIPES, REPORT_SEED
 
+from mergekit_mediator import MediatorModel
 from mergekit_mediator.results import (
-    AnswerScore,
     Score,
     SystemResult,
     normalized,
@@ -33,103 +31,113 @@ from mergekit_mediator.results import (
     to_json,
     to_markdown,
 )
+from mergekit_mediator.router import apply_policy
+from mergekit_mediator.tasks import from_reasoning_gym
 
 RANKS = (8, 16, 32)
 TUNE_SEED, TUNE_PROMPTS = 8, 24
+# The first is reported as `mediator`; the others by their own names.
+MEDIATORS: dict[str, dict[str, Any]] = {
+    "mediator": {"route": "all", "density": 0.1},
+    "mediator_sign": {"route": "all", "density": 0.1, "values": "sign"},
+    "mediator_defaults": {},
+}
 
 
-@torch.inference_mode()
-def score_packed(model: Any, pairs: list[Pair]) -> list[AnswerScore]:
-    """What `evaluate.score_answers` gives, three times faster on prompts that begin alike."""
-    answers = []
-    for start in range(0, len(pairs), 8):
-        logits, targets, rows = answer_logits(model, pairs[start : start + 8])
-        chosen = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        right = logits.argmax(-1) == targets
-        for row in rows.unique():
-            own = rows == row
-            total = float(chosen[own].double().sum())
-            answers.append(AnswerScore(bool(right[own].all()), total, int(own.sum())))
-    return answers
-
-
-class Bench:
-    """One model into which systems' weights are loaded, and a memory of every score."""
-
-    def __init__(self, base: Path, tasks: Sequence[str], work: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.tasks, self.work = tasks, work
-
-    def answers(
-        self, system: str, task: str, seed: int, count: int, state: State
-    ) -> list[AnswerScore]:
-        """Scores of the first `count` examples of a task under the weights `state`."""
-        path = self.work / "scores" / f"{system} on {task}, seed {seed}, {count} prompts.json"
-        if path.exists():
-            return [AnswerScore(**answer) for answer in json.loads(path.read_text())]
-        self.model.load_state_dict(state, strict=False)
-        self.model.tie_weights()
-        pairs = tokenised(self.tokenizer, task, RECIPES[task].config, seed, count)
-        answers = score_packed(self.model, pairs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(answer) for answer in answers]))
-        found = Score.of(answers)
-        print(
-            f"{system:22} {task:24} seed {seed} {found.accuracy:6.3f} "
-            f"{found.answer_log_likelihood:8.3f} nats",
-            flush=True,
-        )
-        return answers
-
-    def scores(self, system: str, seed: int, count: int, state: State) -> dict[str, Score]:
-        """One set of weights on every task."""
-        return {t: Score.of(self.answers(system, t, seed, count, state)) for t in self.tasks}
-
-
-def best_static_merges(
+def static_results(
     bench: Bench, base: Path, folders: dict[str, Path], prompts: int, experts: dict[str, Score]
 ) -> list[SystemResult]:
     """The best coefficients of every static method, chosen on the tuning seed, then reported."""
     tuned: dict[str, tuple[float, str, State]] = {}
     for name, (method, parameters) in static_configs(len(folders)).items():
-        out = bench.work / "merges" / name.replace(" ", "-")
-        state = static_merge(method, parameters, base, list(folders.values()), out)
-        scores = bench.scores(name, TUNE_SEED, TUNE_PROMPTS, state)
+        config = {"merge_method": method, "parameters": parameters}
+        state = load(merge(config, base, folders, bench.work / "merges" / name.replace(" ", "-")))
+        scores = bench.alike(name, TUNE_SEED, TUNE_PROMPTS, partial(bench.holding, state))
         mean = normalized(scores, experts)[0]
         if mean >= tuned.get(method, (-1.0, "", {}))[0]:
             tuned[method] = (mean, name, state)
     results = []
     for method, (mean, name, state) in tuned.items():
-        scores = bench.scores(name, REPORT_SEED, prompts, state)
-        figures = {"total_bytes_over_base": 1.0, "tuned": name, "tuning_mean": mean}
+        scores = bench.alike(name, REPORT_SEED, prompts, partial(bench.holding, state))
+        figures = {"total_bytes_over_base": 1.0, "coefficients": name, "tuning_mean": mean}
         results.append(SystemResult("average" if method == "linear" else method, scores, figures))
-    best = max(results, key=lambda result: result.figures["tuning_mean"])
+    best = max(results, key=lambda result: float(result.figures["tuning_mean"]))
     return [*results, SystemResult("best_static", best.scores, best.figures)]
 
 
-def remainder_systems(
-    bench: Bench, base: State, states: dict[str, State], prompts: int
-) -> list[SystemResult]:
-    """Low-rank experts with a router that is always right."""
-    average = {
-        name: (sum(state[name].float() for state in states.values()) / len(states)).to(w.dtype)
-        for name, w in base.items()
+def routes_of(mediator: MediatorModel, tasks: list[str], prompts: int) -> Routes:
+    """What the artifact's own router and policy give every prompt of the report."""
+    routes: Routes = {}
+    for task in tasks:
+        examples = from_reasoning_gym(task, prompts, REPORT_SEED, RECIPES[task].config).examples
+        texts = [str(example.prompt) for example in examples]
+        routes[task] = []
+        for start in range(0, prompts, 8):
+            decision = mediator.route(texts[start : start + 8])
+            weights = apply_policy(decision, mediator.policy, mediator.entropy_threshold)
+            routes[task] += [
+                tuple((e, p) for e, p in zip(decision.experts, row, strict=True) if p > 0)
+                for row in weights.tolist()
+            ]
+    return routes
+
+
+def best_single(routes: Routes) -> Routes:
+    """The likeliest expert alone, for systems that cannot mix."""
+    return {
+        task: [((max(mixture, key=lambda pair: pair[1])[0], 1.0),) for mixture in mixtures]
+        for task, mixtures in routes.items()
     }
-    references = {"extract_lora": base, "twin_merging": average}
-    scores: dict[str, dict[str, Score]] = {}
-    stored: dict[str, int] = {}
-    for task, state in states.items():
-        for name, weights, nbytes in remainders(state, references, RANKS):
-            answers = bench.answers(f"{name} oracle", task, REPORT_SEED, prompts, weights)
-            scores.setdefault(name, {})[task] = Score.of(answers)
-            stored[name] = stored.get(name, 0) + nbytes
-    return [
-        SystemResult(
-            f"{name}_oracle", found, {"total_bytes_over_base": 1 + stored[name] / size(base)}
-        )
-        for name, found in scores.items()
+
+
+def routing_accuracy(routes: Routes) -> float:
+    """Share of prompts whose likeliest expert is that of their task."""
+    right = [
+        mixture[0][0] == t for t, mixtures in best_single(routes).items() for mixture in mixtures
     ]
+    return sum(right) / len(right)
+
+
+def mediator_results(
+    bench: Bench, name: str, folder: Path, oracle: Routes, base_bytes: int
+) -> tuple[list[SystemResult], Routes]:
+    """One artifact with perfect routing, with its own, and with none."""
+    mediator = MediatorModel.from_pretrained(folder)
+    prompts = len(next(iter(oracle.values())))
+    routes = routes_of(mediator, list(oracle), prompts)
+    stored = sum(
+        entry.bytes for path, entry in mediator.manifest.files.items() if "safetensors" in path
+    )
+    figures = {"total_bytes_over_base": stored / base_bytes, "parameters": MEDIATORS[name]}
+    routing = {"routing_accuracy": routing_accuracy(routes)}
+
+    def mixed(mixture: Mixture) -> AbstractContextManager[Any]:
+        return mediator.mixture(dict(mixture))
+
+    dense = bench.alike(f"{name} dense", REPORT_SEED, prompts, partial(mixed, ()))
+    return [
+        SystemResult(name, bench.routed(name, REPORT_SEED, routes, mixed), figures | routing),
+        SystemResult(f"{name}_oracle", bench.routed(name, REPORT_SEED, oracle, mixed), figures),
+        SystemResult(f"{name}_dense", dense, {"total_bytes_over_base": 1.0}),
+    ], routes
+
+
+def low_rank_results(
+    bench: Bench, kind: str, experts: LowRank, oracle: Routes, routes: Routes, base_bytes: int
+) -> list[SystemResult]:
+    """Low-rank experts with perfect routing and with the same router as Mediator."""
+    results = []
+    for rank in RANKS:
+        name = f"{kind}_{rank}"
+
+        def loaded(mixture: Mixture, rank: int = rank) -> AbstractContextManager[Any]:
+            return bench.holding(experts.state(mixture[0][0], rank))
+
+        figures = {"total_bytes_over_base": 1 + experts.stored(rank) / base_bytes}
+        for suffix, used in (("", best_single(routes)), ("_oracle", oracle)):
+            scores = bench.routed(name, REPORT_SEED, used, loaded)
+            results.append(SystemResult(name + suffix, scores, figures))
+    return results
 
 
 def main() -> None:
@@ -148,31 +156,47 @@ def main() -> None:
     base = args.base or args.experts / "base"
     folders = {task: args.experts / task for task in tasks}
     bench = Bench(base, tasks, args.work or args.experts / "work" / args.family)
-    start = load_file(base / "model.safetensors")
-    states = {task: load_file(folder / "model.safetensors") for task, folder in folders.items()}
-    experts = {
-        task: Score.of(bench.answers("expert", task, REPORT_SEED, args.prompts, state))
-        for task, state in states.items()
-    }
-    scores = bench.scores("base", REPORT_SEED, args.prompts, start)
+    start = load(base)
+    states = {task: load(folder) for task, folder in folders.items()}
+    oracle: Routes = {task: [((task, 1.0),)] * args.prompts for task in tasks}
+
+    def expert(mixture: Mixture) -> AbstractContextManager[Any]:
+        return bench.holding(states[mixture[0][0]])
+
+    experts = bench.routed("expert", REPORT_SEED, oracle, expert)
+    untrained = bench.alike("base", REPORT_SEED, args.prompts, partial(bench.holding, start))
+    full = {"total_bytes_over_base": float(len(tasks))}
     results = [
-        SystemResult("base", scores, {"total_bytes_over_base": 1.0}),
-        SystemResult("experts", experts, {"total_bytes_over_base": float(len(tasks))}),
-        *best_static_merges(bench, base, folders, args.prompts, experts),
-        *remainder_systems(bench, start, states, args.prompts),
+        SystemResult("base", untrained, {"total_bytes_over_base": 1.0}),
+        SystemResult("experts", experts, full),
     ]
+    routes: Routes = {}
+    for name, parameters in MEDIATORS.items():
+        config = {"merge_method": "mediator", "parameters": parameters}
+        folder = merge(config, base, folders, bench.work / "merges" / name)
+        found, own_routes = mediator_results(bench, name, folder, oracle, size(start))
+        routes = routes or own_routes
+        results += found
+    by_router = bench.routed("expert", REPORT_SEED, best_single(routes), expert)
+    results.append(SystemResult("best_expert_by_router", by_router, full))
+    results += static_results(bench, base, folders, args.prompts, experts)
+    for kind, reference in (
+        ("extract_lora", start),
+        ("twin_merging", average(list(states.values()))),
+    ):
+        low_rank = LowRank(reference, states)
+        results += low_rank_results(bench, kind, low_rank, oracle, routes, size(start))
     rows = to_json(results, experts)
     for result in results:
-        mean, worst = recovered(result.scores, scores, experts)
+        mean, worst = recovered(result.scores, untrained, experts)
         rows[result.name] |= {"recovered_mean": mean, "recovered_worst": worst}
     figures = {
         "family": {task: RECIPES[task].config for task in tasks},
         "prompts_per_task": args.prompts,
         "systems": rows,
     }
-    path = record.write(
-        f"experts-{len(tasks)}", figures, {"report": REPORT_SEED, "tune": TUNE_SEED}
-    )
+    seeds = {"report": REPORT_SEED, "tune": TUNE_SEED}
+    path = record.write(f"experts-{len(tasks)}", figures, seeds)
     print(f"{to_markdown(results, experts)}\nwritten to {path}")
 
 
