@@ -159,10 +159,14 @@ def evaluate(
 
     Example: mergekit-mediator evaluate OUT --task math=math.jsonl --task code=code.jsonl
     """
+    from mergekit_mediator import report
     from mergekit_mediator.compare import compare, load_tasks
+    from mergekit_mediator.runtime import MediatorModel, load_plain
 
-    report = compare(out, load_tasks(tasks, limit, seed), base)
-    click.echo(json.dumps(report.figures, indent=1) if as_json else report.markdown)
+    loaded = load_tasks(tasks, limit, seed)
+    model = MediatorModel.from_pretrained(out)
+    figures = compare(model, loaded, load_plain(base) if base else None)
+    click.echo(json.dumps(figures, indent=1) if as_json else report.comparison_report(figures))
 
 
 def _mixture(experts: tuple[str, ...]) -> dict[str, float] | None:

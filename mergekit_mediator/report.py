@@ -154,5 +154,28 @@ def inspect_report(figures: dict[str, Any]) -> str:
     )
 
 
+def comparison_report(figures: dict[str, Any]) -> str:
+    """Exact match in percent by system and task, and where the prompts were routed."""
+    systems, routing = figures["systems"], figures["routing"]
+    rows = []
+    for system, scores in systems.items():
+        values = [100 * scores[task]["accuracy"] for task in routing]
+        rows.append([system, *[f"{v:.1f}" for v in values], f"{sum(values) / len(values):.1f}"])
+    experts = list(next(iter(routing.values()))["chosen"])
+    routes = [
+        [task, *[str(entry["chosen"][e]) for e in experts], f"{entry['entropy']:.3f}"]
+        for task, entry in routing.items()
+    ]
+    return "\n".join(
+        [
+            "exact match, %",
+            table(["system", *routing, "mean"], rows),
+            "",
+            "prompts routed to each expert, and mean entropy in nats",
+            table(["task", *experts, "entropy"], routes),
+        ]
+    )
+
+
 def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin"))

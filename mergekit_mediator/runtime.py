@@ -219,10 +219,14 @@ class MediatorModel:
             raise RoutingError("no prompts given")
         if not all(prompt.strip() for prompt in prompts):
             raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
-        rows = [torch.tensor(render(self.tokenizer, prompt)) for prompt in prompts]
+        return self.pad([render(self.tokenizer, prompt) for prompt in prompts])
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask `[batch, length]` of rows of any lengths, padded on the left."""
+        tensors = [torch.tensor(row) for row in rows]
         pad = {"batch_first": True, "padding_side": "left"}
-        ids = torch.nn.utils.rnn.pad_sequence(rows, padding_value=_pad_token(self.model), **pad)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], **pad)
+        ids = torch.nn.utils.rnn.pad_sequence(tensors, padding_value=_pad_token(self.model), **pad)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], **pad)
         return ids, mask
 
     @cached_property
@@ -304,6 +308,19 @@ class MediatorModel:
             raise ArtifactError(f"{self.root}: {name} is routed, but not in the dense checkpoint")
         weight: Tensor = self._shards[name].get_tensor(name)
         return weight
+
+
+def load_plain(source: str | Path) -> PreTrainedModel:
+    """An ordinary causal language model, in its stored dtype.
+
+    Raises:
+        ArtifactError: it cannot be loaded.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.eval()
 
 
 def _local(source: str | Path, revision: str | None) -> Path:
