@@ -1,0 +1,108 @@
+"""What several test files need: pico checkpoints on disk, and the stock `mergekit-yaml` command."""
+
+import os
+
+# read when the libraries are imported: no test may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+import torch
+import yaml
+from hypothesis import settings
+from safetensors.torch import load_file
+
+settings.register_profile("mediator", deadline=None, max_examples=40, database=None)
+settings.load_profile("mediator")
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base model and its experts on disk."""
+
+    base: Path
+    experts: dict[str, Path]
+
+    def config(self, method: str = "mediator", **settings: Any) -> dict[str, Any]:
+        """A merge configuration of all of them; parameters that are no top-level key go to `parameters`."""
+        top = {k: settings.pop(k) for k in list(settings) if k in _TOP_LEVEL}
+        models = [
+            {"model": str(path), "parameters": {"expert": name}}
+            if method == "mediator"
+            else {"model": str(path)}
+            for name, path in self.experts.items()
+        ]
+        config = {"merge_method": method, "base_model": str(self.base), "models": models}
+        return {**config, "parameters": settings, **top}
+
+
+_TOP_LEVEL = {"models", "slices", "modules", "base_model", "tokenizer", "dtype", "out_dtype"}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """An untied pico Llama in bfloat16 and three experts. Read only."""
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Family]:
+    """Writes a family; the arguments are those of `pico.save_family`."""
+    return lambda *args, **options: make_family(tmp_path_factory.mktemp("family"), *args, **options)
+
+
+def make_family(root: Path, *args: Any, **options: Any) -> Family:
+    import pico
+
+    paths = pico.save_family(root, *args, **options)
+    return Family(paths.pop("base"), paths)
+
+
+@pytest.fixture
+def mergekit_yaml(tmp_path: Path) -> Callable[..., click.testing.Result]:
+    """Runs the stock `mergekit-yaml` in this process on a configuration."""
+    from mergekit.scripts.run_yaml import main
+
+    def run(config: dict[str, Any] | str, out: Path, *options: str) -> click.testing.Result:
+        path = tmp_path / "config.yml"
+        path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+        arguments = [str(path), str(out), "--quiet", *options]
+        return click.testing.CliRunner().invoke(main, arguments)
+
+    return run
+
+
+@pytest.fixture
+def merged(
+    mergekit_yaml: Callable[..., click.testing.Result], tmp_path: Path
+) -> Callable[..., Path]:
+    """Merges a configuration with the stock command and gives the output directory."""
+
+    def run(config: dict[str, Any] | str, *options: str, name: str = "out") -> Path:
+        result = mergekit_yaml(config, tmp_path / name, *options)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return tmp_path / name
+
+    return run
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint directory."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+@pytest.fixture(scope="session")
+def read() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Reads all weights of a checkpoint directory."""
+    return tensors
