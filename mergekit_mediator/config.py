@@ -109,7 +109,9 @@ def _experts(config: MergeConfiguration) -> dict[ModelReference, str]:
                 _check_known(name, where)
                 raise ConfigError(f"{where}: {name!r} holds for the whole merge: put it top level")
             if name == "expert":
-                explicit[model] = str(_scalar(setting, f"{where}: expert"))
+                given = str(_scalar(setting, f"{where}: expert"))
+                if explicit.setdefault(model, given) != given:
+                    raise ConfigError(f"{where}: named both {explicit[model]!r} and {given!r}")
         if model == config.base_model:
             if parameters:
                 raise ConfigError(f"{where}: the base model takes no parameters of its own")
@@ -153,7 +155,11 @@ def _sources(
     """Every input model with its own parameters, in the order of the configuration."""
     modules = list((config.modules or {}).values())
     for models in [config.models or [], *((m.models or []) for m in modules)]:
+        seen: set[ModelReference] = set()
         for entry in models:
+            if entry.model in seen:
+                raise ConfigError(f"models: {entry.model} is listed twice: one model, one expert")
+            seen.add(entry.model)
             yield entry.model, entry.parameters or {}
     for slices in [config.slices or [], *((m.slices or []) for m in modules)]:
         for output in slices:

@@ -92,7 +92,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         tensors = {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: has a malformed safetensors header: {error}") from error
     if required != size:
         raise InputError(f"{path}: {required} bytes required, got {size}: the file is truncated")
