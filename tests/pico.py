@@ -99,7 +99,7 @@ def perturbed(base: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
         for depth, parameter in enumerate(parameters):
             shared = torch.randn(parameter.shape, generator=common)
             private = torch.randn(parameter.shape, generator=own)
-            change = shared + 2 * depth / len(parameters) * private
+            change = shared + (0.2 + 2 * depth / len(parameters)) * private
             parameter.copy_(parameter.float() + size * change)
     return expert
 
