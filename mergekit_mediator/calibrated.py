@@ -1,0 +1,212 @@
+"""The calibrated router: features of a prompt -> which expert, how sure, how far from the known.
+
+Features are `embedding`, the mean embedding of the prompt's tokens, which needs no forward pass, or
+`hidden`, hidden states of the dense expert. The head is linear in them; `calibrate` fits it.
+The file holds the features of the calibration prompts, so that one expert can be added or removed
+later; they are means over tokens, but not secret: do not calibrate with prompts that are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_mediator.errors import ArtifactError, RoutingError
+from mergekit_mediator.router import RoutingDecision, decide_from_scores
+from mergekit_mediator.router_file import load_tensors, number, save_tensors
+
+Kind = Literal["embedding", "hidden"]
+Head = Literal["ridge", "mahalanobis", "prototype"]
+_NUMBERS = (
+    "temperature", "ood_threshold", "entropy_threshold", "variance", "fit_mean", "fit_deviation",
+    "distance_mean", "distance_deviation",
+)  # fmt: skip
+
+
+def mean_embedding(ids: Tensor, mask: Tensor, table: Tensor, excluded: Tensor) -> Tensor:
+    """The mean embedding of each prompt's tokens, but for those that tell prompts apart in nothing.
+
+    Args:
+        ids: `[batch, seq]` int64.
+        mask: `[batch, seq]`, 0 for padding.
+        table: `[vocabulary, d]`, the input embedding.
+        excluded: `[k]` int64, the tokens that do not count (those of the chat template). A prompt
+            of such tokens alone is the mean of them.
+
+    Returns:
+        `[batch, d]` float32.
+    """
+    real = mask.bool()
+    counted = real & ~torch.isin(ids, excluded.to(ids.device))
+    counted = torch.where(counted.any(dim=1, keepdim=True), counted, real)
+    weight = counted.to(torch.float32) / counted.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.einsum("bs,bsd->bd", weight, table[ids].to(torch.float32))
+
+
+@dataclass(frozen=True)
+class CalibratedRouter:
+    """A linear head with a temperature, and two measures of distance.
+
+    kind, layer: which features it takes; `layer` is that of `hidden`, else None.
+    head, seed: how it was fitted, so that `calibrate.add` fits alike.
+    features: by expert, `[n_prompts, d]` float32, of the calibration prompts.
+    excluded: `[k]` int64, see `mean_embedding`; empty for `hidden`.
+    weight, bias: `[n_experts, d]`, `[n_experts]` float32; `scores = features @ weight.T + bias`.
+    fit_weight, fit_bias: of the ridge regression on class membership (1 or 0), whose largest
+        output is low far from every class; the same as `weight` when that is the head.
+    means: `[n_experts, d]` float32, of each class.
+    spread: `[r, d]` float32; with `variance` it is the inverse of the shrunk covariance within
+        classes: the squared Mahalanobis distance of z from a mean is ‖z‖²/variance − ‖spread z‖².
+    numbers: `temperature`; `entropy_threshold` (normalised, 0 to 1); `ood_threshold`; `variance`;
+        and, over held-out prompts, mean and deviation of 1 − largest membership (`fit_*`) and of
+        the least distance (`distance_*`).
+    """
+
+    kind: Kind
+    layer: int | None
+    head: Head
+    seed: int
+    features: Mapping[str, Tensor]
+    excluded: Tensor
+    weight: Tensor
+    bias: Tensor
+    fit_weight: Tensor
+    fit_bias: Tensor
+    means: Tensor
+    spread: Tensor
+    numbers: Mapping[str, float]
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names, in the order of a decision's columns."""
+        return tuple(self.features)
+
+    def decide(self, features: Tensor, temperature: float | None = None) -> RoutingDecision:
+        """Route prompts by their features, `[batch, d]`.
+
+        The out-of-distribution score is the larger of two standardised distances: how little any
+        class claims the prompt, and how far it is from the nearest class. Above
+        `numbers["ood_threshold"]` it is farther than 99% of the held-out calibration prompts.
+
+        Raises:
+            RoutingError: features of another width, or not finite.
+        """
+        width = self.weight.shape[1]
+        if features.ndim != 2 or features.shape[1] != width:
+            raise RoutingError(
+                f"{self.kind} features must be [batch, {width}], got {list(features.shape)}: was "
+                "the router calibrated for another model?"
+            )
+        x = features.detach().to(self.weight.device, torch.float32)
+        if not torch.isfinite(x).all():
+            raise RoutingError(f"the {self.kind} features of a request are not finite")
+        scores = x @ self.weight.T + self.bias
+        fit, distance = self.misfit(x)
+        n = self.numbers
+        ood = torch.maximum(
+            (fit - n["fit_mean"]) / n["fit_deviation"],
+            (distance - n["distance_mean"]) / n["distance_deviation"],
+        )
+        return decide_from_scores(scores, self.experts, temperature or n["temperature"], ood)
+
+    def misfit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """1 − largest class membership, and the least Mahalanobis distance, each `[batch]`."""
+        fit = 1 - (x @ self.fit_weight.T + self.fit_bias).max(dim=1).values
+        z = x[:, None, :] - self.means
+        squared = z.square().sum(dim=2) / self.numbers["variance"]
+        squared = squared - (z @ self.spread.T).square().sum(dim=2)
+        return fit, squared.clamp_min(0).sqrt().min(dim=1).values
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, in place of an older one."""
+        tensors = {f"features.{name}": x for name, x in self.features.items()}
+        tensors |= {name: getattr(self, name) for name in _TENSORS}
+        about = {
+            "experts": list(self.experts),
+            "features": self.kind,
+            "layer": self.layer,
+            "head": self.head,
+            "seed": self.seed,
+            "numbers": dict(self.numbers),
+        }
+        save_tensors(path, "calibrated", tensors, about)
+
+    @classmethod
+    def load(cls, path: Path) -> "CalibratedRouter":
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, of another kind, or inconsistent.
+        """
+        tensors, about = load_tensors(path, "calibrated")
+        experts = _experts(about, path)
+        n, d = len(experts), _width(tensors, path)
+        shapes = {
+            "weight": (n, d), "bias": (n,), "fit_weight": (n, d), "fit_bias": (n,),
+            "means": (n, d), "spread": (None, d), "excluded": (None,),
+        } | {f"features.{name}": (None, d) for name in experts}  # fmt: skip
+        if set(shapes) != set(tensors):
+            odd = ", ".join(sorted(set(shapes) ^ set(tensors)))
+            raise ArtifactError(f"{path}: tensors missing or not expected: {odd}")
+        for name, shape in shapes.items():
+            _check(tensors[name], name, shape, path)
+        numbers = about.get("numbers")
+        if not isinstance(numbers, dict):
+            raise ArtifactError(f"{path}: `numbers` must be an object, got {numbers!r}")
+        layer, seed = about.get("layer"), about.get("seed")
+        if not (layer is None or isinstance(layer, int)) or not isinstance(seed, int):
+            raise ArtifactError(f"{path}: `layer` and `seed` must be whole numbers")
+        values = {key: number(numbers, key, path) for key in _NUMBERS}
+        for key in ("temperature", "variance", "fit_deviation", "distance_deviation"):
+            if values[key] <= 0:
+                raise ArtifactError(f"{path}: {key!r} must be positive, got {values[key]}")
+        return cls(
+            kind=_one_of(about, "features", Kind, path),
+            layer=layer,
+            head=_one_of(about, "head", Head, path),
+            seed=seed,
+            features={name: tensors[f"features.{name}"] for name in experts},
+            numbers=values,
+            **{name: tensors[name] for name in _TENSORS},
+        )
+
+
+_TENSORS = ("excluded", "weight", "bias", "fit_weight", "fit_bias", "means", "spread")
+
+
+def _experts(about: Mapping[str, Any], path: Path) -> list[str]:
+    experts = about.get("experts")
+    if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
+        raise ArtifactError(f"{path}: `experts` must be a list of names, got {experts!r}")
+    if len(set(experts)) < len(experts) or len(experts) < 2:
+        raise ArtifactError(f"{path}: two or more different experts required, got {experts!r}")
+    return experts
+
+
+def _width(tensors: Mapping[str, Tensor], path: Path) -> int:
+    weight = tensors.get("weight")
+    if weight is None or weight.ndim != 2:
+        raise ArtifactError(f"{path}: `weight` must be a matrix")
+    return weight.shape[1]
+
+
+def _check(tensor: Tensor, name: str, shape: tuple[int | None, ...], path: Path) -> None:
+    dtype = torch.int64 if name == "excluded" else torch.float32
+    fits = len(shape) == tensor.ndim and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype != dtype:
+        raise ArtifactError(
+            f"{path}: {name} must be {[n or 'any' for n in shape]} of {dtype}, "
+            f"got {list(tensor.shape)} of {tensor.dtype}"
+        )
+
+
+def _one_of(about: Mapping[str, Any], key: str, choices: Any, path: Path) -> Any:
+    if about.get(key) not in get_args(choices):
+        names = ", ".join(get_args(choices))
+        raise ArtifactError(f"{path}: {key!r} must be one of {names}, got {about.get(key)!r}")
+    return about[key]
