@@ -5,22 +5,18 @@ the other four. Held-out prompts share their wordings with the rest: the figures
 like those given, not for other ways of asking.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind
+from mergekit_mediator.calibration_data import MIN_PROMPTS
 from mergekit_mediator.errors import RoutingError
-from mergekit_mediator.prompts import Prompt
 
-MIN_PROMPTS = 5
 _PARTS = 5
 _RIDGE = (
     0.3  # of the mean squared norm of centred features; chosen on the benchmark's first wordings
@@ -46,12 +42,6 @@ class Calibration:
     router: CalibratedRouter
     figures: dict[str, Any]
     warnings: tuple[str, ...]
-
-
-def shared_tokens(prompts: Mapping[str, Sequence[Sequence[int]]]) -> Tensor:
-    """The token ids that every prompt has, `[k]` int64 ascending: those of the chat template."""
-    sets = [set(ids) for rows in prompts.values() for ids in rows]
-    return torch.tensor(sorted(set.intersection(*sets)) if sets else [], dtype=torch.int64)
 
 
 def fit(
@@ -177,48 +167,6 @@ def expected_calibration_error(probabilities: Tensor, truth: Tensor, bins: int =
     index = (confidence * bins).long().clamp_max(bins - 1)
     gap = torch.zeros(bins, dtype=confidence.dtype).index_add_(0, index, right - confidence)
     return float(gap.abs().sum() / len(truth))
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Lines of `{"prompt": "..."}` or `{"messages": [{"role": ..., "content": ...}]}`.
-
-    Raises:
-        RoutingError: the file cannot be read, is empty, or a line is not of that form.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RoutingError(f"cannot read calibration data {path}: {error}") from error
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    prompts = [_parse(line, f"{path} line {i}") for i, line in lines]
-    if len(prompts) < MIN_PROMPTS:
-        raise RoutingError(f"{path}: at least {MIN_PROMPTS} prompts required, got {len(prompts)}")
-    return prompts
-
-
-def data_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of the prompts, for the manifest."""
-    text = json.dumps([p if isinstance(p, str) else [dict(m) for m in p] for p in prompts])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RoutingError(f"{where} is no JSON: {error.msg}") from error
-    if not isinstance(record, dict):
-        raise RoutingError(f"{where}: an object required, got {type(record).__name__}")
-    prompt, messages = record.get("prompt"), record.get("messages")
-    if isinstance(prompt, str) and prompt.strip() and messages is None:
-        return prompt
-    if prompt is None and isinstance(messages, list) and messages:
-        for message in messages:
-            fields = message if isinstance(message, dict) else {}
-            if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
-                raise RoutingError(f"{where}: every message needs the texts `role` and `content`")
-        return tuple(messages)
-    raise RoutingError(f'{where}: either a text "prompt" or a list "messages" required')
 
 
 def _checked(name: str, features: Tensor) -> Tensor:

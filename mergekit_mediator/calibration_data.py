@@ -1,0 +1,84 @@
+"""The prompts that a router is calibrated on: files of them, and their features."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_mediator.calibrated import mean_embedding
+from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.prompts import Prompt
+
+MIN_PROMPTS = 5
+
+
+def embedding_features(
+    prompts: Mapping[str, Sequence[Sequence[int]]], table: Tensor, excluded: Tensor
+) -> dict[str, Tensor]:
+    """Mean embeddings by expert, `[n_prompts, d]` float32.
+
+    Args:
+        prompts: by expert, token ids of its prompts, as the model gets them.
+        table: `[vocabulary, d]`, the input embedding.
+        excluded: `[k]` int64, usually from `shared_tokens` of all prompts.
+    """
+    return {
+        name: torch.cat(
+            [
+                mean_embedding(torch.tensor([ids]), torch.ones(1, len(ids)), table, excluded)
+                for ids in rows
+            ]
+        )
+        for name, rows in prompts.items()
+    }
+
+
+def shared_tokens(prompts: Mapping[str, Sequence[Sequence[int]]]) -> Tensor:
+    """The token ids that every prompt has, `[k]` int64 ascending: those of the chat template."""
+    sets = [set(ids) for rows in prompts.values() for ids in rows]
+    return torch.tensor(sorted(set.intersection(*sets)) if sets else [], dtype=torch.int64)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Lines of `{"prompt": "..."}` or `{"messages": [{"role": ..., "content": ...}]}`.
+
+    Raises:
+        RoutingError: the file cannot be read, is empty, or a line is not of that form.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RoutingError(f"cannot read calibration data {path}: {error}") from error
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    prompts = [_parse(line, f"{path} line {i}") for i, line in lines]
+    if len(prompts) < MIN_PROMPTS:
+        raise RoutingError(f"{path}: at least {MIN_PROMPTS} prompts required, got {len(prompts)}")
+    return prompts
+
+
+def data_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the prompts, for the manifest."""
+    text = json.dumps([p if isinstance(p, str) else [dict(m) for m in p] for p in prompts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RoutingError(f"{where} is no JSON: {error.msg}") from error
+    if not isinstance(record, dict):
+        raise RoutingError(f"{where}: an object required, got {type(record).__name__}")
+    prompt, messages = record.get("prompt"), record.get("messages")
+    if isinstance(prompt, str) and prompt.strip() and messages is None:
+        return prompt
+    if prompt is None and isinstance(messages, list) and messages:
+        for message in messages:
+            fields = message if isinstance(message, dict) else {}
+            if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
+                raise RoutingError(f"{where}: every message needs the texts `role` and `content`")
+        return tuple(messages)
+    raise RoutingError(f'{where}: either a text "prompt" or a list "messages" required')
