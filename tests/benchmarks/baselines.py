@@ -27,11 +27,10 @@ def static_configs(count: int) -> dict[str, tuple[str, dict[str, Any]]]:
         configs[f"task_arithmetic {weight}"] = ("task_arithmetic", parameters)
     for density in (0.2, 0.5):
         configs[f"ties {density}"] = ("ties", {"weight": 1.0, "density": density})
-        for method in ("dare_ties", "della"):
-            parameters = {"weight": 0.5, "density": density, "normalize": False}
-            if method == "della":
-                parameters["epsilon"] = 0.1
-            configs[f"{method} {density}"] = (method, parameters)
+    for weight in (0.3, 0.5):
+        drop = {"weight": weight, "density": 0.5, "normalize": False}
+        configs[f"dare_ties {weight}"] = ("dare_ties", drop)
+        configs[f"della {weight}"] = ("della", drop | {"epsilon": 0.1})
     return configs
 
 

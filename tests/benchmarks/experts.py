@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,14 @@ from mergekit_mediator.results import (
 from mergekit_mediator.router import apply_policy
 from mergekit_mediator.tasks import from_reasoning_gym
 
-RANKS = (8, 16, 32)
-TUNE_SEED, TUNE_PROMPTS = 8, 24
-# The first is reported as `mediator`; the others by their own names.
+RANKS = (4, 16)
+TUNE_SEED, TUNE_PROMPTS = 8, 16
 MEDIATORS: dict[str, dict[str, Any]] = {
-    "mediator": {"route": "all", "density": 0.1},
-    "mediator_sign": {"route": "all", "density": 0.1, "values": "sign"},
+    "mediator_exact": {"route": "all", "density": 0.1},
+    "mediator_sign": {"route": "all", "density": 1.0, "values": "sign"},
     "mediator_defaults": {},
 }
+REPORTED = "mediator_exact"  # is `mediator` in the results
 
 
 def static_results(
@@ -175,8 +176,12 @@ def main() -> None:
         config = {"merge_method": "mediator", "parameters": parameters}
         folder = merge(config, base, folders, bench.work / "merges" / name)
         found, own_routes = mediator_results(bench, name, folder, oracle, size(start))
-        routes = routes or own_routes
         results += found
+        if name == REPORTED:
+            routes = own_routes
+            results += [
+                replace(result, name=result.name.replace(name, "mediator")) for result in found
+            ]
     by_router = bench.routed("expert", REPORT_SEED, best_single(routes), expert)
     results.append(SystemResult("best_expert_by_router", by_router, full))
     results += static_results(bench, base, folders, args.prompts, experts)
