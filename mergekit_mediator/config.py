@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration, ParameterSetting
+from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergekit_mediator.conflict import Metric
@@ -14,8 +14,13 @@ from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.plan import Selection
 from mergekit_mediator.sparse import Values
 
-# Resolved by mergekit for each weight, so filters and gradients have a meaning.
-PER_WEIGHT = frozenset({"weight", "density", "lambda"})
+# Resolved by mergekit for each weight, so filters and gradients have a meaning; and what each may be.
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "weight": ("a finite number of at least 0", lambda value: 0 <= value < math.inf),
+    "density": ("a number in (0, 1]", lambda value: 0 < value <= 1),
+    "lambda": ("a finite number", math.isfinite),
+}
+PER_WEIGHT = frozenset(_RANGES)
 # Belong to one expert, and are given with its model.
 PER_EXPERT = frozenset({"expert"})
 METHOD = "mediator"
@@ -86,6 +91,7 @@ class MediatorConfig(BaseModel):
                     raise ConfigError(f"{where}: {name!r} belongs to one model's parameters")
                 _check_known(name, where)
                 if name in PER_WEIGHT:
+                    _check_per_weight(name, setting, where)
                     continue
                 if where != "parameters":
                     raise ConfigError(
@@ -105,9 +111,11 @@ def _experts(config: MergeConfiguration) -> dict[ModelReference, str]:
     for model, parameters in _sources(config):
         where = f"model {model}"
         for name, setting in parameters.items():
-            if name not in PER_EXPERT and name not in PER_WEIGHT:
-                _check_known(name, where)
-                raise ConfigError(f"{where}: {name!r} holds for the whole merge: put it top level")
+            _check_known(name, where)
+            if name not in PER_EXPERT and name not in ("weight", "density"):
+                raise ConfigError(f"{where}: {name!r} holds for all experts: put it top level")
+            if name in PER_WEIGHT:
+                _check_per_weight(name, setting, where)
             if name == "expert":
                 given = str(_scalar(setting, f"{where}: expert"))
                 if explicit.setdefault(model, given) != given:
@@ -211,16 +219,21 @@ def _scalar(setting: ParameterSetting, where: str) -> Any:
     return setting
 
 
-def check_per_weight(weight: str, model: str, density: float, model_weight: float) -> None:
-    """Check what mergekit has resolved for one weight and one expert.
-
-    Raises:
-        ConfigError: a density outside (0, 1] or a weight that is negative or not finite.
-    """
-    if not 0 < density <= 1:
-        raise ConfigError(f"density: must be in (0, 1], got {density} for {weight} of {model}")
-    if not (math.isfinite(model_weight) and model_weight >= 0):
-        raise ConfigError(f"weight: must be finite and at least 0, got {model_weight} for {model}")
+def _check_per_weight(name: str, setting: ParameterSetting, where: str) -> None:
+    """Check every number that a setting holds: what mergekit interpolates lies between two of them."""
+    if isinstance(setting, ConditionalParameter):
+        _check_per_weight(name, setting.value, where)
+    elif isinstance(setting, list):
+        for entry in setting:
+            _check_per_weight(name, entry, where)
+    else:
+        allowed, fits = _RANGES[name]
+        try:
+            valid = not isinstance(setting, bool) and fits(float(setting))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ConfigError(f"{where}: {name} must be {allowed}, got {setting!r}")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 import transformers
 from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
 from mergekit.common import ModelReference
-from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mergekit_mediator.config import MediatorConfig, check_per_weight
+from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.errors import ConfigError, InputError, MediatorError
 from mergekit_mediator.headers import TensorHeader, fetch_headers, first_line, read_headers
 
@@ -91,6 +92,11 @@ class Inputs:
                 index = cache.get(model).index
             except (OSError, RuntimeError, ValueError) as error:
                 raise InputError(f"model {model}: cannot be loaded: {first_line(error)}") from error
+            except SafetensorError as error:  # of the only file that is opened here
+                raise InputError(
+                    f"model {model}: model.safetensors is truncated, or no safetensors file: "
+                    f"{first_line(error)}"
+                ) from error
             if index.is_safetensors:
                 files = sorted(set(index.tensor_paths.values()))
                 headers[model] = read_headers(Path(index.base_path), files)
@@ -124,7 +130,7 @@ class Inputs:
         """All weights, in the model's order, checked against the headers.
 
         Raises:
-            ConfigError: a per-weight parameter out of range, or slices that do not fit this method.
+            ConfigError: all experts have weight 0 somewhere, or slices that do not fit this method.
             InputError: a weight that is missing somewhere, or of different shapes.
         """
         planner = _Planner(self)
@@ -147,7 +153,7 @@ class Inputs:
         """
         try:
             tensors = self._run(weight.inputs)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{weight.info.name}: cannot be read: {first_line(error)}") from error
         for model in self.models:
             if tensors.get(model) is None:
@@ -254,15 +260,22 @@ class _Planner(MergePlanner):  # type: ignore[misc]
         prefix = f"{module_name}." if len(self.arch_info.modules) > 1 else ""
         self._prefix = prefix
         self._layer = f"{prefix}embed"
+        for output in definition.slices:
+            self._check_slice(output.sources)
         super().plan_module(module_name, definition)
 
-    def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
-        models = {source.model for source in definition.sources}
+    def _check_slice(self, sources: list[InputSliceDefinition]) -> None:
+        models = {source.model for source in sources}
         for model in self._inputs.models:
             if model not in models:
                 raise ConfigError(f"slices: {model} is missing from one: each needs every model")
-        if len({tuple(source.layer_range) for source in definition.sources}) > 1:
-            raise ConfigError("slices: all models of one slice need the same layer_range")
+        if len({tuple(source.layer_range) for source in sources}) > 1:
+            raise ConfigError(
+                "slices: all models of one slice need the same layer_range: layer i of an expert "
+                "is compared with layer i of the base"
+            )
+
+    def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
         super().plan_slice(definition, module_def, module_name)
         self._layer = f"{self._prefix}final"
 
@@ -292,10 +305,6 @@ class _Planner(MergePlanner):  # type: ignore[misc]
                 shares={m: p["weight"] for m, p in by_model.items()},
                 densities={m: p["density"] for m, p in by_model.items()},
             )
-            for model in self._inputs.experts:
-                check_per_weight(
-                    weight.name, str(model), planned.densities[model], planned.shares[model]
-                )
             if sum(planned.shares.values()) <= 0:
                 raise ConfigError(f"weight: those of all experts are 0 for {weight.name}")
             self.planned.append(planned)
