@@ -6,6 +6,7 @@ the per-weight parameters, and how mergekit loads and aligns the tensors of all 
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import transformers
@@ -25,6 +26,18 @@ from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.errors import ConfigError, InputError, MediatorError
 from mergekit_mediator.headers import TensorHeader, fetch_headers, first_line, read_headers
 
+# What the loaders of all file formats raise where a checkpoint is missing or damaged.
+_UNREADABLE = (
+    TypeError,
+    OSError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    EOFError,
+    UnpicklingError,
+    SafetensorError,
+)
 Headers = dict[ModelReference, dict[str, TensorHeader]]
 
 
@@ -90,13 +103,13 @@ class Inputs:
             cache.loaders.pop(model, None)  # the files may have changed since an earlier merge
             try:
                 index = cache.get(model).index
-            except (OSError, RuntimeError, ValueError) as error:
-                raise InputError(f"model {model}: cannot be loaded: {first_line(error)}") from error
             except SafetensorError as error:  # of the only file that is opened here
                 raise InputError(
                     f"model {model}: model.safetensors is truncated, or no safetensors file: "
                     f"{first_line(error)}"
                 ) from error
+            except _UNREADABLE as error:
+                raise InputError(f"model {model}: cannot be loaded: {first_line(error)}") from error
             if index.is_safetensors:
                 files = sorted(set(index.tensor_paths.values()))
                 headers[model] = read_headers(Path(index.base_path), files)
@@ -153,7 +166,7 @@ class Inputs:
         """
         try:
             tensors = self._run(weight.inputs)
-        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{weight.info.name}: cannot be read: {first_line(error)}") from error
         for model in self.models:
             if tensors.get(model) is None:
