@@ -281,6 +281,12 @@ def test_a_pickled_checkpoint_that_is_truncated(pickled, refused):
     assert str(pickled.experts["code"]) in refused(pickled.config())
 
 
+def test_an_index_that_is_damaged(sharded, refused):
+    for content in ("{", "{}", "[]"):
+        (sharded.experts["code"] / "model.safetensors.index.json").write_text(content)
+        assert f"model {sharded.experts['code']}: cannot be loaded" in refused(sharded.config())
+
+
 def test_a_pickled_expert_of_another_shape(pickled, refused):
     file = pickled.experts["code"] / "pytorch_model.bin"
     weights = torch.load(file)
