@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.errors import ArtifactError, OutputError
 
 _KEY = "mediator_router"
 _VERSION = 1
@@ -21,7 +21,11 @@ _VERSION = 1
 def save_tensors(
     path: Path, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> None:
-    """Write a router of a kind, and move it into place, so that an older one stays until then."""
+    """Write a router of a kind, and move it into place, so that an older one stays until then.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     header = {"format_version": _VERSION, "kind": kind, **about}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -31,6 +35,8 @@ def save_tensors(
             metadata={_KEY: json.dumps(header, sort_keys=True, allow_nan=False)},
         )
         os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write the router {path}: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
