@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.bits import by_exponent, from_ordered, to_ordered
-from mergekit_mediator.description import DTYPES, Description
+from mergekit_mediator.description import DTYPES, FACTOR_DTYPES, Description, FactorsDescription
 from mergekit_mediator.entropy import (
     Bytes,
     Integers,
@@ -20,6 +20,7 @@ from mergekit_mediator.entropy import (
     unpack,
 )
 from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.factors import Factors
 from mergekit_mediator.sparse import SparseTensor
 
 # From this density on, codes of all coordinates are shorter than gaps and codes of the kept ones.
@@ -42,9 +43,11 @@ def encode_bytes(sparse: SparseTensor, dense: Tensor | None = None) -> tuple[Ten
         values=sparse.values,
         count=positions.numel(),
         scale=sparse.scale,
+        shift=sparse.shift,
+        share=sparse.share,
         relative=relative,
         implied=(relative or not exact) and positions.numel() > _IMPLIED_DENSITY * numel,
-        check=_checksum(sparse.codes),
+        check=_checksum(sparse.codes, sparse.factors),
     )
     codes = to_ordered(sparse.codes) if exact else sparse.codes
     if relative:
@@ -57,9 +60,14 @@ def encode_bytes(sparse: SparseTensor, dense: Tensor | None = None) -> tuple[Ten
     parts = [] if d.implied else gap_streams(positions.numpy(), d.wide)
     streams = [pack(part) for part in [*parts, *byte_planes(array)]]
     sizes = tuple(len(stream) for stream in streams)
+    factors = None
+    if sparse.factors:
+        factor_streams, factors = _encode_factors(sparse.factors)
+        streams += factor_streams
     content = np.frombuffer(b"".join(streams), dtype=np.uint8).copy()
     gaps = parts[0].size if parts else 0
-    return torch.from_numpy(content), d.model_copy(update={"gaps": gaps, "sizes": sizes})
+    update = {"gaps": gaps, "sizes": sizes, "factors": factors}
+    return torch.from_numpy(content), d.model_copy(update=update)
 
 
 def decode_bytes(
@@ -80,15 +88,17 @@ def decode_bytes(
     if d.relative and (dense is None or dense.dtype != dtype or tuple(dense.shape) != d.shape):
         got = "none" if dense is None else f"{dense.dtype} {list(dense.shape)}"
         raise ArtifactError(f"{where}: needs the dense weight {dtype} {list(d.shape)}, got {got}")
-    if sum(d.sizes) != stream.numel():
-        raise ArtifactError(f"{where}: {sum(d.sizes)} bytes expected, got {stream.numel()}")
-    streams = _cut(stream.numpy(), d.sizes)
+    sizes = d.sizes + (d.factors.sizes if d.factors else ())
+    if sum(sizes) != stream.numel():
+        raise ArtifactError(f"{where}: {sum(sizes)} bytes expected, got {stream.numel()}")
+    streams = _cut(stream.numpy(), sizes)
+    factors = _decode_factors(streams[len(d.sizes) :], d, d.factors, where) if d.factors else None
     kept: Tensor | None = None
     if not d.implied:
         heads = [unpack(s, n, where) for s, n in zip(streams, d.heads, strict=False)]
         kept = torch.from_numpy(from_gap_streams(heads, d.numel, where))
     coded = d.numel if d.implied else d.count
-    planes = [unpack(s, coded, where) for s in streams[len(d.heads) :]]
+    planes = [unpack(s, coded, where) for s in streams[len(d.heads) : len(d.sizes)]]
     array = from_byte_planes(planes, d.code_bytes)
     if d.relative:
         ordered = np.empty_like(array)
@@ -103,11 +113,39 @@ def decode_bytes(
     if d.values == "exact":
         codes = codes + to_ordered(_kept(dense, kept)) if d.relative else codes
         codes = from_ordered(codes, dtype)
-    if _checksum(codes) != d.check:
+    if _checksum(codes, factors) != d.check:
         reason = ": is this the dense weight it was stored with?" if d.relative else ""
         raise ArtifactError(f"{where}: the decoded values fail their checksum{reason}")
     positions = kept.to(torch.int32 if d.numel < 2**31 else torch.int64)
-    return SparseTensor(d.shape, dtype, d.values, positions, codes, d.scale)
+    return SparseTensor(
+        d.shape, dtype, d.values, positions, codes, d.scale, d.shift, factors, d.share
+    )
+
+
+def _encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
+    """All columns of the left factor, then of the right one, as byte planes; then the scales."""
+    numbers = torch.cat([factors.left.T.reshape(-1), factors.right.T.reshape(-1)])
+    integers = to_ordered(numbers) if numbers.is_floating_point() else numbers
+    planes = byte_planes(integers.numpy(), all_planes=True)
+    streams = [pack(stream) for stream in [*planes, _as_bytes(factors.scales)]]
+    dtype = str(numbers.dtype).removeprefix("torch.")
+    sizes = tuple(len(stream) for stream in streams)
+    return streams, FactorsDescription(rank=factors.rank, dtype=dtype, sizes=sizes)
+
+
+def _decode_factors(
+    streams: list[Bytes], d: Description, factors: FactorsDescription, where: str
+) -> Factors:
+    dtype, rank = FACTOR_DTYPES[factors.dtype], factors.rank
+    planes = [unpack(s, d.factor_numbers, where) for s in streams[:-1]]
+    integers = torch.from_numpy(from_byte_planes(planes, dtype.itemsize))
+    numbers = from_ordered(integers, dtype) if dtype.is_floating_point else integers
+    scales = torch.from_numpy(unpack(streams[-1], 4 * rank, where).copy()).view(torch.float32)
+    if not bool(scales.isfinite().all()):
+        raise ArtifactError(f"{where}: scales of factors must be finite")
+    end = rank * (d.numel // d.shape[-1])
+    left, right = numbers[:end].view(rank, -1).T, numbers[end:].view(rank, -1).T
+    return Factors(left.contiguous(), right.contiguous(), scales)
 
 
 def _kept(dense: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -123,5 +161,16 @@ def _cut(stream: Bytes, sizes: tuple[int, ...]) -> list[Bytes]:
     return [stream[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _checksum(codes: Tensor) -> int:
-    return zlib.crc32(codes.contiguous().view(torch.uint8).numpy().data)
+def _as_bytes(values: Tensor) -> Bytes:
+    flat = values.contiguous().view(-1)
+    # an empty tensor may have a stride that no view allows
+    array: Bytes = (flat if flat.numel() else flat.new_empty(0)).view(torch.uint8).numpy()
+    return array
+
+
+def _checksum(codes: Tensor, factors: Factors | None) -> int:
+    """CRC-32 of the codes, and of the factors row by row if there are any."""
+    check = zlib.crc32(_as_bytes(codes).data)
+    for part in (factors.left, factors.right, factors.scales) if factors else ():
+        check = zlib.crc32(_as_bytes(part).data, check)
+    return check

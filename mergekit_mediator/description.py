@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.sparse import Values
+from mergekit_mediator.sparse import Form
 
 DTYPES = {
     "float64": torch.float64,
@@ -15,8 +15,19 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+FACTOR_DTYPES = {"int8": torch.int8, **DTYPES}
 # Below this density the low byte of a gap is as good as random and goes to a stream of its own.
 _WIDE_GAPS_DENSITY = 1 / 256
+
+
+class FactorsDescription(BaseModel):
+    """What must be known of the low-rank part of a stored weight."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(gt=0)
+    dtype: str
+    sizes: tuple[int, ...]
 
 
 class Description(BaseModel):
@@ -26,13 +37,16 @@ class Description(BaseModel):
 
     shape: tuple[int, ...]
     dtype: str
-    values: Values
+    values: Form
     count: int = Field(ge=0)
     scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    shift: float = Field(default=0.0, allow_inf_nan=False)
+    share: float = Field(default=0.0, allow_inf_nan=False)
     relative: bool = False
     implied: bool = False
     gaps: int = Field(default=0, ge=0)
     sizes: tuple[int, ...] = ()
+    factors: FactorsDescription | None = None
     check: int = Field(default=0, ge=0, lt=2**32)
 
     @property
@@ -46,7 +60,9 @@ class Description(BaseModel):
     @property
     def code_bytes(self) -> int:
         """The size of one code in memory."""
-        return DTYPES[self.dtype].itemsize if self.values == "exact" else 1
+        if self.values == "exact":
+            return DTYPES[self.dtype].itemsize
+        return 2 if self.values == "steps" else 1
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -54,6 +70,13 @@ class Description(BaseModel):
         if self.implied:
             return ()
         return (self.gaps, self.count) if self.wide else (self.gaps,)
+
+    @property
+    def factor_numbers(self) -> int:
+        """How many numbers the factors hold, without their scales."""
+        if self.factors is None:
+            return 0
+        return self.factors.rank * (self.numel // max(1, self.shape[-1]) + self.shape[-1])
 
 
 def parse_description(fields: Any, where: str) -> Description:
@@ -82,4 +105,18 @@ def parse_description(fields: Any, where: str) -> Description:
         d.implied and d.values == "exact" and not d.relative
     ):
         raise ArtifactError(f"{where}: {d.values} values are never stored so")
+    if d.factors:
+        _check_factors(d, d.factors, where)
     return d
+
+
+def _check_factors(d: Description, factors: FactorsDescription, where: str) -> None:
+    if factors.dtype not in FACTOR_DTYPES:
+        raise ArtifactError(f"{where}: factors of dtype {factors.dtype!r}")
+    if (d.values == "exact" and d.count) or not d.shape or d.numel == 0:
+        raise ArtifactError(f"{where}: {d.values} values of shape {list(d.shape)} take no factors")
+    if factors.rank > min(d.shape[-1], d.numel // d.shape[-1]):
+        raise ArtifactError(f"{where}: rank {factors.rank} does not fit shape {list(d.shape)}")
+    planes = FACTOR_DTYPES[factors.dtype].itemsize
+    if len(factors.sizes) != planes + 1 or min(factors.sizes) < 0:
+        raise ArtifactError(f"{where}: sizes {list(factors.sizes)} are not those of factors")

@@ -105,15 +105,17 @@ def from_gap_streams(streams: list[Bytes], numel: int, where: str) -> NDArray[np
     return positions
 
 
-def byte_planes(codes: Integers) -> list[Bytes]:
+def byte_planes(codes: Integers, all_planes: bool = False) -> list[Bytes]:
     """Signed integers as zigzag codes (0, -1, 1, -2 as 0, 1, 2, 3), one plane `[k]` for each byte in use.
 
     Args:
         codes: `[k]`; there is at least one plane if k > 0.
+        all_planes: keep those that are zero as well.
     """
     bits = 8 * codes.itemsize
     zigzag = ((codes << 1) ^ (codes >> (bits - 1))).view(f"u{codes.itemsize}")
     width = max(1, (int(zigzag.max()).bit_length() + 7) // 8) if zigzag.size else 0
+    width = codes.itemsize if all_planes else width
     return [(zigzag >> (8 * byte)).astype(np.uint8) for byte in range(width)]
 
 

@@ -1,11 +1,11 @@
-"""What a sparse expert keeps of one weight: coordinates, and their values relative to the dense expert.
+"""What an expert keeps of one weight, and the one way to put it there and take it away.
 
-Exact values are the expert's own weights, so that putting them in place gives its bits back. The
-quantised forms hold the difference Δ from the dense expert as a code times one scale per tensor.
+In general a low-rank part plus a sparse part. Exact sparse values are the expert's own weights, so that
+putting them in place gives its bits back; the other forms hold a difference as codes times a scale.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -13,38 +13,49 @@ from torch import Tensor
 
 from mergekit_mediator.bits import bit_patterns
 from mergekit_mediator.errors import InputError
+from mergekit_mediator.factors import Factors
 from mergekit_mediator.threshold import chunks, count_kept, kth_largest, nonzero
 
 Values = Literal["exact", "int8", "int4", "sign"]
+Form = Literal["exact", "int8", "int4", "sign", "steps"]
 VALUES: tuple[Values, ...] = get_args(Values)
 _LARGEST_CODE = {"int8": 127, "int4": 7, "sign": 1}
 
 
 @dataclass(frozen=True)
 class SparseTensor:
-    """The kept coordinates of one weight.
+    """What is kept of one weight: some coordinates, and perhaps factors that change all of them.
 
     Attributes:
         shape: of the weight, as in the checkpoint.
         dtype: of the weight in the dense expert.
         values: how `codes` are to be read.
         positions: `[k]`, int32 (int64 for weights of 2^31 coordinates or more), flat and ascending.
-        codes: `[k]`; for `exact` the expert's own weights in `dtype`, else int8 multiples of `scale`.
+        codes: `[k]`; for `exact` the expert's own weights in `dtype`, else int8 multiples of `scale`
+            (int16 for `steps`).
         scale: of the codes; 1 for `exact`.
+        shift: for `steps`, what a code's magnitude exceeds its value by, in steps.
+        factors: the low-rank part, of the weight as a matrix `[..., in]`; never with `exact` codes.
+        share: of this expert in the dense weight, if the difference is from the base instead of from
+            the dense weight. See `mix_`.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    values: Values
+    values: Form
     positions: Tensor
     codes: Tensor
     scale: float = 1.0
+    shift: float = 0.0
+    factors: Factors | None = None
+    share: float = 0.0
 
     def difference(self, dense: Tensor) -> Tensor:
-        """Δ `[k]` in float32, given the dense expert's weights `[k]` at the kept positions."""
+        """The sparse part of Δ `[k]` in float32, given the dense expert's weights `[k]` at the kept positions."""
+        codes = self.codes.to(torch.float32)
         if self.values == "exact":
-            return self.codes.to(torch.float32) - dense.to(torch.float32)
-        return self.codes.to(torch.float32) * self.scale
+            return codes - dense.to(torch.float32)
+        return (codes - self.shift * codes.sign() if self.shift else codes) * self.scale
 
     def weights(self, dense: Tensor) -> Tensor:
         """The expert's weights `[k]` in the dtype of `dense`, the dense expert's at the same positions."""
@@ -53,16 +64,17 @@ class SparseTensor:
         return (dense.to(torch.float32) + self.difference(dense)).to(dense.dtype)
 
     def to(self, device: torch.device) -> "SparseTensor":
-        """The same tensor with its positions and codes on a device."""
+        """The same tensor with everything on a device."""
+        factors = self.factors.to(device) if self.factors else None
         positions, codes = self.positions.to(device), self.codes.to(device)
-        return SparseTensor(self.shape, self.dtype, self.values, positions, codes, self.scale)
+        return replace(self, positions=positions, codes=codes, factors=factors)
 
 
 @dataclass(frozen=True)
 class Displaced:
-    """The dense weights that a mixture has overwritten: positions `[k]` and stored values `[k]`."""
+    """The dense weights that a mixture has overwritten: stored values `[k]` at positions `[k]`, or all."""
 
-    positions: Tensor
+    positions: Tensor | None
     weights: Tensor
 
 
@@ -100,23 +112,45 @@ def encode(
     return SparseTensor(tuple(expert.shape), dense.dtype, values, stored, codes.cpu(), scale)
 
 
-def mix_(weight: Tensor, parts: Sequence[tuple[float, SparseTensor]]) -> list[Displaced]:
+def displace(weight: Tensor, parts: Sequence[tuple[float, SparseTensor]]) -> list[Displaced]:
+    """The dense weights that `mix_` will overwrite, for `restore_`; nothing is written."""
+    flat = weight.view(-1)
+    if any(s.factors for _, s in parts):
+        return [Displaced(None, flat.clone())]
+    return [Displaced(s.positions, flat.index_select(0, s.positions)) for _, s in parts]
+
+
+def mix_(
+    weight: Tensor,
+    parts: Sequence[tuple[float, SparseTensor]],
+    displaced: Sequence[Displaced] | None = None,
+) -> Sequence[Displaced]:
     """W ← W + Σ_t p_t Δ_t in place, summed in float32 and rounded once; gives what `restore_` needs.
 
-    A single expert with weight 1 is put in place as stored, without arithmetic.
+    A single expert with weight 1 and no factors is put in place as stored, without arithmetic. Where
+    experts are stored relative to the base θ0, the dense weight is θ0 + Σ_s w_s τ_s with shares w_s, and
+    θ0 + Σ_t p_t τ_t is W + Σ_s (p_s − w_s Σ_t p_t) τ_s: so every expert with a share takes part in every
+    mixture, with p = 0 if it is not chosen.
 
     Args:
         weight: contiguous, holding the dense expert's weight.
         parts: the weight p_t and the stored tensor of each expert, on the device of `weight`.
+        displaced: from `displace`, for a caller that must hold it before anything is written.
     """
     flat = weight.view(-1)
-    displaced = [Displaced(s.positions, flat[s.positions]) for _, s in parts]
-    if len(parts) == 1 and parts[0][0] == 1.0:
-        flat[parts[0][1].positions] = parts[0][1].weights(displaced[0].weights)
-        return displaced
-    mixed = flat.to(torch.float32, copy=True)
-    for (p, sparse), saved in zip(parts, displaced, strict=True):
-        mixed[sparse.positions] += p * sparse.difference(saved.weights)
+    displaced = displace(weight, parts) if displaced is None else displaced
+    if len(parts) == 1:
+        (p, stored), (saved,) = parts[0], displaced
+        if p == 1.0 and not stored.share and stored.factors is None:
+            _put_(flat, saved.positions, stored.weights(saved.weights))
+            return displaced
+    dense, mixed = flat, flat.to(torch.float32, copy=True)
+    total = sum(p for p, _ in parts)
+    for p, stored in parts:
+        coefficient = p - stored.share * total
+        mixed[stored.positions] += coefficient * stored.difference(dense[stored.positions])
+        if stored.factors:
+            mixed.view(-1, stored.shape[-1]).add_(stored.factors.product(), alpha=coefficient)
     flat.copy_(mixed)
     return displaced
 
@@ -125,7 +159,15 @@ def restore_(weight: Tensor, displaced: Sequence[Displaced]) -> None:
     """Put the stored dense weights back, bit for bit."""
     flat = weight.view(-1)
     for saved in displaced:
-        flat[saved.positions] = saved.weights
+        _put_(flat, saved.positions, saved.weights)
+
+
+def _put_(flat: Tensor, positions: Tensor | None, values: Tensor) -> None:
+    """Overwrite weights, as bits: on CPUs, scattering integers takes half as long as bfloat16."""
+    if positions is None:
+        flat.copy_(values)
+    else:
+        bit_patterns(flat).scatter_(0, positions.to(torch.int64), bit_patterns(values))
 
 
 def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device: str) -> Tensor:

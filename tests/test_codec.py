@@ -1,13 +1,17 @@
 import math
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergekit_mediator.approximate import approximate
+from mergekit_mediator.bits import bit_patterns
 from mergekit_mediator.codec import decode_bytes, encode_bytes
 from mergekit_mediator.description import parse_description
 from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.factors import Factors
 from mergekit_mediator.sparse import VALUES, encode
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -30,19 +34,34 @@ def stored_pairs(draw):
     return encode(expert, dense, draw(st.floats(0.01, 1)), values), dense
 
 
+@st.composite
+def approximations(draw):
+    """Low rank plus sparse, of quantised factors or of those of an adapter."""
+    shape = draw(st.sampled_from([(7,), (0, 3), (9, 5), (20, 31), (2, 6, 4)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    delta = torch.randn(shape, generator=generator)
+    stored = approximate(delta, draw(st.floats(1e-4, 2)), torch.bfloat16, draw(st.floats(0, 1)))
+    if stored.factors is None or draw(st.booleans()):
+        return stored
+    dtype = draw(DTYPES)
+    left, right = stored.factors.left.to(dtype) / 3, stored.factors.right.to(dtype) / 7
+    return replace(stored, factors=Factors(left, right, stored.factors.scales))
+
+
 def stored_tensors():
-    return stored_pairs().map(lambda pair: pair[0])
+    return stored_pairs().map(lambda pair: pair[0]) | approximations()
 
 
 def same(a, b):
-    return (
-        (a.shape, a.dtype, a.values, a.scale) == (b.shape, b.dtype, b.values, b.scale)
-        and torch.equal(a.positions, b.positions)
-        and a.codes.dtype == b.codes.dtype
-        and a.codes.numpy(force=True).tobytes() == b.codes.numpy(force=True).tobytes()
-        if a.codes.dtype != torch.bfloat16
-        else torch.equal(a.codes.view(torch.int16), b.codes.view(torch.int16))
-    )
+    """Whether two values are equal, tensors bit for bit and in dataclasses too."""
+    if isinstance(a, torch.Tensor):
+        raw = [bit_patterns(x) if x.is_floating_point() else x for x in (a, b)]
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(*raw)
+    if is_dataclass(a):
+        return type(a) is type(b) and all(
+            same(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)
+        )
+    return a == b
 
 
 @given(stored_tensors())
@@ -160,11 +179,11 @@ JSON = st.recursive(
 @given(stored_tensors(), st.data())
 def test_a_damaged_description_gives_an_artifact_error_or_one_that_is_checked(stored, data):
     stream, description = encode_bytes(stored)
-    fields = description.model_dump(mode="json")
-    name = data.draw(st.sampled_from(sorted(fields)))
-    fields[name] = data.draw(JSON)
+    changed = description.model_dump(mode="json")
+    name = data.draw(st.sampled_from(sorted(changed)))
+    changed[name] = data.draw(JSON)
     decoded, message = attempt(
-        lambda: decode_bytes(stream, parse_description(fields, "here"), "here")
+        lambda: decode_bytes(stream, parse_description(changed, "here"), "here")
     )
     assert decoded is not None or message.startswith("here: ")
 

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from mergekit_mediator.approximate import approximate
+from mergekit_mediator.budget import SLOPES, cost, slope_for
+from mergekit_mediator.codec import encode_bytes
+from mergekit_mediator.errors import ConfigError
+
+
+def weights():
+    """Differences with a decaying spectrum, like those of fine-tunes, and a vector."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for out, width in [(512, 512), (512, 1024)]:
+        left = torch.randn(out, 128, generator=generator)
+        right = torch.randn(128, width, generator=generator)
+        decay = torch.arange(1, 129) ** -1.0
+        noise = torch.randn(out, width, generator=generator)
+        result.append(1e-3 * ((left * decay) @ right / 3 + 0.5 * noise))
+    return [*result, 1e-3 * torch.randn(512, generator=generator)]
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return sum(cost(weight) for weight in weights())
+
+
+@pytest.mark.parametrize("bits", [0.1, 0.4, 2.0])
+def test_an_expert_takes_about_the_bits_that_were_asked_for(costs, bits):
+    numel = sum(weight.numel() for weight in weights())
+    slope = slope_for(costs, numel, bits)
+    stored = [approximate(weight, slope, torch.bfloat16) for weight in weights()]
+    taken = sum(8 * encode_bytes(tensor)[0].numel() for tensor in stored)
+    assert taken / numel == pytest.approx(bits, rel=0.1)
+
+
+def test_a_budget_below_the_vectors_is_refused():
+    vector = torch.randn(1000)
+    with pytest.raises(ConfigError, match=r"bits: 0\.1 is less than the least"):
+        slope_for(cost(vector), 1000, 0.1)
+
+
+def test_a_budget_above_everything_takes_the_smallest_slope():
+    assert slope_for(cost(torch.zeros(4, 4)), 16, 8.0) == SLOPES[-1]

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergekit_mediator import factors
+from mergekit_mediator.factors import Components, Factors, decompose
+
+
+def matrix(out, width, rank=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if rank is None:
+        return torch.randn(out, width, generator=generator)
+    left = torch.randn(out, rank, generator=generator)
+    return left @ torch.randn(rank, width, generator=generator)
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**31))
+def test_components_are_the_singular_value_decomposition(out, width, seed):
+    full = matrix(out, width, seed=seed)
+    found = decompose(full)
+    expected = torch.linalg.svdvals(full.double())
+    assert torch.allclose(found.values.double(), expected, rtol=1e-3, atol=1e-3 * expected[0])
+    rebuilt = (found.left * found.values) @ found.right.T
+    assert torch.allclose(rebuilt, full, atol=1e-3 * float(expected[0]))
+
+
+def test_components_of_a_matrix_of_low_rank_are_only_as_many():
+    found = decompose(matrix(60, 40, rank=3))
+    assert found.values.numel() == 3
+
+
+def test_no_components_are_found_where_nothing_changed():
+    assert decompose(torch.zeros(5, 4)).values.numel() == 0
+
+
+def test_large_matrices_are_decomposed_by_projection_and_repeatably(monkeypatch):
+    full = matrix(300, 200, rank=5) + 1e-3 * matrix(300, 200)
+    expected = decompose(full)
+    monkeypatch.setattr(factors, "_FULL_DECOMPOSITION", 100)
+    state = torch.get_rng_state()
+    found, again = decompose(full), decompose(full)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found.left, again.left)
+    assert torch.allclose(found.values[:5], expected.values[:5], rtol=1e-3)
+
+
+def test_rank_counts_the_components_that_are_worth_their_numbers():
+    values = torch.tensor([8.0, 4.0, 2.0, 1.0])
+    components = Components(torch.eye(50, 4), values, torch.eye(50, 4), energy=85.0)
+    # squares of 64, 16, 4 and 1 for a hundred numbers each
+    assert [components.rank(s) for s in (0.65, 0.63, 0.1, 0.03, 0.009)] == [0, 1, 2, 3, 4]
+
+
+def test_components_of_noise_are_not_worth_their_numbers():
+    assert decompose(matrix(60, 60)).rank(1e-12) == 0
+
+
+@pytest.mark.parametrize(("out", "width"), [(64, 96), (96, 64), (200, 50)])
+def test_quantised_factors_keep_most_of_the_energy_of_their_components(out, width):
+    full = matrix(out, width, rank=8)
+    found = decompose(full)
+    quantised = found.quantise(8, full)
+    assert quantised.left.dtype == quantised.right.dtype == torch.int8
+    left = (quantised.product() - full).square().sum() / full.square().sum()
+    assert left < 0.2  # two factors in steps of one standard deviation: about 2/12
+
+
+def test_the_scales_of_quantised_factors_are_the_best_ones():
+    full = matrix(40, 30)
+    quantised = decompose(full).quantise(4, full)
+    best = (quantised.product() - full).square().sum()
+    for k in range(4):
+        for change in (0.99, 1.01):
+            scales = quantised.scales.clone()
+            scales[k] *= change
+            worse = Factors(quantised.left, quantised.right, scales).product() - full
+            assert worse.square().sum() > best
+
+
+@given(st.integers(0, 5), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
+def test_rows_are_multiplied_as_by_the_product(n, out, width, rank):
+    generator = torch.Generator().manual_seed(0)
+    some = Factors(
+        torch.randint(-3, 4, (out, rank), generator=generator, dtype=torch.int8),
+        torch.randint(-3, 4, (width, rank), generator=generator, dtype=torch.int8),
+        torch.randn(rank, generator=generator),
+    )
+    inputs = torch.randn(n, width, generator=generator)
+    assert torch.allclose(some.rows(inputs), inputs @ some.product().T, atol=1e-4)
