@@ -108,6 +108,59 @@ def verify(out: Path, base: Path | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("out", type=_directory)
+@click.option("--data", multiple=True, help="NAME=FILE.jsonl: example prompts of expert NAME.")
+@click.option("--add", multiple=True, help="As --data, keeping what is known of the others.")
+@click.option("--features", type=click.Choice(["embedding", "hidden"]), default="embedding")
+@click.option("--seed", default=0, show_default=True)
+@_json
+def calibrate(
+    out: Path, data: tuple[str, ...], add: tuple[str, ...], features: str, seed: int, as_json: bool
+) -> None:
+    """Fit the router of the artifact in OUT to example prompts: 20 per expert are enough to work.
+
+    A line of FILE is {"prompt": "..."} or {"messages": [...]}.
+
+    Example: mergekit-mediator calibrate OUT --data math=math.jsonl --data code=code.jsonl
+    """
+    from transformers import AutoTokenizer
+
+    from mergekit_mediator import report
+    from mergekit_mediator.calibration import calibrate_artifact
+    from mergekit_mediator.runtime import load_plain
+
+    if bool(data) == bool(add):
+        raise click.UsageError("give --data for all experts, or --add for some")
+    files = {}
+    for text in data or add:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise click.BadParameter(f"{text!r}: NAME=FILE.jsonl required")
+        files[name] = Path(path)
+    if data:
+        from mergekit_mediator.artifact import read_manifest
+
+        absent = [name for name in read_manifest(out).expert_names if name not in files]
+        if absent:
+            raise click.UsageError(f"no data for {', '.join(absent)}: give it, or use --add")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    result = calibrate_artifact(
+        out,
+        load_plain(out),
+        tokenizer,
+        files,
+        kind=features,
+        seed=seed,  # type: ignore[arg-type]
+    )
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        click.echo(json.dumps(result.figures, indent=1))
+        return
+    click.echo(report.calibration_report(result.figures))
+
+
+@main.command()
 @click.argument("out")
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--expert", "experts", multiple=True, help="NAME or NAME=WEIGHT, instead of routing.")

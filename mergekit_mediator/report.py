@@ -177,5 +177,24 @@ def comparison_report(figures: dict[str, Any]) -> str:
     )
 
 
+def calibration_report(figures: dict[str, Any]) -> str:
+    """What held-out prompts say of a router."""
+    names = figures["experts"]
+    rows = [
+        [name, *map(str, counts)] for name, counts in zip(names, figures["confusion"], strict=True)
+    ]
+    return "\n".join(
+        [
+            f"held-out accuracy {figures['accuracy']:.3f}, expected calibration error "
+            f"{figures['ece']:.3f}, temperature {figures['temperature']:.3g}",
+            f"one expert below a normalised entropy of {figures['entropy_threshold']:.2f}, "
+            f"out of distribution above {figures['ood_threshold']:.2f}",
+            "",
+            "held-out prompts of each expert (rows) routed to each expert",
+            table(["", *names], rows),
+        ]
+    )
+
+
 def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin"))

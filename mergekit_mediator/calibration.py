@@ -1,0 +1,116 @@
+"""Calibrates the router of an artifact: prompts in, the fitted router and its figures in place."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_mediator import artifact, calibrate
+from mergekit_mediator.artifact import Manifest
+from mergekit_mediator.calibrate import Calibration
+from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layer, mean_hidden
+from mergekit_mediator.calibration_data import (
+    data_digest,
+    embedding_features,
+    read_prompts,
+    shared_tokens,
+)
+from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.prompts import render
+
+
+def calibrate_artifact(
+    root: Path,
+    model: Any,
+    tokenizer: Any,
+    data: Mapping[str, Path],
+    *,
+    kind: Kind = "embedding",
+    head: Head = "ridge",
+    seed: int = 0,
+) -> Calibration:
+    """Fit the router of an artifact and store it there, in place of an older one.
+
+    Experts without data keep what the present router knows of them. Nothing changes on an error.
+
+    Args:
+        root: of the artifact.
+        model: its dense expert.
+        tokenizer: of the artifact.
+        data: a JSONL file by expert; see `calibration_data.read_prompts`.
+        kind, head, seed: see `calibrate.fit`; where some experts keep their old data, those of the
+            present router are used.
+
+    Raises:
+        RoutingError: an unknown expert, an expert without data, or data that cannot be used.
+        ArtifactError: the artifact or its router cannot be read.
+    """
+    manifest = artifact.read_manifest(root)
+    for name in data:
+        if name not in manifest.expert_names:
+            known = ", ".join(manifest.expert_names)
+            raise RoutingError(f"--data {name}: this artifact has no such expert, but {known}")
+    prompts = {name: read_prompts(path) for name, path in data.items()}
+    ids = {name: [render(tokenizer, prompt) for prompt in rows] for name, rows in prompts.items()}
+    missing = [name for name in manifest.expert_names if name not in data]
+    if missing and not (root / artifact.ROUTER).exists():
+        raise RoutingError(
+            f"no data for {', '.join(missing)}: give --data NAME=FILE for each expert"
+        )
+    old = CalibratedRouter.load(root / artifact.ROUTER) if missing else None
+    if old is not None:
+        kind, head, seed = old.kind, old.head, old.seed
+    excluded = old.excluded if old is not None else shared_tokens(ids)
+    features = _features(model, ids, kind, excluded)
+    known_features = dict(old.features) if old is not None else {}
+    absent = [name for name in missing if name not in known_features]
+    if absent:
+        raise RoutingError(f"no data for {', '.join(absent)}, and the router does not know them")
+    result = calibrate.fit(
+        {name: features.get(name, known_features.get(name)) for name in manifest.expert_names},
+        kind,
+        head=head,
+        layer=hidden_layer(model.config.num_hidden_layers) if kind == "hidden" else None,
+        excluded=excluded if kind == "embedding" else None,
+        seed=seed,
+    )
+    digests = dict((manifest.router or {}).get("data", {})) if missing else {}
+    digests |= {name: data_digest(rows) for name, rows in prompts.items()}
+    _store(root, manifest, result, digests)
+    return result
+
+
+def _features(
+    model: Any, ids: Mapping[str, Sequence[Sequence[int]]], kind: Kind, excluded: Tensor
+) -> dict[str, Tensor]:
+    if kind == "embedding":
+        table = model.get_input_embeddings().weight.detach()
+        return embedding_features(ids, table, excluded)
+    layer = hidden_layer(model.config.num_hidden_layers)
+    return {
+        name: torch.cat([_hidden(model, row, layer, excluded) for row in rows])
+        for name, rows in ids.items()
+    }
+
+
+@torch.no_grad()
+def _hidden(model: Any, ids: Sequence[int], layer: int, excluded: Tensor) -> Tensor:
+    tokens = torch.tensor([ids], device=model.device)
+    hidden = model.base_model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    counted = ~torch.isin(tokens, excluded.to(tokens.device))
+    counted = counted if bool(counted.any()) else torch.ones_like(counted)
+    return mean_hidden(hidden[layer], counted).cpu()
+
+
+def _store(root: Path, manifest: Manifest, result: Calibration, data: dict[str, str]) -> None:
+    """Put the router in place, then the manifest that vouches for it."""
+    path = root / artifact.ROUTER
+    partial = path.with_name(path.name + ".partial")
+    result.router.save(partial)
+    files = {**manifest.files, artifact.ROUTER: artifact.digest(partial)}
+    os.replace(partial, path)
+    figures = {**result.figures, "data": data}
+    artifact.write_manifest(root, manifest.model_copy(update={"router": figures, "files": files}))
