@@ -1,9 +1,9 @@
 """Merge fine-tunes of one base model into one checkpoint plus small experts, and route each request."""
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+# The start-up hook imports this file in every interpreter, so it does without `typing` too.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mergekit_mediator.artifact import Manifest as Manifest
     from mergekit_mediator.errors import MediatorError as MediatorError
@@ -20,7 +20,7 @@ _EXPORTS = {
 __all__ = ["Manifest", "MediatorError", "MediatorModel", "RoutingDecision", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import what is exported on first use, so that importing the package imports no torch."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
