@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind
+from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, standardized
 from mergekit_mediator.calibration_data import MIN_PROMPTS
 from mergekit_mediator.errors import RoutingError
 
@@ -82,11 +82,7 @@ def fit(
     for key, values in (("fit", fits), ("distance", distances)):
         numbers[f"{key}_mean"] = float(values.mean())
         numbers[f"{key}_deviation"] = float(values.std().clamp_min(1e-6))
-    standard = [
-        (values - numbers[f"{key}_mean"]) / numbers[f"{key}_deviation"]
-        for key, values in (("fit", fits), ("distance", distances))
-    ]
-    ood = torch.maximum(*standard)
+    ood = standardized(fits, distances, numbers)
     numbers["ood_threshold"] = float(ood.quantile(_OOD_QUANTILE))
     numbers["temperature"] = fit_temperature(scores, truth)
     probabilities = (scores / numbers["temperature"]).softmax(dim=1)

@@ -111,7 +111,7 @@ class CalibratedRouter:
     def decide(self, features: Tensor, temperature: float | None = None) -> RoutingDecision:
         """Route prompts by their features, `[batch, d]`.
 
-        The out-of-distribution score is the larger of two standardised distances: how little any
+        The out-of-distribution score is the mean of two standardised distances: how little any
         class claims the prompt, and how far it is from the nearest class. Above
         `numbers["ood_threshold"]` it is farther than 99% of the held-out calibration prompts.
 
@@ -128,13 +128,10 @@ class CalibratedRouter:
         if not torch.isfinite(x).all():
             raise RoutingError(f"the {self.kind} features of a request are not finite")
         scores = x @ self.weight.T + self.bias
-        fit, distance = self.misfit(x)
-        n = self.numbers
-        ood = torch.maximum(
-            (fit - n["fit_mean"]) / n["fit_deviation"],
-            (distance - n["distance_mean"]) / n["distance_deviation"],
+        ood = standardized(*self.misfit(x), self.numbers)
+        return decide_from_scores(
+            scores, self.experts, temperature or self.numbers["temperature"], ood
         )
-        return decide_from_scores(scores, self.experts, temperature or n["temperature"], ood)
 
     def misfit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """1 − largest class membership, and the least Mahalanobis distance, each `[batch]`."""
@@ -196,6 +193,13 @@ class CalibratedRouter:
             numbers=values,
             **{name: tensors[name] for name in _TENSORS},
         )
+
+
+def standardized(fit: Tensor, distance: Tensor, numbers: Mapping[str, float]) -> Tensor:
+    """The mean of both misfits, each in deviations from its mean over held-out prompts, `[n]`."""
+    a = (fit - numbers["fit_mean"]) / numbers["fit_deviation"]
+    b = (distance - numbers["distance_mean"]) / numbers["distance_deviation"]
+    return (a + b) / 2
 
 
 _TENSORS = ("excluded", "weight", "bias", "fit_weight", "fit_bias", "means", "spread")
