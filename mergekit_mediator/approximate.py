@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_mediator.factors import Factors, decompose
+from mergekit_mediator.factors import Components, Factors, decompose
 from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.threshold import nonzero
 
@@ -22,7 +22,11 @@ _VECTOR_STEP = 1 / 16
 
 
 def approximate(
-    difference: Tensor, slope: float, dtype: torch.dtype, share: float = 0.0
+    difference: Tensor,
+    slope: float,
+    dtype: torch.dtype,
+    share: float = 0.0,
+    components: Components | None = None,
 ) -> SparseTensor:
     """The difference of an expert from its reference, as low rank plus sparse.
 
@@ -31,12 +35,13 @@ def approximate(
         slope: squared error per stored number, > 0.
         dtype: of the weight that it is the difference of.
         share: of the expert in the dense weight, if the difference is from the base; see `mix_`.
+        components: of the difference as a matrix, where they are known.
     """
     if is_vector(difference):
         rms = float(difference.square().mean().sqrt()) if difference.numel() else 0.0
         return _steps(difference, None, rms * _VECTOR_STEP, dtype, share)
     matrix = as_matrix(difference)
-    components = decompose(matrix)
+    components = components or decompose(matrix)
     rank = components.rank(slope)
     factors = components.quantise(rank, matrix) if rank else None
     return _steps(difference, factors, remainder_step(slope), dtype, share)

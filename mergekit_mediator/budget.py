@@ -15,7 +15,7 @@ from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.factors import Components, decompose
 
 # Half octaves: squared errors of weights from 1 down to below what float32 resolves.
-SLOPES = tuple(2.0 ** (-k / 2) for k in range(120))
+SLOPES: tuple[float, ...] = tuple(2.0 ** (-k / 2) for k in range(120))
 _FACTOR_BITS = 2.32
 _SCALE_BITS = 32
 # What Huffman codes of single bytes take more than the entropy of the steps.
@@ -24,15 +24,16 @@ _VECTOR_BITS = 6.5
 _SAMPLED_ROWS = 256
 
 
-def cost(difference: Tensor) -> Tensor:
+def cost(difference: Tensor, components: Components | None = None) -> Tensor:
     """The bits `[len(SLOPES)]` that a float32 difference of any shape would take at each slope, about.
 
     Rank is counted exactly, the remainder by the entropy of its steps in a sample of the rows.
+    `components` are those of the difference as a matrix, where they are known.
     """
     if is_vector(difference):
         return torch.full((len(SLOPES),), _VECTOR_BITS * difference.numel(), dtype=torch.float64)
     matrix = as_matrix(difference)
-    components = decompose(matrix)
+    components = components or decompose(matrix)
     rows = torch.linspace(0, len(matrix) - 1, min(len(matrix), _SAMPLED_ROWS)).long()
     left, right = _approximate_factors(components)
     remainder, known, bits = matrix[rows], 0, []

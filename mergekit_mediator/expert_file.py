@@ -15,7 +15,7 @@ from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.sparse import SparseTensor
 
 _FORMAT = "mediator-expert"
-_VERSION = 2
+_VERSION = 1
 # Upper bound of what one weight adds to the header besides its name (twice): offsets and description.
 _ENTRY_BYTES = 800
 
