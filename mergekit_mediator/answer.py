@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from mergekit_mediator.router import apply_policy
 from mergekit_mediator.runtime import MediatorModel
 
 
@@ -34,13 +33,13 @@ def answer(
         ids, mask = model.tokenize([prompt])
         if mixture is None:
             decision = model.route(ids, mask, router=router)
-            weights = apply_policy(decision, model.policy, model.entropy_threshold)[0]
+            weights = model.mixtures(decision, router)[0]
             entropy = float(decision.entropy[0])
             chosen = {e: p for e, p in zip(model.experts, weights.tolist(), strict=True) if p > 0}
-        with torch.no_grad(), model.mixture(chosen) as mixed:
-            output = mixed.generate(
-                input_ids=ids.to(mixed.device),
-                attention_mask=mask.to(mixed.device),
+        with torch.no_grad(), model.mixture(chosen):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
             )

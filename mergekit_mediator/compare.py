@@ -10,7 +10,6 @@ from mergekit_mediator.errors import TaskError
 from mergekit_mediator.evaluate import score, score_answers
 from mergekit_mediator.prompts import render
 from mergekit_mediator.results import AnswerScore, Score
-from mergekit_mediator.router import apply_policy
 from mergekit_mediator.runtime import MediatorModel
 from mergekit_mediator.tasks import Example, Task, from_jsonl, from_lm_eval, from_reasoning_gym
 
@@ -39,7 +38,7 @@ def score_routed(
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         decision = model.route(*model.pad([render(model.tokenizer, e.prompt) for e in batch]))
-        weights = apply_policy(decision, model.policy, model.entropy_threshold)
+        weights = model.mixtures(decision)
         entropy += float(decision.entropy.sum())
         for example, row, likeliest in zip(
             batch, weights.tolist(), decision.weights.argmax(dim=1).tolist(), strict=True
@@ -104,8 +103,9 @@ def compare(model: MediatorModel, tasks: Mapping[str, Task], base: Any = None) -
         if base is not None:
             systems.setdefault("base", {})[name] = score(base, model.tokenizer, task.examples)
         with torch.no_grad():
-            dense = score(model.model, model.tokenizer, task.examples)
-            systems.setdefault("dense expert", {})[name] = dense
+            with model.mixture({}) as dense:
+                scored = score(dense, model.tokenizer, task.examples)
+            systems.setdefault("dense expert", {})[name] = scored
             with model.mixture({name: 1.0}) as mixed:
                 own = score(mixed, model.tokenizer, task.examples)
             systems.setdefault("own expert", {})[name] = own

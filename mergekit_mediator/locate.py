@@ -36,6 +36,14 @@ def locate_weights(
                 f"{name}: not found in {type(model).__name__}, whose loader has converted it: "
                 "load the model with another version of transformers"
             )
+        if weight.is_meta:
+            raise MixtureError(
+                f"{name}: is not in memory: load the model without offloading it, on one device or several"
+            )
+        if not weight.is_contiguous():
+            raise MixtureError(
+                f"{name}: a contiguous weight required, got strides {weight.stride()}"
+            )
         if not weight.is_floating_point() or tuple(weight.shape) != tuple(shapes[name]):
             raise MixtureError(
                 f"{name}: a floating-point weight of shape {list(shapes[name])} required, got "

@@ -35,6 +35,7 @@ from mergekit_mediator.errors import ConfigError, InputError, OutputError
 from mergekit_mediator.expert_file import ExpertWriter
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.plan import LayerPlan, select_routed
+from mergekit_mediator.remote_code import write_remote_code
 from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.threshold import chunks
@@ -248,6 +249,7 @@ class _Merge:
         mergekit.merge._copy_tagalong_files(
             merge_config, out, files=inputs.architecture.tagalong_files or [], options=self.options
         )
+        write_remote_code(self.out)
 
     def _digest_base(self) -> dict[str, FileDigest]:
         root = self.inputs.base_directory()

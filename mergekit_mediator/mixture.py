@@ -1,47 +1,71 @@
 """Mixtures of experts on the weights of one model: entered in place, left bit for bit."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import RLock
+from threading import RLock, get_ident
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mergekit_mediator.errors import MixtureError
-from mergekit_mediator.expert_file import ExpertFile
-from mergekit_mediator.sparse import Displaced, SparseTensor, mix_, restore_
+from mergekit_mediator.locate import locate_weights
+from mergekit_mediator.residency import Experts
+from mergekit_mediator.sparse import Displaced, SparseTensor, displace, mix_, restore_
+
+# The experts of a mixture that have a weight above 0, in the artifact's order; none is the dense expert.
+Mixture = tuple[tuple[str, float], ...]
+
+# Below this many weights, starting threads takes longer than what they save.
+_PARALLEL = 1 << 22
 
 
 class Mixer:
-    """Puts mixtures of experts into the routed weights of one model, one mixture at a time."""
+    """Puts mixtures of experts into the routed weights of one model, one mixture at a time.
 
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        experts: Mapping[str, ExpertFile],
-        dense: Callable[[str], Tensor],
-    ) -> None:
+    One lock guards the weights. It is held for as long as a mixture is in place, so that another
+    thread's request waits and never sees a foreign mixture; a thread that has it may take it again.
+    """
+
+    def __init__(self, model: nn.Module, experts: Experts) -> None:
         """
         Args:
-            weights: the routed weights in the model, by name, holding the dense expert.
-            experts: the stored experts by name; each is read when it is first used.
-            dense: gives a dense weight as it is in the checkpoint.
+            model: holding the dense expert.
+            experts: the stored experts.
+
+        Raises:
+            MixtureError: the model was loaded in a form that experts cannot be put into.
         """
-        self._weights, self._files, self._dense = weights, experts, dense
-        self._resident: dict[str, dict[str, SparseTensor]] = {}
-        self._active: dict[str, float] | None = None
-        self._lock = RLock()
+        self._model, self.experts = model, experts
+        self._shapes = {
+            w: d.shape for file in experts.files.values() for w, d in file.weights.items()
+        }
+        self.lock = RLock()
+        self.rows: tuple[Mixture, ...] | None = None
+        self._owner: int | None = None
+        self._displaced: dict[str, Sequence[Displaced]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._locate()
 
     @property
-    def active(self) -> dict[str, float]:
-        """The weights of the experts in the mixture that is in place; empty for the dense expert."""
-        return dict(self._active or {})
+    def inside(self) -> bool:
+        """Whether this thread is inside a mixture."""
+        return self.rows is not None and self._owner == get_ident()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The routed weights in the model, by the checkpoint's names."""
+        if self._fingerprint != _fingerprint(self._model):  # moved or cast since
+            self._locate()
+        return self._weights
 
     @contextmanager
     def mixture(self, mixture: Mapping[str, float]) -> Iterator[None]:
         """W(p) = W_dense + Σ_t p_t Δ_t inside the context, the dense expert's bits after it.
 
-        Other threads wait until the context is left.
+        Whatever ends the context, and wherever entering it is interrupted, the dense weights come
+        back: each is saved before it is written. Other threads wait until the context is left.
 
         Args:
             mixture: weights by expert; an empty one is the dense expert.
@@ -51,56 +75,132 @@ class Mixer:
                 are all zero, or a mixture inside another one.
         """
         chosen = self.check(mixture)
-        with self._lock:
-            if self._active is not None:
-                raise MixtureError(
-                    f"a mixture of {', '.join(self._active) or 'no expert'} is in place already: "
-                    "leave it before entering another"
-                )
-            self._active = chosen
-            displaced: dict[str, Sequence[Displaced]] = {}
+        with self.hold((chosen,)):
             try:
-                self._enter(chosen, displaced)
+                self._enter(chosen)
                 yield
             finally:
-                for name, saved in displaced.items():
-                    restore_(self._weights[name], saved)
-                self._active = None
+                self._restore()
 
-    def check(self, mixture: Mapping[str, float]) -> dict[str, float]:
+    @contextmanager
+    def hold(self, rows: tuple[Mixture, ...]) -> Iterator[None]:
+        """Keep other threads out; `rows` are the mixtures of the batch's rows, or one for all.
+
+        Raises:
+            MixtureError: this thread is inside a mixture already.
+        """
+        with self.lock:
+            if self.rows is not None:
+                names = ", ".join(sorted({name for row in self.rows for name, _ in row}))
+                raise MixtureError(
+                    f"a mixture of {names or 'no expert'} is in place already: leave it before "
+                    "entering another"
+                )
+            self._restore()  # what a second interrupt may have left
+            self.rows, self._owner = rows, get_ident()
+            try:
+                yield
+            finally:
+                self.rows = self._owner = None
+
+    def check(self, mixture: Mapping[str, float]) -> Mixture:
         """The experts of a mixture that have a weight above 0, as plain numbers.
 
         Raises:
             MixtureError: see `mixture`.
         """
         for name, weight in mixture.items():
-            if name not in self._files:
-                known = ", ".join(self._files)
+            if name not in self.experts.files:
+                known = ", ".join(self.experts.files)
                 raise MixtureError(f"unknown expert {name!r}; this model has {known}")
             if not math.isfinite(weight) or weight < 0:
                 raise MixtureError(
                     f"expert {name!r}: weight must be finite and at least 0, got {weight}"
                 )
-        chosen = {name: float(weight) for name, weight in mixture.items() if weight > 0}
+        chosen = tuple(
+            (name, float(mixture[name])) for name in self.experts.files if mixture.get(name, 0) > 0
+        )
         if mixture and not chosen:
             raise MixtureError("a mixture needs one weight above 0; for the dense expert give none")
         return chosen
 
     def expert(self, name: str) -> dict[str, SparseTensor]:
-        """What one expert keeps of each routed weight, in memory from the first use on."""
-        if name not in self._resident:
-            file = self._files[name]
-            self._resident[name] = {
-                weight: file.read(weight, self._dense(weight)).to(self._weights[weight].device)
-                for weight in file.weights
-            }
-        return self._resident[name]
+        """What one expert keeps of each routed weight."""
+        weights, file = self.weights, self.experts.files[name]
+        return {w: self.experts.read(name, w, weights[w].device) for w in file.weights}
 
-    def _enter(
-        self, mixture: Mapping[str, float], displaced: dict[str, Sequence[Displaced]]
-    ) -> None:
-        stored = {name: self.expert(name) for name in mixture}
-        for name, weight in self._weights.items():
-            parts = [(p, stored[e][name]) for e, p in mixture.items() if name in stored[e]]
+    def parts(self, weight: str, mixture: Mixture) -> list[tuple[str, float, SparseTensor]]:
+        """The experts that change a weight in a mixture: those in it, and with p = 0 those that the
+        dense weight is a mean of, as far as they are stored relative to the base."""
+        given = dict(mixture)
+        device = self._weights[weight].device
+        parts = []
+        for name, file in self.experts.files.items():
+            shared = mixture and weight in file.weights and file.weights[weight].share
+            if (name in given and weight in file.weights) or shared:
+                p = given.get(name, 0.0)
+                parts.append((name, p, self.experts.read(name, weight, device)))
+        return parts
+
+    def _enter(self, mixture: Mixture) -> None:
+        weights = self.weights
+        if not mixture:
+            return
+
+        def put(name: str) -> None:
+            parts = [(p, stored) for _, p, stored in self.parts(name, mixture)]
             if parts:
-                displaced[name] = mix_(weight, parts)
+                saved = displace(weights[name], parts)
+                self._displaced[name] = saved
+                mix_(weights[name], parts, saved)
+
+        self._over(put, weights)
+
+    def _restore(self) -> None:
+        """Put back what was displaced, to the end, also where it is interrupted."""
+        interrupt: KeyboardInterrupt | None = None
+        while self._displaced or self._pool:
+            try:
+                if self._pool is not None:
+                    self._pool.shutdown(wait=True)  # nobody may write any more
+                    self._pool = None
+                self._over(self._restore_one, list(self._displaced))
+            except KeyboardInterrupt as error:  # noqa: PERF203 - the loop is what it is about
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _restore_one(self, name: str) -> None:
+        restore_(self._weights[name], self._displaced[name])
+        del self._displaced[name]
+
+    def _over(self, function: Callable[[str], None], names: Iterable[str]) -> None:
+        """Call a function with each name, on all cores where that is worth it."""
+        ordered = list(names)
+        weights = [self._weights[name] for name in ordered]
+        threads = torch.get_num_threads()
+        if (
+            threads == 1
+            or sum(weight.numel() for weight in weights) < _PARALLEL
+            or any(weight.device.type != "cpu" for weight in weights)
+        ):
+            for name in ordered:
+                function(name)
+            return
+        torch.set_num_threads(1)  # in each of the threads, which see to it that all cores are busy
+        try:
+            self._pool = ThreadPoolExecutor(threads)
+            list(self._pool.map(function, ordered))
+            self._pool.shutdown(wait=True)
+            self._pool = None
+        finally:
+            torch.set_num_threads(threads)
+
+    def _locate(self) -> None:
+        self._weights = locate_weights(self._model, self._shapes, self._shapes)
+        self._fingerprint = _fingerprint(self._model)
+
+
+def _fingerprint(model: nn.Module) -> list[int]:
+    """Changes when a weight is moved or cast, which gives it other storage."""
+    return [p.data_ptr() for p in model.parameters()]

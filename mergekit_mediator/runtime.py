@@ -1,56 +1,90 @@
-"""MediatorModel: loads an artifact, routes requests to mixtures of experts, generates, and restores."""
+"""MediatorModel: loads an artifact, and answers each request with the mixture of experts that it needs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mergekit_mediator import artifact
+from mergekit_mediator import artifact, caches
 from mergekit_mediator.artifact import Manifest
+from mergekit_mediator.contexts import Contexts, RouteOn, without_padding
 from mergekit_mediator.errors import ArtifactError, MixtureError, RoutingError
-from mergekit_mediator.locate import locate_weights
-from mergekit_mediator.mixture import Mixer
+from mergekit_mediator.mixture import Mixer, Mixture
 from mergekit_mediator.prompts import render
-from mergekit_mediator.response import ResponseRouter
-from mergekit_mediator.router import Policy, RoutingDecision, apply_policy, decide_from_scores
+from mergekit_mediator.residency import Experts, Residency
+from mergekit_mediator.routed import route_calls
+from mergekit_mediator.router import OodAction, Policy, RoutingDecision, apply_policy
+from mergekit_mediator.routers import Router, Routers, pad_token
+from mergekit_mediator.serving import Apply, Serving
 
-Router = Literal["response", "likelihood"]
+# An expert's name, `dense`, or weights by expert.
+Named = str | Mapping[str, float]
 
 
 class MediatorModel:
     """A dense expert, its sparse experts, and a router.
 
+    Threads may share it: one request runs at a time, with its own mixture, and the others wait.
+
     Attributes:
-        model: the transformers model. It holds the dense expert except inside a mixture.
+        model: the transformers model, routed: `model.model(...)` and `model.model.generate(...)` are
+            `forward` and `generate` below; inside `mixture` they are the model's own.
         tokenizer: of the artifact, or None if it has none.
         manifest: of the artifact.
         policy: how probabilities become a mixture; see `router.apply_policy`.
-        entropy_threshold: of the policy `auto`, as a fraction of log(number of experts).
+        entropy_threshold: of the policy `auto`, as a fraction of log(number of experts); None is the
+            calibrated one, or 0.5 without calibration.
+        ood_threshold: requests beyond it count as out of distribution; None is the calibrated one.
+        fallback: what answers a request that is out of distribution or has no text to route by: an
+            expert's name or `dense`; None blends the former and refuses the latter.
+        route_on: what routing looks at: the whole `prompt`, or the `last_user` turn of a chat.
+        apply: how a batch whose rows need different mixtures is run: `rows`, all at once (see
+            `rows`), `merge`, the rows of each mixture together, or `auto`: `rows` where the model's
+            layers allow it.
     """
 
     def __init__(
-        self, root: Path, manifest: Manifest, model: PreTrainedModel, tokenizer: Any
+        self,
+        root: Path,
+        manifest: Manifest,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        residency: Residency = "device",
+        expert_budget: int | None = None,
     ) -> None:
         """Use `from_pretrained`."""
         self.root, self.manifest, self.model, self.tokenizer = root, manifest, model, tokenizer
         self.policy: Policy = "auto"
-        self.entropy_threshold = 0.5
-        experts = {entry.name: artifact.open_expert(root, entry) for entry in manifest.experts}
-        shapes = {w: d.shape for file in experts.values() for w, d in file.weights.items()}
-        self._mixer = Mixer(locate_weights(model, shapes, shapes), experts, self._dense_weight)
+        self.entropy_threshold: float | None = None
+        self.ood_threshold: float | None = None
+        self.fallback: str | None = None
+        self.route_on: RouteOn = "prompt"
+        self.apply: Apply = "auto"
+        files = {entry.name: artifact.open_expert(root, entry) for entry in manifest.experts}
+        experts = Experts(files, self._dense_weight, residency, expert_budget)
+        self._mixer = Mixer(model, experts)
+        self._contexts = Contexts(tokenizer)
+        self._serving = Serving(model, route_calls(model, self), self._mixer)
+        self._routers = Routers(root, model, self._serving.forward, self._mixer, tokenizer)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, verify: bool = True, **kwargs: Any
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        verify: bool = True,
+        residency: Residency = "device",
+        expert_budget: int | None = None,
+        **kwargs: Any,
     ) -> "MediatorModel":
         """Load an artifact from a directory or from the Hub.
 
@@ -58,6 +92,8 @@ class MediatorModel:
             source: a directory, or a repository's name on the Hub.
             revision: of the repository.
             verify: check the digest of every file first, at the speed of reading it.
+            residency: where decoded experts stay: `device`, `cpu` or `disk`; see `residency.Experts`.
+            expert_budget: bytes that decoded experts may take, all together.
             kwargs: as for `AutoModelForCausalLM.from_pretrained`; `dtype` is the stored one
                 unless given.
 
@@ -70,21 +106,45 @@ class MediatorModel:
         if verify:
             artifact.verify_files(root, manifest)
         kwargs.setdefault("dtype", "auto")
-        model = AutoModelForCausalLM.from_pretrained(root, **kwargs).eval()
-        has_tokenizer = any(
-            (root / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-        )
-        tokenizer = AutoTokenizer.from_pretrained(root) if has_tokenizer else None
-        return cls(root, manifest, model, tokenizer)
+        if "config" not in kwargs:
+            kwargs["config"] = AutoConfig.from_pretrained(
+                root, trust_remote_code=kwargs.get("trust_remote_code")
+            )
+        if "mediator" in getattr(kwargs["config"], "auto_map", {}).get("AutoModelForCausalLM", ""):
+            kwargs["trust_remote_code"] = False  # it would lead here again
+        model: Any = AutoModelForCausalLM.from_pretrained(root, **kwargs)
+        model.eval()
+        return cls(root, manifest, model, _tokenizer(root), residency, expert_budget)
+
+    @classmethod
+    def attach(cls, model: PreTrainedModel, source: str | Path) -> "MediatorModel":
+        """Route a model that was loaded from an artifact as its stock class.
+
+        Raises:
+            ArtifactError: there is no artifact.
+            MixtureError: the model was loaded in a form that experts cannot be put into.
+        """
+        root = _local(source, getattr(model.config, "_commit_hash", None))
+        return cls(root, artifact.read_manifest(root), model, _tokenizer(root))
 
     @property
     def experts(self) -> tuple[str, ...]:
         """The experts' names, in the order of the columns of a routing decision."""
         return self.manifest.expert_names
 
+    @property
+    def resident_bytes(self) -> int:
+        """What decoded experts take in memory now."""
+        return self._mixer.experts.resident_bytes
+
     @contextmanager
     def mixture(self, weights: Mapping[str, float]) -> Iterator[PreTrainedModel]:
         """Put W_dense + Σ_t p_t Δ_t in place; yields the model, and restores the dense expert after.
+
+        Inside, the model is as its stock class: nothing is routed. Other threads wait.
+
+        Args:
+            weights: by expert, at least 0; none is the dense expert.
 
         Raises:
             MixtureError: see `mixture.Mixer.mixture`.
@@ -92,12 +152,19 @@ class MediatorModel:
         with self._mixer.mixture(weights):
             yield self.model
 
+    def mixture_digest(self, mixture: Named | Sequence[Named]) -> str:
+        """A key for caches of what is computed with a mixture, or with one for each row of a batch:
+        32 hexadecimal digits that differ between artifacts and between mixtures."""
+        rows = [mixture] if isinstance(mixture, str | Mapping) else mixture
+        return caches.digest(self._identity, tuple(self._named(row) for row in rows))
+
     def route(
         self,
         prompts: str | Sequence[str] | Tensor | Mapping[str, Tensor],
         attention_mask: Tensor | None = None,
         router: Router | None = None,
         temperature: float | None = None,
+        route_on: RouteOn | None = None,
     ) -> RoutingDecision:
         """Which experts each prompt needs, decided once on the whole prompt.
 
@@ -105,10 +172,11 @@ class MediatorModel:
             prompts: texts, put through the chat template if there is one; or token ids
                 `[batch, length]`; or a tokenizer's output.
             attention_mask: `[batch, length]`, 0 for padding, with token ids.
-            router: `response`, from one pass of the dense expert, or `likelihood`, from the
-                prompt's likelihood under each expert; the first is the default where the artifact
-                has its directions.
+            router: `calibrated`; `response`, from one pass of the dense expert; or `likelihood`, from
+                the prompt's likelihood under each expert. The first that the artifact has is the
+                default.
             temperature: of the softmax over experts, in the router's own unit.
+            route_on: instead of the attribute.
 
         Returns:
             weights `[batch, n_experts]`, entropy `[batch]` in nats, ood `[batch]`, experts.
@@ -118,97 +186,124 @@ class MediatorModel:
             MixtureError: a mixture is in place.
         """
         ids, mask = self._tokens(prompts, attention_mask)
-        chosen: str = router or ("response" if self._response_router else "likelihood")
-        if self._mixer.active:
-            raise MixtureError("routing needs the dense expert: leave the mixture first")
-        if chosen == "likelihood":
-            return self._route_by_likelihood(ids, mask, 1.0 if temperature is None else temperature)
-        if chosen != "response":
-            raise RoutingError(f"unknown router {chosen!r}: choose response or likelihood")
-        responses, router = self._responses(ids, mask)
-        given = {} if temperature is None else {"temperature": temperature}
-        return router.decide(responses, self._reference, **given)
+        return self._decide(ids, mask, router, temperature, route_on)
+
+    def mixtures(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
+        """The mixtures that a decision leads to, `[batch, n_experts]` float32, by the policy,
+        thresholds and fallback of this model."""
+        entropy, ood = self._routers.thresholds(router)
+        action: OodAction = "blend"
+        if self.fallback is not None:
+            action = "dense" if self.fallback == "dense" else "fallback"
+        return apply_policy(
+            decision,
+            self.policy,
+            self.entropy_threshold if self.entropy_threshold is not None else entropy or 0.5,
+            ood_threshold=self.ood_threshold if self.ood_threshold is not None else ood,
+            ood_action=action,
+            fallback=self.fallback,
+        )
 
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        inputs: Any = None,
         attention_mask: Tensor | None = None,
         *,
-        mixture: Mapping[str, float] | None = None,
+        input_ids: Any = None,
+        mixture: Named | Sequence[Named | None] | None = None,
+        route_on: RouteOn | None = None,
+        apply: Apply | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate, each row with the experts that its own prompt needs.
 
-        Rows that need the same mixture run together; the results are padded to one length.
+        A row keeps its mixture to the end. `past_key_values` that this model has filled bring theirs
+        along, so that a chat which goes on keeps it.
 
         Args:
-            input_ids: `[batch, length]`; rows that are padded on the right are padded on the left
-                instead, as generation needs it.
+            inputs, input_ids: `[batch, length]`; rows that are padded on the right are padded on the
+                left instead, as generation needs it.
             attention_mask: `[batch, length]`, 0 for padding.
-            mixture: this one for all rows, instead of routing.
+            mixture: instead of routing: an expert's name, `dense` or weights, for all rows or one for
+                each; None in the place of a row routes it.
+            route_on: instead of the attribute.
+            apply: instead of the attribute.
             kwargs: as for transformers' generate.
+
+        Raises:
+            RoutingError: see `route`.
+            MixtureError: an unknown expert, a cache of another mixture, a streamer for several rows,
+                or continuous batching.
         """
-        ids, mask = _pad_left(*self._tokens(input_ids, attention_mask))
-        if mixture is not None:
-            with self.mixture(mixture):
-                return self.model.generate(input_ids=ids, attention_mask=mask, **kwargs)
-        groups = self._groups(
-            apply_policy(self.route(ids, mask), self.policy, self.entropy_threshold)
-        )
-        if len(groups) > 1 and kwargs.get("return_dict_in_generate"):
-            raise MixtureError(
-                f"return_dict_in_generate: these rows need {len(groups)} different mixtures: "
-                "generate them one batch for each"
-            )
-        results = {}
-        for weights, rows in groups.items():
-            with self.mixture(dict(weights)):
-                output = self.model.generate(
-                    input_ids=ids[rows], attention_mask=mask[rows], **kwargs
-                )
-            if len(groups) == 1:
-                return output
-            results.update(zip(rows, output.unflatten(0, (len(rows), -1)), strict=True))
-        width = max(row.shape[-1] for row in results.values())
-        pad = _pad_token(self.model)
-        padded = [
-            torch.nn.functional.pad(results[row], (0, width - results[row].shape[-1]), value=pad)
-            for row in sorted(results)
-        ]
-        return torch.cat(padded)
+        ids = inputs if input_ids is None else input_ids
+        if self._mixer.inside:
+            _refuse(mixture, "a mixture is in place: name none")
+            return self._serving.own_generate(ids, attention_mask=attention_mask, **kwargs)
+        if kwargs.get("cache_implementation") == "paged":
+            raise MixtureError("cache_implementation='paged' bypasses generate: use another one")
+        cache = kwargs.get("past_key_values")
+        with self._mixer.lock:
+            ids, mask = self._tokens(ids, attention_mask)
+            if not caches.is_filled(cache):
+                ids, mask = _pad_left(ids, mask)
+            rows = self._mixtures(ids, mask, mixture, cache, route_on)
+            if kwargs.get("streamer") is not None and len(ids) > 1:
+                raise MixtureError(f"a streamer takes one row at a time, got {len(ids)}")
+            given = {"inputs": ids, "attention_mask": mask, **kwargs}
+            return self._serving.generate(rows, apply or self.apply, given)
 
-    def _groups(self, weights: Tensor) -> dict[tuple[tuple[str, float], ...], list[int]]:
-        """Rows by the mixture they need."""
-        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-        for row, values in enumerate(weights.tolist()):
-            key = tuple((e, p) for e, p in zip(self.experts, values, strict=True) if p > 0)
-            groups.setdefault(key, []).append(row)
-        return groups
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        mixture: Named | Sequence[Named | None] | None = None,
+        route_on: RouteOn | None = None,
+        apply: Apply | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The transformers model's forward, each row with the experts that its own context needs.
 
-    def _tokens(self, prompts: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `[batch, length]` on the model's device, checked."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if isinstance(prompts, Mapping):
-            prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask")
-        if not isinstance(prompts, Tensor):
-            prompts, attention_mask = self.tokenize(prompts)
-        ids = prompts.to(self.model.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
-        if ids.ndim != 2 or not len(ids):
-            raise RoutingError(f"token ids [batch, length] required, got shape {list(ids.shape)}")
-        if not bool(mask.any(dim=1).all()):
-            raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and ids.shape[1] > limit:
-            raise RoutingError(
-                f"prompt of {ids.shape[1]} tokens: this model takes at most {limit}: shorten it"
-            )
-        return ids, mask
+        What counts as context, for scoring: the tokens before the first label, if `labels` leave
+        some out; else everything up to where the chat template opens the last answer; else the whole
+        row. Without `attention_mask`, a run of the padding token or of token 0 at the end of a row is
+        padding. With `past_key_values` that this model has filled, rows keep the mixtures that they
+        were computed with. No gradients.
+
+        Args:
+            input_ids, attention_mask, args, kwargs: as for the transformers model.
+            mixture, route_on, apply: as for `generate`.
+
+        Raises:
+            RoutingError: see `route`; or `inputs_embeds` and no mixture.
+            MixtureError: an unknown expert, a cache of another mixture, or a model in training.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        given.update(self._serving.positional(args))
+        if self._mixer.inside:
+            _refuse(mixture, "a mixture is in place: name none")
+            return self._serving.forward(**given)
+        cache, labels = given.get("past_key_values"), given.get("labels")
+        with self._mixer.lock:
+            if caches.is_filled(cache) or input_ids is None:
+                like = input_ids if input_ids is not None else given.get("inputs_embeds")
+                if like is None:
+                    raise RoutingError("input_ids required")
+                context = torch.ones(like.shape[:2], dtype=torch.long)
+            else:
+                if attention_mask is None:
+                    attention_mask = without_padding(input_ids, {0, pad_token(self.model)})
+                ids, mask = self._tokens(input_ids, attention_mask)
+                context = self._contexts.before_answer(ids, mask, labels)
+            rows = self._mixtures(input_ids, context, mixture, cache, route_on)
+            return self._serving.run(rows, apply or self.apply, given)
+
+    __call__ = forward
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `[batch, length]` of texts, through the chat template, padded left.
+        """Token ids and attention mask `[batch, length]` of texts, put through the chat template if
+        there is one, padded on the left.
 
         Raises:
             RoutingError: no prompts, an empty one, or an artifact without a tokenizer.
@@ -224,81 +319,119 @@ class MediatorModel:
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask `[batch, length]` of rows of any lengths, padded on the left."""
         tensors = [torch.tensor(row) for row in rows]
-        pad = {"batch_first": True, "padding_side": "left"}
-        ids = torch.nn.utils.rnn.pad_sequence(tensors, padding_value=_pad_token(self.model), **pad)
+        pad: Any = {"batch_first": True, "padding_side": "left"}
+        ids = torch.nn.utils.rnn.pad_sequence(tensors, padding_value=pad_token(self.model), **pad)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], **pad)
         return ids, mask
 
-    @cached_property
-    def _response_router(self) -> ResponseRouter | None:
-        """The router that needs no data, or None where it has nothing to measure in this model."""
-        path = self.root / artifact.RESPONSE
-        if not path.exists():
-            return None
-        router = ResponseRouter.load(path)
-        return router if router.applies_to(self.model) else None
-
-    @cached_property
-    def _opening(self) -> list[int]:
-        """The token ids that every prompt begins with: the chat template up to the user's text."""
-        if self.tokenizer is None:
-            return []
-        pairs = zip(render(self.tokenizer, ""), render(self.tokenizer, "x"), strict=False)
-        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-
-    @cached_property
-    def _reference(self) -> dict[str, Tensor]:
-        """The responses to a prompt that says nothing: the chat template around an empty message."""
-        tokens = render(self.tokenizer, "") if self.tokenizer else []
-        ids = torch.tensor([tokens or [_pad_token(self.model)]], device=self.model.device)
-        responses, _ = self._responses(ids, torch.ones_like(ids))
-        return responses
-
-    @torch.no_grad()
-    def _responses(self, ids: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], ResponseRouter]:
-        if self._response_router is None:
-            raise RoutingError(
-                f"{self.root}: response routing has nothing to measure in this model: use the "
-                "likelihood router, or calibrate one"
-            )
-        with self._response_router.recording(self.model, self._counted(ids, mask)) as responses:
-            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        return responses, self._response_router
-
-    def _counted(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The tokens that tell requests apart: no padding, and not what every prompt begins with."""
-        counted = mask.bool().clone()
-        for row, (tokens, keep) in enumerate(zip(ids.tolist(), counted.tolist(), strict=True)):
-            places = [place for place, kept in enumerate(keep) if kept]
-            opening = places[: len(self._opening)]
-            if len(places) > len(opening) and [tokens[p] for p in opening] == self._opening:
-                counted[row, opening] = False
-        return counted
-
-    @torch.no_grad()
-    def _route_by_likelihood(
-        self, ids: Tensor, mask: Tensor, temperature: float
+    def _decide(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        router: Router | None = None,
+        temperature: float | None = None,
+        route_on: RouteOn | None = None,
     ) -> RoutingDecision:
-        """p(t | prompt) ∝ exp((L_t − L_dense) / T), with L in nats over the whole prompt."""
-        dense = self._log_likelihood(ids, mask)
-        scores = []
-        for name in self.experts:
-            with self.mixture({name: 1.0}):
-                scores.append(self._log_likelihood(ids, mask) - dense)
-        return decide_from_scores(torch.stack(scores, dim=1), self.experts, temperature)
+        if not bool(mask.any(dim=1).all()):
+            raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
+        if self._mixer.inside:
+            raise MixtureError("routing needs the dense expert: leave the mixture first")
+        counted = self._contexts.counted(ids, mask, route_on or self.route_on)
+        with self._mixer.lock:
+            return self._routers.decide(ids, mask, counted, router, temperature)
 
-    def _log_likelihood(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Nats `[batch]` of all tokens but the first, in float32."""
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        tokens = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return (tokens * (mask[:, 1:] * mask[:, :-1])).sum(dim=1)
+    def _mixtures(
+        self,
+        ids: Tensor,
+        context: Tensor,
+        wanted: Named | Sequence[Named | None] | None,
+        cache: Any,
+        route_on: RouteOn | None,
+    ) -> tuple[Mixture, ...]:
+        """The mixture of each row: as its cache has it, as it is named, or as it is routed.
+
+        Args:
+            ids: `[batch, length]`; not looked at where nothing has to be routed.
+            context: `[batch, length]`, 1 for the tokens to route by.
+        """
+        batch = len(context)
+        named: list[Mixture | None] = [None] * batch
+        if wanted is not None:
+            each = [wanted] * batch if isinstance(wanted, str | Mapping) else list(wanted)
+            if len(each) != batch:
+                raise MixtureError(f"mixture: {batch} rows, but {len(each)} mixtures are given")
+            named = [None if name is None else self._named(name) for name in each]
+        if caches.is_filled(cache):
+            known = caches.rows_of(cache)
+            known = known * batch if len(known) == 1 else known
+            found = tuple(n if n is not None else k for n, k in zip(named, known, strict=False))
+            caches.check(cache, _joined(found))
+            return found
+        if self.fallback is not None:
+            empty = self._named(self.fallback)
+            lacking = (~context.bool().any(dim=1)).tolist()
+            named = [
+                empty if lacks and name is None else name
+                for lacks, name in zip(lacking, named, strict=True)
+            ]
+        asked = [row for row, name in enumerate(named) if name is None]
+        if asked:
+            if ids is None:
+                raise RoutingError("inputs_embeds cannot be routed: give input_ids, or a mixture")
+            decision = self._decide(ids[asked], context[asked], route_on=route_on)
+            for row, values in zip(asked, self.mixtures(decision).tolist(), strict=True):
+                named[row] = tuple(
+                    (name, p) for name, p in zip(self.experts, values, strict=True) if p > 0
+                )
+        return tuple(name for name in named if name is not None)
+
+    def _named(self, mixture: Named) -> Mixture:
+        """A mixture from an expert's name, `dense` or weights.
+
+        Raises:
+            MixtureError: see `mixture.Mixer.mixture`.
+        """
+        if isinstance(mixture, str):
+            is_dense = mixture == "dense" and "dense" not in self.experts
+            mixture = {} if is_dense else {mixture: 1.0}
+        return self._mixer.check(mixture)
+
+    def _tokens(self, prompts: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask `[batch, length]` on the model's device, checked."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if isinstance(prompts, Mapping):
+            prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask")
+        if prompts is None:
+            raise RoutingError("input_ids required; inputs_embeds cannot be routed: name a mixture")
+        if not isinstance(prompts, Tensor):
+            prompts, attention_mask = self.tokenize(prompts)
+        ids = prompts.to(self.model.device)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
+        if ids.ndim != 2 or not len(ids):
+            raise RoutingError(f"token ids [batch, length] required, got shape {list(ids.shape)}")
+        if ids.shape != mask.shape:
+            raise RoutingError(
+                f"attention_mask: shape {list(ids.shape)} required, got {list(mask.shape)}"
+            )
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and ids.shape[1] > limit:
+            raise RoutingError(
+                f"prompt of {ids.shape[1]} tokens: this model takes at most {limit}: shorten it"
+            )
+        return ids, mask
+
+    @cached_property
+    def _identity(self) -> str:
+        """What tells this artifact from others: the digests of its files."""
+        return self.manifest.model_dump_json(include={"files"})
 
     @cached_property
     def _shards(self) -> dict[str, Any]:
         """The dense checkpoint's open files by weight."""
         shards = {}
         for path in sorted(self.root.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
             shards.update(dict.fromkeys(file.keys(), file))
         return shards
 
@@ -317,10 +450,11 @@ def load_plain(source: str | Path) -> PreTrainedModel:
         ArtifactError: it cannot be loaded.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.eval()
+    plain: PreTrainedModel = model.eval()
+    return plain
 
 
 def _local(source: str | Path, revision: str | None) -> Path:
@@ -335,18 +469,24 @@ def _local(source: str | Path, revision: str | None) -> Path:
         ) from error
 
 
+def _tokenizer(root: Path) -> Any:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return AutoTokenizer.from_pretrained(root) if any((root / n).exists() for n in names) else None
+
+
+def _joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
+    """One mixture where all rows have the same."""
+    return rows[:1] if len(set(rows)) == 1 else rows
+
+
+def _refuse(mixture: Any, reason: str) -> None:
+    if mixture is not None:
+        raise MixtureError(reason)
+
+
 def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same rows `[batch, length]` with their padding in front."""
     if bool(mask[:, -1].all()):
         return ids, mask
     order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
-
-
-def _pad_token(model: PreTrainedModel) -> int:
-    """The token to pad with: the model's, or the end of sequence, or 0."""
-    for name in ("pad_token_id", "eos_token_id"):
-        token = getattr(model.generation_config, name, None)
-        if token is not None:
-            return int(token[0] if isinstance(token, list) else token)
-    return 0

@@ -1,0 +1,158 @@
+"""Runs a batch whose rows need different mixtures: in rows form, or the rows of each mixture together."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mergekit_mediator import caches
+from mergekit_mediator.errors import MixtureError
+from mergekit_mediator.mixture import Mixer, Mixture
+from mergekit_mediator.routers import pad_token
+from mergekit_mediator.rows import Rows
+
+Apply = Literal["auto", "merge", "rows"]
+
+
+class Serving:
+    """The model's own forward and generate, with given mixtures."""
+
+    def __init__(self, model: PreTrainedModel, stock: type[PreTrainedModel], mixer: Mixer) -> None:
+        """
+        Args:
+            model: holding the dense expert.
+            stock: the class whose forward and generate are the model's own.
+            mixer: of the same model.
+        """
+        self._model, self._mixer, self._rows = model, mixer, Rows(model, mixer)
+        self._stock: Any = stock
+        self._parameters = list(inspect.signature(stock.forward).parameters)[1:]
+
+    def positional(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """Arguments of the model's own forward that came without a name, after the first two."""
+        return dict(zip(self._parameters[2:], args, strict=False))
+
+    def forward(self, **kwargs: Any) -> Any:
+        """The model's own forward inside a mixture; caches know afterwards what filled them.
+
+        Raises:
+            MixtureError: `past_key_values` were computed with another mixture.
+        """
+        rows, cache = self._mixer.rows, kwargs.get("past_key_values")
+        if rows is None:
+            return self._stock.forward(self._model, **kwargs)
+        caches.check(cache, rows)
+        output = self._stock.forward(self._model, **kwargs)
+        caches.mark(getattr(output, "past_key_values", None), rows)
+        return output
+
+    def own_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate."""
+        return self._stock.generate(self._model, *args, **kwargs)
+
+    def run(self, rows: tuple[Mixture, ...], apply: Apply, inputs: dict[str, Any]) -> Any:
+        """One forward pass, each row of the batch with its mixture."""
+        if torch.is_grad_enabled() and self._model.training:
+            raise MixtureError("a routed model cannot be trained: train an expert and merge again")
+        with torch.no_grad():
+            if self._together(rows, apply, inputs.get("past_key_values")):
+                with self._applied(rows, apply):
+                    return self.forward(**inputs)
+            return self._run_groups(rows, inputs)
+
+    def generate(self, rows: tuple[Mixture, ...], apply: Apply, inputs: dict[str, Any]) -> Any:
+        """The model's own generate, each row of the batch with its mixture."""
+        if self._together(rows, apply, inputs.get("past_key_values")):
+            with self._applied(rows, apply):
+                return self.own_generate(**inputs)
+        if inputs.get("return_dict_in_generate"):
+            raise MixtureError(
+                "return_dict_in_generate: these rows need different mixtures and run one mixture "
+                "after the other: generate them one batch for each, or use apply='rows'"
+            )
+        results: dict[int, Tensor] = {}
+        for mixture, places in _groups(rows).items():
+            with self._mixer.mixture(dict(mixture)):
+                output = self.own_generate(**_select(inputs, places, len(rows)))
+            results.update(zip(places, output.unflatten(0, (len(places), -1)), strict=True))
+        width = max(row.shape[-1] for row in results.values())
+        pad = pad_token(self._model)
+        return torch.cat(
+            [
+                torch.nn.functional.pad(
+                    results[row], (0, width - results[row].shape[-1]), value=pad
+                )
+                for row in range(len(rows))
+            ]
+        )
+
+    def _together(self, rows: tuple[Mixture, ...], apply: Apply, cache: Any) -> bool:
+        """Whether the whole batch runs at once.
+
+        Raises:
+            MixtureError: an unknown `apply`, or a cache for rows that would have to be parted.
+        """
+        if apply not in get_args(Apply):
+            raise MixtureError(f"apply must be one of {', '.join(get_args(Apply))}, got {apply!r}")
+        if apply == "rows" or len(set(rows)) == 1:
+            return True
+        if apply == "auto" and self._rows.obstacle() is None:
+            return True
+        if caches.is_filled(cache):
+            raise MixtureError(
+                "past_key_values: these rows need different mixtures and would run one after the "
+                "other: leave the cache out, or give one batch for each mixture"
+            )
+        return False
+
+    @contextmanager
+    def _applied(self, rows: tuple[Mixture, ...], apply: Apply) -> Iterator[None]:
+        if apply != "rows" and len(set(rows)) == 1:
+            with self._mixer.mixture(dict(rows[0])):
+                yield
+        else:
+            with self._rows.applied(rows):
+                yield
+
+    def _run_groups(self, rows: tuple[Mixture, ...], inputs: dict[str, Any]) -> Any:
+        refused = [k for k in ("output_hidden_states", "output_attentions") if inputs.get(k)]
+        if refused:
+            raise MixtureError(
+                f"{refused[0]}: these rows need different mixtures and run one after the other: "
+                "give one batch for each mixture"
+            )
+        labels = inputs.get("labels")
+        rest = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
+        parts: dict[int, Tensor] = {}
+        for mixture, places in _groups(rows).items():
+            with self._mixer.mixture(dict(mixture)):
+                output = self.forward(**_select({**rest, "use_cache": False}, places, len(rows)))
+            parts.update(zip(places, output.logits, strict=True))
+        output.logits = torch.stack([parts[row] for row in range(len(rows))])
+        if labels is not None:
+            output["loss"] = self._model.loss_function(
+                logits=output.logits, labels=labels, vocab_size=self._model.config.vocab_size
+            )
+        return output
+
+
+def _groups(rows: tuple[Mixture, ...]) -> dict[Mixture, list[int]]:
+    """Rows by the mixture they need."""
+    groups: dict[Mixture, list[int]] = {}
+    for row, mixture in enumerate(rows):
+        groups.setdefault(mixture, []).append(row)
+    return groups
+
+
+def _select(inputs: dict[str, Any], places: list[int], batch: int) -> dict[str, Any]:
+    """The inputs of some rows."""
+    return {
+        name: value[places]
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
+        else value
+        for name, value in inputs.items()
+    }
