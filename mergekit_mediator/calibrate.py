@@ -190,11 +190,10 @@ def _fit(
     truth = torch.repeat_interleave(torch.tensor([len(r) for r in rows]))
     means = torch.stack([r.mean(dim=0) for r in rows])
     within = torch.cat([r - r.mean(dim=0) for r in rows])
-    # Singular values of the rows instead of a d x d covariance: there are fewer prompts than d.
-    _, values, vectors = torch.linalg.svd(within / math.sqrt(len(x)), full_matrices=False)
+    values, vectors = _principal(within / math.sqrt(len(x)))
     shrinkage = 1.0 if head == "prototype" else _SHRINKAGE
-    variance = max(float(values.square().sum() / x.shape[1]), 1e-12) * shrinkage
-    shrunk = values.square() * (1 - shrinkage) + variance
+    variance = max(float(values.sum() / x.shape[1]), 1e-12) * shrinkage
+    shrunk = values * (1 - shrinkage) + variance
     spread = vectors * (1 / variance - 1 / shrunk).clamp_min(0).sqrt()[:, None]
     fit_weight, fit_bias = _ridge(x, torch.nn.functional.one_hot(truth, len(rows)).double())
     weight, bias = fit_weight, fit_bias
@@ -216,6 +215,18 @@ def _fit(
         spread=spread.float(),
         numbers={"variance": variance},
     )
+
+
+def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[r]` and eigenvectors `[r, d]` of `rows.T @ rows`, but for those that are 0.
+
+    Through `rows @ rows.T` where that is smaller: there are mostly fewer prompts than d.
+    """
+    wide = len(rows) < rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
+    used = values > 1e-10 * values.max().clamp_min(1e-300)
+    values, vectors = values[used], vectors[:, used].T
+    return values, (vectors @ rows) / values.sqrt()[:, None] if wide else vectors
 
 
 def _ridge(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -312,3 +312,11 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RoutingError, match="cannot read"):
         read_prompts(tmp_path / "b")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_prompts_that_are_all_alike_still_give_finite_decisions(head: Head) -> None:
+    same = {name: torch.eye(3)[i].repeat(6, 1) for i, name in enumerate("abc")}
+    decision = fit(same, "embedding", head=head).router.decide(torch.eye(3))
+    assert decision.weights.argmax(dim=1).tolist() == [0, 1, 2]
+    assert bool(decision.ood.isfinite().all())
