@@ -229,6 +229,23 @@ NEAR = (
     "binary_alternation", "syllogism", "dice", "countdown", "number_sequence", "coin_flip",
 )  # fmt: skip
 
+# The first 64 tasks, by name, of those that are quick to make and not longer than a page.
+MANY = (
+    "ab", "acre", "aiw", "arc_1d", "base_conversion", "basic_arithmetic", "bf",
+    "binary_alternation", "binary_matrix", "bitwise_arithmetic", "caesar_cipher",
+    "calendar_arithmetic", "chain_sum", "circuit_logic", "coin_flip", "color_cube_rotation",
+    "complex_arithmetic", "count_bits", "count_primes", "course_schedule", "cryptarithm",
+    "decimal_arithmetic", "decimal_chain_sum", "dice", "emoji_mystery", "family_relationships",
+    "figlet_font", "fraction_simplification", "game_of_life", "game_of_life_halting", "gcd",
+    "graph_color", "group_anagrams", "gsm_symbolic", "isomorphic_strings", "jugs", "kakurasu",
+    "knights_knaves", "largest_island", "lcm", "leg_counting", "letter_counting", "letter_jumble",
+    "list_functions", "manipulate_matrix", "maze", "mini_sudoku", "modulo_grid", "n_queens",
+    "number_filtering", "number_format", "number_sequence", "number_sorting",
+    "palindrome_generation", "palindrome_partitioning", "path_star", "polynomial_multiplication",
+    "pool_matrix", "power_function", "prime_factorization", "products", "propositional_logic",
+    "ransom_note", "rotate_matrix",
+)  # fmt: skip
+
 _REQUESTS = (
     "Write a short poem about {}.",
     "What should I know about {} before I start?",
