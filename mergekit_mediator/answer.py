@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from mergekit_mediator.runtime import MediatorModel
 
 
@@ -36,13 +34,9 @@ def answer(
             weights = model.mixtures(decision, router)[0]
             entropy = float(decision.entropy[0])
             chosen = {e: p for e, p in zip(model.experts, weights.tolist(), strict=True) if p > 0}
-        with torch.no_grad(), model.mixture(chosen):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
+        output = model.generate(
+            ids, mask, mixture=chosen, max_new_tokens=max_new_tokens, do_sample=False
+        )
         text = model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         results.append({"prompt": prompt, "mixture": chosen, "entropy": entropy, "answer": text})
     return results

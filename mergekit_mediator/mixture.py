@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from numbers import Real
 from threading import RLock, get_ident
 
 import torch
@@ -113,6 +114,8 @@ class Mixer:
             if name not in self.experts.files:
                 known = ", ".join(self.experts.files)
                 raise MixtureError(f"unknown expert {name!r}; this model has {known}")
+            if isinstance(weight, bool) or not isinstance(weight, Real):
+                raise MixtureError(f"expert {name!r}: weight must be a number, got {weight!r}")
             if not math.isfinite(weight) or weight < 0:
                 raise MixtureError(
                     f"expert {name!r}: weight must be finite and at least 0, got {weight}"
