@@ -20,7 +20,7 @@ quality: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# torch comes first and from its own index of CPU builds where pip would choose one of several GB.
+# torch comes first: as another package's dependency, pip may choose a build of several GB.
 .venv/dev: pyproject.toml mergekit_mediator/_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0

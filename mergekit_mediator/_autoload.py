@@ -7,6 +7,13 @@ loaded already and only adds one finder. `MERGEKIT_MEDIATOR_AUTOLOAD=0` switches
 import os
 import sys
 
+TYPE_CHECKING = False  # importing `typing` for it would take longer than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 # Which function of `plugin` completes which module of mergekit, once that module has been executed.
 _HOOKS = {
     "mergekit.merge_methods": "register_methods",
@@ -17,7 +24,12 @@ _HOOKS = {
 class _Finder:
     """A meta path finder that wraps the loaders of the modules in `_HOOKS` and finds nothing else."""
 
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(
+        self,
+        name: str,
+        path: "Sequence[str] | None" = None,
+        target: "ModuleType | None" = None,
+    ) -> "ModuleSpec | None":
         if name not in _HOOKS:
             return None
         for finder in sys.meta_path:
@@ -25,7 +37,7 @@ class _Finder:
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader, _HOOKS[name])
+                spec.loader = _Loader(spec.loader, _HOOKS[name])  # type: ignore[assignment]
                 return spec
         return None
 
@@ -33,16 +45,16 @@ class _Finder:
 class _Loader:
     """The module's own loader, followed by one function of the plugin."""
 
-    def __init__(self, loader, hook):  # type: ignore[no-untyped-def]
+    def __init__(self, loader: "Loader", hook: str) -> None:
         self._loader, self._hook = loader, hook
 
-    def __getattr__(self, name):  # type: ignore[no-untyped-def]
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
-    def create_module(self, spec):  # type: ignore[no-untyped-def]
+    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         return self._loader.create_module(spec)
 
-    def exec_module(self, module):  # type: ignore[no-untyped-def]
+    def exec_module(self, module: "ModuleType") -> None:
         self._loader.exec_module(module)
         try:
             from mergekit_mediator import plugin
@@ -63,4 +75,4 @@ def install() -> None:
     if os.environ.get("MERGEKIT_MEDIATOR_AUTOLOAD") == "0":
         return
     if not any(type(finder) is _Finder for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder())

@@ -31,6 +31,6 @@ class build_py(_build_py):  # noqa: N801 (the name that setuptools looks for)
         """The directory whose content is installed as is: an editable wheel takes no files of build_lib."""
         if not self.editable_mode:
             return str(self.build_lib)
-        install = self.distribution.get_command_obj("install")
-        Path(install.install_lib).mkdir(parents=True, exist_ok=True)
-        return str(install.install_lib)
+        directory = str(self.distribution.get_command_obj("install").install_lib)
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        return directory

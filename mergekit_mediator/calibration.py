@@ -70,7 +70,7 @@ def calibrate_artifact(
     if absent:
         raise RoutingError(f"no data for {', '.join(absent)}, and the router does not know them")
     result = calibrate.fit(
-        {name: features.get(name, known_features.get(name)) for name in manifest.expert_names},
+        {name: {**known_features, **features}[name] for name in manifest.expert_names},
         kind,
         head=head,
         layer=hidden_layer(model.config.num_hidden_layers) if kind == "hidden" else None,

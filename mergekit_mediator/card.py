@@ -1,7 +1,7 @@
 """The model card, and the picture of the conflict profile."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def conflict_chart(
 
 
 def plot_conflict(
-    path: Path, layers: Sequence[str], profile: dict[str, Sequence[float]], routed: Sequence[Any]
+    path: Path, layers: Sequence[str], profile: Mapping[str, Sequence[float]], routed: Sequence[Any]
 ) -> None:
     """Draw the conflict profile: one line per metric over the layers, routed layers shaded.
 

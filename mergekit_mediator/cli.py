@@ -5,7 +5,7 @@ import logging
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -115,7 +115,12 @@ def verify(out: Path, base: Path | None, as_json: bool) -> None:
 @click.option("--seed", default=0, show_default=True)
 @_json
 def calibrate(
-    out: Path, data: tuple[str, ...], add: tuple[str, ...], features: str, seed: int, as_json: bool
+    out: Path,
+    data: tuple[str, ...],
+    add: tuple[str, ...],
+    features: Literal["embedding", "hidden"],
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Fit the router of the artifact in OUT to example prompts: 20 per expert are enough to work.
 
@@ -150,7 +155,7 @@ def calibrate(
         tokenizer,
         files,
         kind=features,
-        seed=seed,  # type: ignore[arg-type]
+        seed=seed,
     )
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)

@@ -86,7 +86,7 @@ def base_from_package(out: Path) -> Path:
 
     folder = Path(spec.origin).parent
     click.echo(f"converting {_GGUF}", err=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32)
     del model.config.quantization_config  # the weights are no longer quantised
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(out)
@@ -98,7 +98,7 @@ def write_configs(out: Path, base: str, skills: list[str]) -> dict[str, Path]:
     """Write the merge configurations: ours, the plain average, and mergekit's `ties`."""
     models = {name: f"{base}+{ADAPTERS / name}" for name in skills}
     common: dict[str, Any] = {"dtype": "float32", "out_dtype": "bfloat16"}
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "mediator": {
             "merge_method": "mediator",
             "base_model": base,

@@ -58,13 +58,15 @@ def fetch_headers(repo: str, revision: str | None) -> dict[str, TensorHeader]:
     Raises:
         InputError: the model cannot be reached, or is not stored as safetensors.
     """
-    import httpx
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 
+    # the HTTP client differs between versions of huggingface_hub; its error is a base of theirs
+    client_errors = (b for b in HfHubHTTPError.__bases__ if issubclass(b, Exception))
+    errors: tuple[type[Exception], ...] = (OSError, NotASafetensorsRepoError, *client_errors)
     try:
         metadata = get_safetensors_metadata(repo, revision=revision)
-    except (OSError, HfHubHTTPError, httpx.HTTPError, NotASafetensorsRepoError) as error:
+    except errors as error:
         raise InputError(f"{repo}: headers cannot be fetched: {first_line(error)}") from error
     return {
         name: TensorHeader(info.dtype, tuple(info.shape), file)

@@ -203,7 +203,7 @@ class _Merge:
     ) -> Tensor:
         """The dense expert's weight, on the CPU, in the output dtype."""
         try:
-            buffer = copy_non_floating_buffer([base, *experts], weight.info.name)
+            buffer: Tensor | None = copy_non_floating_buffer([base, *experts], weight.info.name)
         except (TypeError, ValueError) as error:
             raise InputError(f"{weight.info.name}: {first_line(error)}") from error
         if buffer is not None:
@@ -217,7 +217,9 @@ class _Merge:
         return average(base, experts, shares, scale, dtype, device, self.over).cpu()
 
     def _dtype(self, weight: PlannedWeight, base: Tensor, experts: list[Tensor]) -> torch.dtype:
-        named = dtype_from_name(weight.info.force_dtype or self.inputs.out_dtype)
+        named: torch.dtype | None = dtype_from_name(
+            weight.info.force_dtype or self.inputs.out_dtype
+        )
         if named is not None:
             return named
         dtype = base.dtype
@@ -368,7 +370,7 @@ def _check_space(out: Path, inputs: Inputs, weights: list[PlannedWeight]) -> Non
 
 def _source(model: ModelReference) -> str:
     """What the user wrote, without revisions: they are stored beside it."""
-    return model.model.path + (f"+{model.lora.path}" if model.lora else "")
+    return f"{model.model.path}+{model.lora.path}" if model.lora else f"{model.model.path}"
 
 
 def _given(config: MergeConfiguration, model: ModelReference, name: str, default: Any) -> Any:

@@ -80,8 +80,8 @@ def register_methods(merge_methods: ModuleType) -> None:
             merge_methods.register(method)
 
 
-def take_over_run_merge(merge: ModuleType) -> None:
-    """Let `mergekit.merge.run_merge` hand `merge_method: mediator` to this package, and nothing else."""
+def take_over_run_merge(merge: Any) -> None:
+    """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package, and nothing else."""
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):
         return

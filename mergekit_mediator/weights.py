@@ -235,13 +235,16 @@ class Inputs:
 
     def _model_config(self, model: ModelReference) -> transformers.PretrainedConfig:
         try:
-            return model.config(trust_remote_code=self.options.trust_remote_code)
+            config: transformers.PretrainedConfig = model.config(
+                trust_remote_code=self.options.trust_remote_code
+            )
         except (OSError, ValueError, KeyError) as error:
             role = "base_model" if model == self.base else "model"
             raise InputError(
                 f"{role} {model}: neither a model directory here nor one that the Hub gives: "
                 f"{first_line(error)}"
             ) from error
+        return config
 
     def _check_shapes(self, weight: PlannedWeight) -> None:
         aligned = isinstance(weight.inputs, PermutedVocabulary) or (

@@ -1,5 +1,7 @@
 import json
+import socket
 
+import huggingface_hub.constants
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mergekit_mediator.errors import InputError
-from mergekit_mediator.headers import TensorHeader, first_line, read_headers
+from mergekit_mediator.headers import TensorHeader, fetch_headers, first_line, read_headers
 
 
 @pytest.fixture
@@ -88,6 +90,26 @@ def test_a_malformed_header_is_refused(tmp_path, header):
     (tmp_path / "m.safetensors").write_bytes(content)
     with pytest.raises(InputError, match=r"m\.safetensors: "):
         read_headers(tmp_path, ["m.safetensors"])
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_a_model_of_the_hub_without_network_is_a_typed_error(no_network):
+    with pytest.raises(InputError, match=r"org/model: headers cannot be fetched: .*not known"):
+        fetch_headers("org/model", None)
+
+
+def test_a_model_of_the_hub_offline_is_a_typed_error(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="org/model: headers cannot be fetched"):
+        fetch_headers("org/model", None)
 
 
 def test_the_first_line_of_an_error_stands_for_it():
