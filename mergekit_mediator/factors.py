@@ -30,6 +30,16 @@ class Factors:
     right: Tensor
     scales: Tensor
 
+    @classmethod
+    def of_adapter(cls, lora_b: Tensor, lora_a: Tensor, scale: float) -> "Factors":
+        """The factors of a LoRA adapter as they are: `scale · B A`, with B `[out, r]` and A `[r, in]`.
+
+        Factors are stored in one dtype; if these differ, both in the wider one.
+        """
+        dtype = torch.promote_types(lora_b.dtype, lora_a.dtype)
+        scales = torch.full((lora_b.shape[1],), scale, dtype=torch.float32)
+        return cls(lora_b.to(dtype), lora_a.T.to(dtype).contiguous(), scales)
+
     @property
     def rank(self) -> int:
         return self.scales.numel()
