@@ -231,7 +231,11 @@ def _matrix(weight: Tensor, stored: SparseTensor) -> Tensor:
     starts = torch.arange(out + 1, device=positions.device) * width
     first = torch.searchsorted(positions, starts)
     return torch.sparse_csr_tensor(
-        first.to(torch.int32), (positions % width).to(torch.int32), values, (out, width)
+        first.to(torch.int32),
+        (positions % width).to(torch.int32),
+        values,
+        (out, width),
+        check_invariants=False,
     )
 
 

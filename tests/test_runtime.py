@@ -1,0 +1,395 @@
+"""Requests: rows with mixtures of their own, chats and their caches, and what is refused."""
+
+import copy
+import threading
+
+import pico
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.generation import BaseStreamer, StoppingCriteria
+
+from mergekit_mediator import MediatorModel
+from mergekit_mediator.errors import MixtureError, RoutingError
+
+MIXTURES = ["math", "code", {"math": 0.3, "chat": 0.7}, "dense", "math"]
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def build(root, family, **settings):
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_mediator.merge import run
+
+    config = MergeConfiguration.model_validate(family.config(route="all", **settings))
+    run(config, str(root), MergeOptions(quiet=True))
+    return MediatorModel.from_pretrained(root)
+
+
+@pytest.fixture(scope="module")
+def loaded(make, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("runtime") / "out", make(dtype=torch.float32), density=0.3)
+
+
+@pytest.fixture
+def model(loaded):
+    """The loaded model, with its settings as new."""
+    kept = dict(vars(loaded))
+    yield loaded
+    vars(loaded).update(kept)
+
+
+@pytest.fixture
+def batch():
+    """Five rows padded on the left, and their mask."""
+    ids = torch.randint(4, 60, (5, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    mask[3, :2] = 0
+    return ids, mask
+
+
+def by_hand(model, row, mask, mixture, **kwargs):
+    """One row alone, by the model's own generate inside a mixture."""
+    weights = model._named(mixture)
+    ids = row[mask.bool()][None]
+    with torch.no_grad(), model.mixture(dict(weights)) as mixed:
+        return mixed.generate(ids, **{**GREEDY, **kwargs})[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3"])
+@pytest.mark.parametrize("values", ["exact", "int4"])
+def test_rows_and_merge_give_the_same_logits_to_round_off(family, values, make, tmp_path, batch):
+    written = make(make=pico.ARCHITECTURES[family], dtype=torch.float32)
+    model = build(tmp_path / "out", written, density=0.3, values=values)
+    rows = model.forward(*batch, mixture=MIXTURES, apply="rows").logits
+    merged = model.forward(*batch, mixture=MIXTURES, apply="merge").logits
+    dense = model.forward(*batch, mixture="dense").logits
+    torch.testing.assert_close(rows, merged, rtol=1e-4, atol=1e-5)
+    assert float((rows - dense)[[0, 1, 2, 4], -1].abs().amax(dim=-1).min()) > 0.1
+    assert torch.equal(model.forward(*batch, mixture=MIXTURES).logits, rows)
+
+
+def test_rows_and_merge_agree_in_bfloat16(make, tmp_path, batch):
+    model = build(tmp_path / "out", make(), density=0.3)
+    rows = model.forward(*batch, mixture=MIXTURES, apply="rows").logits
+    merged = model.forward(*batch, mixture=MIXTURES, apply="merge").logits
+    torch.testing.assert_close(rows, merged, rtol=2**-5, atol=2**-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"use_cache": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("apply", ["rows", "merge"])
+def test_every_row_is_answered_as_if_it_were_alone(model, batch, apply, options):
+    ids, mask = batch
+    output = model.generate(ids, mask, mixture=MIXTURES, apply=apply, **GREEDY, **options)
+    returned = options.get("num_return_sequences", 1)
+    assert len(output) == 5 * returned
+    for row, mixture in enumerate(MIXTURES):
+        alone = by_hand(model, ids[row], mask[row], mixture, **options)
+        own = output[row * returned : (row + 1) * returned, ids.shape[1] :]
+        assert torch.equal(own[:, : alone.shape[1]], alone)
+
+
+def test_sampling_with_a_seed_draws_the_same_in_both_forms(model, batch):
+    drawn = []
+    for apply in ("rows", "merge"):
+        torch.manual_seed(3)
+        options = {"do_sample": True, "max_new_tokens": 6, "num_return_sequences": 2}
+        drawn.append(model.generate(*batch, mixture="math", apply=apply, **options))
+    assert torch.equal(*drawn)
+
+
+def test_rows_leave_no_trace_in_the_model(model, batch):
+    before = {n: w.clone() for n, w in model.model.state_dict().items()}
+    with pytest.raises(IndexError):
+        model.forward(batch[0] + 1000, mixture=MIXTURES, apply="rows")
+    model.forward(*batch, mixture=MIXTURES, apply="rows")
+    after = model.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+
+
+def test_layers_that_cannot_have_rows_are_run_mixture_by_mixture(make, tmp_path, batch):
+    model = build(tmp_path / "out", make(make=pico.gpt2), density=0.3)
+    with pytest.raises(
+        MixtureError, match=r"apply='rows' cannot serve .* in .*: use apply='merge'"
+    ):
+        model.forward(*batch, mixture=MIXTURES, apply="rows")
+    together = model.forward(*batch, mixture=MIXTURES, labels=batch[0])
+    alone = model.forward(batch[0][1:2], batch[1][1:2], mixture="code")
+    torch.testing.assert_close(together.logits[1:2], alone.logits)
+    assert together.loss.isfinite()
+
+
+def test_generate_routes_each_row_by_its_own_prompt(model, batch):
+    ids, mask = batch
+    decision = model.route(ids, mask)
+    output = model.generate(ids, mask, **GREEDY)
+    for row, weights in enumerate(model.mixtures(decision).tolist()):
+        mixture = dict(zip(model.experts, weights, strict=True))
+        alone = by_hand(model, ids[row], mask[row], mixture)
+        assert torch.equal(output[row, 9 : 9 + alone.shape[1]], alone[0])
+
+
+def test_a_row_can_be_named_and_its_neighbour_routed(model, batch):
+    ids, mask = batch
+    routed = model.forward(ids, mask).logits
+    output = model.forward(ids, mask, mixture=[None, "dense", None, None, None]).logits
+    dense = model.forward(ids, mask, mixture="dense").logits
+    torch.testing.assert_close(output[0], routed[0])
+    torch.testing.assert_close(output[1], dense[1])
+
+
+def test_a_threshold_of_entropy_blends_the_experts(model, batch):
+    model.entropy_threshold = 0.0
+    assert torch.equal(model.mixtures(model.route(*batch)), model.route(*batch).weights)
+
+
+# Chats and caches
+
+
+def test_a_request_keeps_its_mixture_to_the_end(model, batch):
+    ids = batch[0][:1]
+    first = model.forward(ids, mixture="code", use_cache=True)
+    token = first.logits[:, -1:].argmax(-1)
+    second = model.forward(token, past_key_values=first.past_key_values)
+    whole = model.forward(torch.cat([ids, token], dim=1), mixture="code")
+    torch.testing.assert_close(second.logits[:, -1], whole.logits[:, -1])
+
+
+def test_rows_keep_their_mixtures_with_their_cache(model, batch):
+    ids, mask = batch[0], torch.ones_like(batch[1])
+    first = model.forward(ids, mask, mixture=MIXTURES, use_cache=True)
+    token = first.logits[:, -1:].argmax(-1)
+    second = model.forward(token, past_key_values=first.past_key_values)
+    whole = model.forward(torch.cat([ids, token], dim=1), mixture=MIXTURES)
+    torch.testing.assert_close(second.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+def test_a_cache_of_another_mixture_is_refused(model, batch, copied):
+    cache = model.forward(batch[0][:1], mixture="code", use_cache=True).past_key_values
+    cache = copy.deepcopy(cache) if copied else cache
+    message = "computed with 1 code and cannot be used with 1 math"
+    with pytest.raises(MixtureError, match=message):
+        model.forward(batch[0][:1, :1], past_key_values=cache, mixture="math")
+    with pytest.raises(MixtureError, match=message):
+        model.generate(batch[0][:1], past_key_values=cache, mixture="math", **GREEDY)
+    with model.mixture({"math": 1.0}) as mixed, pytest.raises(MixtureError, match=message):
+        mixed(batch[0][:1, :1], past_key_values=cache)
+
+
+def test_a_cache_that_nobody_knows_is_refused(model, batch):
+    cache = DynamicCache(config=model.model.config)
+    cache.update(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8), 0)
+    with pytest.raises(MixtureError, match="not known which mixture"):
+        model.forward(batch[0][:1], past_key_values=cache)
+
+
+def test_a_chat_that_goes_on_with_its_cache_keeps_its_mixture(model, batch):
+    ids = batch[0][:1]
+    cache = DynamicCache(config=model.model.config)
+    first = model.generate(ids, past_key_values=cache, mixture="chat", **GREEDY)
+    longer = torch.cat([first, batch[0][1:2]], dim=1)
+    second = model.generate(longer, past_key_values=cache, **GREEDY)
+    assert torch.equal(second, model.generate(longer, mixture="chat", **GREEDY))
+
+
+def test_digests_tell_mixtures_apart_and_nothing_else(model):
+    digests = [model.mixture_digest(m) for m in ("math", "code", "dense", {"math": 0.5}, MIXTURES)]
+    assert len(set(digests)) == 5
+    assert all(len(digest) == 32 for digest in digests)
+    assert model.mixture_digest({"math": 1, "code": 0}) == digests[0]
+    assert model.mixture_digest({"chat": 1, "math": 2}) == model.mixture_digest(
+        {"math": 2, "chat": 1}
+    )
+
+
+def chat(*turns):
+    template = [
+        {"role": r, "content": t}
+        for r, t in zip(("user", "assistant", "user"), turns, strict=False)
+    ]
+    ids = pico.tokenizer().apply_chat_template(template, add_generation_prompt=True)["input_ids"]
+    return torch.tensor([ids])
+
+
+def test_the_last_user_turn_alone_can_be_routed_by(model):
+    long = chat("w1 w2 w3", "w9 w8", "w20 w21")
+    alone = chat("w20 w21")
+    counted = model._contexts.counted(long, torch.ones_like(long), "last_user")
+    expected = model._contexts.counted(alone, torch.ones_like(alone), "last_user")
+    assert long[counted].tolist() == alone[expected].tolist()
+    assert model._contexts.counted(long, torch.ones_like(long), "prompt").sum() > counted.sum()
+    whole, last = (model.route(long, route_on=on).weights for on in ("prompt", "last_user"))
+    assert not torch.equal(whole, last)
+
+
+def test_an_answer_in_the_row_is_not_context(model):
+    prompt, answer = chat("w20 w21 w22"), torch.tensor([[40, 41, 42, 2]])
+    row = torch.cat([prompt, answer], dim=1)
+    context = model._contexts.before_answer(row, torch.ones_like(row))
+    assert context.tolist() == [[1] * prompt.shape[1] + [0] * 4]
+    labels = row.clone()
+    labels[:, :2] = -100
+    assert model._contexts.before_answer(row, torch.ones_like(row), labels).sum() == 2
+
+
+def test_padding_without_a_mask_is_not_context(model, batch):
+    ids = batch[0][:1]
+    padded = torch.cat([ids, torch.zeros(1, 7, dtype=torch.long)], dim=1)
+    expected = model.forward(ids).logits
+    torch.testing.assert_close(model.forward(padded).logits[:, : ids.shape[1]], expected)
+
+
+def test_a_fallback_answers_what_cannot_be_routed(model, batch):
+    ids, mask = batch[0][:2], torch.ones(2, 9, dtype=torch.long)
+    mask[1] = 0
+    with pytest.raises(RoutingError, match="an empty prompt cannot be routed"):
+        model.forward(ids, mask)
+    model.fallback = "chat"
+    rows = model._mixtures(ids, mask, None, None, None)
+    assert rows[1] == (("chat", 1.0),)
+    model.ood_threshold = -1e9
+    assert model.mixtures(model.route(*batch)).tolist() == [[0, 0, 1]] * 5
+    model.fallback = "dense"
+    assert model.mixtures(model.route(*batch)).tolist() == [[0, 0, 0]] * 5
+
+
+# What generation offers
+
+
+class Streamed(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_tokens_are_streamed(model, batch):
+    streamer = Streamed()
+    output = model.generate(batch[0][:1], streamer=streamer, mixture="code", **GREEDY)
+    assert streamer.tokens == output[0].tolist()
+    assert streamer.ended
+
+
+def test_stopping_criteria_stop_every_row(model, batch):
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 11)
+
+    for apply in ("rows", "merge"):
+        options = {"stopping_criteria": [After()], "apply": apply, **GREEDY}
+        assert model.generate(*batch, mixture=MIXTURES, **options).shape == (5, 11)
+
+
+def test_assisted_decoding_writes_what_the_mixture_would(model, batch):
+    assistant = copy.deepcopy(pico.llama()).eval()
+    ids = batch[0][:1]
+    expected = model.generate(ids, mixture="math", **GREEDY)
+    for option in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(ids, mixture="math", **option, **GREEDY), expected)
+
+
+def test_requests_of_several_threads_queue(model, batch):
+    ids, mask = batch
+    expected = [model.generate(ids, mask, mixture=m, **GREEDY) for m in MIXTURES[:3]]
+    results = {}
+
+    def request(index):
+        for _ in range(5):
+            output = model.generate(ids, mask, mixture=MIXTURES[index], **GREEDY)
+            results.setdefault(index, []).append(torch.equal(output, expected[index]))
+
+    threads = [threading.Thread(target=request, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: [True] * 5, 1: [True] * 5, 2: [True] * 5}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mixture": "law"}, "unknown expert 'law'; this model has math, code, chat"),
+        ({"mixture": ["math"]}, "5 rows, but 1 mixtures"),
+        ({"mixture": {"math": -1}}, "finite and at least 0"),
+        ({"mixture": {"math": 0}}, "one weight above 0"),
+        ({"apply": "both"}, "apply must be one of auto, merge, rows, got 'both'"),
+        ({"streamer": Streamed()}, "a streamer takes one row at a time, got 5"),
+        ({"cache_implementation": "paged"}, "bypasses generate"),
+    ],
+)
+def test_generation_that_cannot_be_done_is_refused(model, batch, arguments, message):
+    with pytest.raises(MixtureError, match=message):
+        model.generate(*batch, **arguments, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "an empty prompt cannot be routed"),
+        ([], "no prompts given"),
+        (torch.zeros(0, 4, dtype=torch.long), r"\[batch, length\] required, got shape \[0, 4\]"),
+        (torch.ones(1, 65, dtype=torch.long), "65 tokens: this model takes at most 64: shorten it"),
+        (None, "input_ids required"),
+    ],
+)
+def test_prompts_that_cannot_be_routed_are_refused(model, prompts, message):
+    with pytest.raises(RoutingError, match=message):
+        model.route(prompts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"route_on": "topic"}, "one of prompt, last_user"), ({"router": "oracle"}, "unknown router")],
+)
+def test_routing_that_does_not_exist_is_refused(model, batch, arguments, message):
+    with pytest.raises(RoutingError, match=message):
+        model.route(*batch, **arguments)
+
+
+def test_inside_a_mixture_nothing_is_routed_or_named(model, batch):
+    with model.mixture({"math": 1.0}):
+        for refused in (
+            lambda: model.route(*batch),
+            lambda: model.generate(*batch, mixture="code", **GREEDY),
+            lambda: model.forward(*batch, mixture="code"),
+            lambda: model.mixture({"code": 1.0}).__enter__(),
+        ):
+            with pytest.raises(MixtureError):
+                refused()
+
+
+def test_continuous_batching_and_training_are_refused(model, batch):
+    with pytest.raises(MixtureError, match="continuous batching bypasses generate"):
+        model.model.generate_batch([[5, 6]])
+    model.model.train()
+    try:
+        with pytest.raises(MixtureError, match="cannot be trained"):
+            model.forward(*batch)
+    finally:
+        model.model.eval()
+
+
+def test_a_quantised_model_is_refused_with_the_reason(loaded):
+    from transformers import AutoModelForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(loaded.root)
+    weight = quantised.model.layers[0].mlp.up_proj
+    weight.weight = torch.nn.Parameter(weight.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(MixtureError, match="load the model without quantization"):
+        MediatorModel.attach(quantised, loaded.root)
