@@ -21,7 +21,8 @@ _SCALE_BITS = 32
 # What Huffman codes of single bytes take more than the entropy of the steps.
 _CODING_LOSS = 1.1
 _VECTOR_BITS = 6.5
-_SAMPLED_ROWS = 256
+_SAMPLE = 1 << 16  # weights of the remainder
+_FINE = 1000
 
 
 def cost(difference: Tensor, components: Components | None = None) -> Tensor:
@@ -34,17 +35,22 @@ def cost(difference: Tensor, components: Components | None = None) -> Tensor:
         return torch.full((len(SLOPES),), _VECTOR_BITS * difference.numel(), dtype=torch.float64)
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
-    rows = torch.linspace(0, len(matrix) - 1, min(len(matrix), _SAMPLED_ROWS)).long()
+    sampled = min(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
+    rows = torch.linspace(0, len(matrix) - 1, sampled).long()
     left, right = _approximate_factors(components)
-    remainder, known, bits = matrix[rows], 0, []
+    remainder, known = matrix[rows], 0
+    bits: list[float] = []
     for slope in SLOPES:
-        rank = components.rank(slope)
-        remainder = remainder - left[rows, known:rank] @ right[:, known:rank].T
-        known = rank
-        steps = quantise_steps(remainder, remainder_step(slope))
-        bits.append(
-            _factor_bits(components, rank) + _CODING_LOSS * _entropy(steps) * matrix.numel()
-        )
+        rank, step = components.rank(slope), remainder_step(slope)
+        if rank > known:
+            remainder = remainder - left[rows, known:rank] @ right[:, known:rank].T
+            known = rank
+        if step * _FINE < float(remainder.abs().max()):
+            # fine steps: a quarter of a bit more for each half octave of the slope
+            bits.append(bits[-1] + matrix.numel() / 4)
+        else:
+            entropy = _entropy(quantise_steps(remainder, step))
+            bits.append(_factor_bits(components, rank) + _CODING_LOSS * entropy * matrix.numel())
     return torch.tensor(bits, dtype=torch.float64)
 
 
@@ -83,6 +89,8 @@ def _factor_bits(components: Components, rank: int) -> float:
 
 def _entropy(codes: Tensor) -> float:
     """Bits per code."""
-    _, counts = np.unique(codes.numpy(), return_counts=True)
-    p = counts / max(1, codes.numel())
+    if not bool(codes.any()):
+        return 0.0
+    counts = np.bincount(codes.numpy().reshape(-1) - int(codes.min()))
+    p = counts[counts > 0] / codes.numel()
     return -math.fsum(share * math.log2(share) for share in p.tolist())
