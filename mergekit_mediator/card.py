@@ -10,7 +10,7 @@ import yaml
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.errors import OutputError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _BAR = 30
 
 _CARD = """---

@@ -1,0 +1,204 @@
+import json
+
+import click.testing
+import pytest
+import yaml
+
+from mergekit_mediator.artifact import read_manifest
+from mergekit_mediator.cli import main
+
+COMMANDS = ["calibrate", "demo", "evaluate", "generate", "inspect", "merge", "plan", "verify"]
+
+
+def call(*arguments):
+    result = click.testing.CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def figures(*arguments):
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def write(config, path):
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(family, tmp_path_factory):
+    """An artifact made by the command `merge`."""
+    root = tmp_path_factory.mktemp("cli")
+    config = write(family.config(routed_layers="1,final", density=0.5), root / "config.yml")
+    result = call("merge", config, root / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "3 sparse experts, 2 of 5 layers routed" in result.output
+    return root / "out"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    text = " ".join(call(command, "--help").output.split())
+    assert f"Example: mergekit-mediator {command}" in text
+
+
+def test_all_commands_are_listed():
+    output = call("--help").output
+    assert all(f"  {command} " in output for command in COMMANDS)
+
+
+def test_an_unknown_command_is_refused():
+    assert call("marge").exit_code == 2
+
+
+def test_a_plan_reads_headers_only(family, tmp_path, monkeypatch):
+    from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", None)
+    config = write(family.config(route="all"), tmp_path / "config.yml")
+    planned = figures("plan", config)
+    assert [layer["name"] for layer in planned["layers"]] == ["embed", "0", "1", "2", "final"]
+    assert all(layer["routed"] for layer in planned["layers"])
+    assert planned["passes"] == 1
+    assert planned["peak_memory"] > 0
+
+
+def test_a_plan_counts_the_bytes_of_all_inputs(family, read, tmp_path):
+    planned = figures("plan", write(family.config(route="none"), tmp_path / "config.yml"))
+    size = sum(w.numel() * w.element_size() for w in read(family.base).values())
+    assert planned["read"] == 4 * size
+    assert planned["dense"] == size
+    assert planned["experts"] == 0
+
+
+def test_a_plan_leaves_open_what_conflict_decides(family, tmp_path):
+    config = write(family.config(), tmp_path / "config.yml")
+    planned = figures("plan", config)
+    assert {layer["routed"] for layer in planned["layers"]} == {None}
+    assert planned["passes"] == 2
+    assert "add --conflict to measure it" in call("plan", config).output
+
+
+def test_a_measured_plan_says_what_the_merge_will_do(family, merged, tmp_path):
+    config = family.config(conflict="mass")
+    picture = tmp_path / "conflict.png"
+    path = write(config, tmp_path / "config.yml")
+    planned = figures("plan", path, "--conflict", "--quiet", "--plot", picture)["layers"]
+    done = read_manifest(merged(config)).layers
+    assert [layer["routed"] for layer in planned] == [layer.routed for layer in done]
+    for before, after in zip(planned, done, strict=True):
+        assert before["conflict"] == pytest.approx(after.conflict)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_of_adapters_merges_nothing(family, tmp_path, monkeypatch):
+    from mergekit.common import ModelReference
+
+    monkeypatch.setattr(ModelReference, "merged", None)
+    models = [{"model": f"{family.base}+{tmp_path / name}"} for name in ("a", "b")]
+    config = write(family.config(models=models, route="all"), tmp_path / "config.yml")
+    assert figures("plan", config)["passes"] == 1
+
+
+def test_a_picture_needs_what_it_shows(family, tmp_path):
+    config = write(family.config(), tmp_path / "config.yml")
+    result = call("plan", config, "--plot", tmp_path / "x.png")
+    assert result.exit_code == 2
+    assert "--conflict" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.yml"),
+        ("[]", "config.yml"),
+        ("merge_method: mediator", "Exactly one of"),
+        ("merge_method: linear\nmodels: [{model: a}, {model: b}]", "mediator"),
+    ],
+)
+@pytest.mark.parametrize("command", ["merge", "plan"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, command, text, message):
+    (tmp_path / "config.yml").write_text(text)
+    out = [tmp_path / "out"] if command == "merge" else []
+    result = call(command, tmp_path / "config.yml", *out)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_overwrite_replaces_a_model(family, out, tmp_path):
+    config = write(family.config(route="none"), tmp_path / "config.yml")
+    assert call("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+    again = call("merge", config, tmp_path / "out", "--quiet")
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+    assert call("merge", config, tmp_path / "out", "--quiet", "--overwrite").exit_code == 0
+
+
+def test_a_traceback_only_where_it_is_asked_for(family, tmp_path):
+    config = write(family.config(densty=1), tmp_path / "config.yml")
+    result = call("merge", config, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "unknown parameter 'densty'" in result.output
+    with pytest.raises(Exception, match="densty"):
+        call("-v", "merge", config, tmp_path / "out")
+
+
+def test_inspect_shows_experts_conflict_and_sizes(out):
+    shown = figures("inspect", out)
+    manifest = read_manifest(out)
+    assert [expert["name"] for expert in shown["experts"]] == list(manifest.expert_names)
+    for expert in shown["experts"]:
+        file = out / f"mediator/experts/{expert['name']}.safetensors"
+        assert expert["bytes"] == file.stat().st_size
+        rate = 8 * expert["bytes"] / expert["routed_parameters"]
+        assert expert["bits_per_parameter"] == pytest.approx(rate)
+    assert [layer["routed"] for layer in shown["layers"]] == [False, False, True, False, True]
+    assert "2 of 5 layers routed" in call("inspect", out).output
+
+
+def test_verify_accepts_what_was_written(out):
+    assert figures("verify", out) == {"files": len(read_manifest(out).files), "base_checked": True}
+
+
+def test_verify_refuses_what_was_altered(out, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(out, tmp_path / "copy")
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    result = call("verify", copy)
+    assert result.exit_code == 1
+    assert f"{copy}/model.safetensors: SHA-256" in result.output
+
+
+def test_verify_refuses_another_base(out, family):
+    result = call("verify", out, "--base", family.experts["math"])
+    assert result.exit_code == 1
+    assert "is not the base" in result.output
+
+
+def test_a_directory_that_is_no_artifact_is_refused(family):
+    for command in ("inspect", "verify"):
+        result = call(command, family.base)
+        assert result.exit_code == 1
+        assert "is not a mediator artifact" in result.output
+
+
+def test_generate_answers_every_prompt_and_says_how_it_was_routed(out):
+    results = figures("generate", out, "w1 w2", "w3", "--max-new-tokens", 3)
+    assert len(results) == 2
+    for result in results:
+        assert set(result["mixture"]) <= {"math", "code", "chat"}
+
+
+def test_generate_takes_a_mixture_instead_of_routing(out):
+    (result,) = figures("generate", out, "w1", "--expert", "code", "--max-new-tokens", 2)
+    assert result["mixture"] == {"code": 1.0}
+    assert call("generate", out, "w1", "--expert", "code=much").exit_code == 2
+    assert call("generate", out, "w1", "--expert", "law").exit_code == 1
