@@ -12,8 +12,20 @@ test: .venv/dev
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo
 
+# Hours on two cores, most of them for training; what is done already is kept in $(EXPERTS).
+EXPERTS := bench
+STRONG := family_relationships,word_sequence_reversal,spiral_matrix,chain_sum
+comma := ,
+run := $(BIN)/python tests/benchmarks
 bench: .venv/demo
-	set -e; for script in tests/benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(run)/startup.py
+	$(run)/train_experts.py --family strong4 --out $(EXPERTS)
+	$(run)/merge_cost.py $(EXPERTS)/base $(addprefix $(EXPERTS)/,$(subst $(comma), ,$(STRONG)))
+	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
+	$(run)/router.py $(EXPERTS)/base
+	$(run)/experts.py --family strong4 --experts $(EXPERTS)
+	$(run)/train_experts.py --family eight --out $(EXPERTS)
+	$(run)/experts.py --family eight --experts $(EXPERTS)
 
 quality: .venv/dev
 	$(BIN)/ruff format --check .
