@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--name", default="codec")
-    parser.add_argument("--only", default="", help="codecs whose name contains this")
+    parser.add_argument("--only", default="", help="these codecs, separated by commas")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
@@ -173,9 +173,9 @@ def main() -> None:
     path = record.RESULTS / f"{args.name}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in kept if row["family"] != args.family]
-    for name, codec in codecs.items():
-        if args.only not in name:
-            continue
+    chosen = args.only.split(",") if args.only else list(codecs)
+    for name in chosen:
+        codec = codecs[name]
         started = time.perf_counter()
         bits, states = codec()
         seconds = time.perf_counter() - started
