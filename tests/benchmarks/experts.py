@@ -5,14 +5,14 @@
 
 Scores every system on every expert's task and writes results/experts-N.json. Static merges are
 tried with several coefficients on prompts of another seed, and the best of each method is scored
-on the prompts of the report. Scores and merges in the work folder are kept and used again.
+on the prompts of the report. Scores and merges in the work folder are kept and used again; remove
+it after a change of the method.
 """
 
 from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,18 @@ from mergekit_mediator.tasks import from_reasoning_gym
 
 RANKS = (4, 16)
 TUNE_SEED, TUNE_PROMPTS = 8, 16
-MEDIATORS: dict[str, dict[str, Any]] = {
-    "mediator_exact": {"route": "all", "density": 0.1},
-    "mediator_sign": {"route": "all", "density": 1.0, "values": "sign"},
-    "mediator_defaults": {},
-}
-REPORTED = "mediator_exact"  # is `mediator` in the results
+MEDIATORS = ("mediator", "mediator_exact", "mediator_sign", "mediator_defaults")
+GROUPS = (*MEDIATORS, "static", "low_rank")
+
+
+def parameters(name: str, count: int) -> dict[str, Any]:
+    """The parameters of one of `MEDIATORS` for so many experts."""
+    return {
+        "mediator": {"budget": "1.06x" if count <= 4 else "1.10x"},
+        "mediator_exact": {"route": "all", "density": 0.1, "values": "exact"},
+        "mediator_sign": {"route": "all", "density": 1.0, "values": "sign"},
+        "mediator_defaults": {},
+    }[name]
 
 
 def static_results(
@@ -50,8 +56,8 @@ def static_results(
 ) -> list[SystemResult]:
     """The best coefficients of every static method, chosen on the tuning seed, then reported."""
     tuned: dict[str, tuple[float, str, State]] = {}
-    for name, (method, parameters) in static_configs(len(folders)).items():
-        config = {"merge_method": method, "parameters": parameters}
+    for name, (method, coefficients) in static_configs(len(folders)).items():
+        config = {"merge_method": method, "parameters": coefficients}
         state = load(merge(config, base, folders, bench.work / "merges" / name.replace(" ", "-")))
         scores = bench.alike(name, TUNE_SEED, TUNE_PROMPTS, partial(bench.holding, state))
         mean = normalized(scores, experts)[0]
@@ -109,7 +115,10 @@ def mediator_results(
     stored = sum(
         entry.bytes for path, entry in mediator.manifest.files.items() if "safetensors" in path
     )
-    figures = {"total_bytes_over_base": stored / base_bytes, "parameters": MEDIATORS[name]}
+    figures = {
+        "total_bytes_over_base": stored / base_bytes,
+        "parameters": parameters(name, len(oracle)),
+    }
     routing = {"routing_accuracy": routing_accuracy(routes)}
 
     def mixed(mixture: Mixture) -> AbstractContextManager[Any]:
@@ -150,10 +159,12 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
     parser.add_argument("--prompts", type=int, default=64, help="prompts a task in the report")
+    parser.add_argument("--only", choices=GROUPS, action="append", help="keep the other results")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tasks = FAMILIES[args.family]
+    groups = args.only or GROUPS
     base = args.base or args.experts / "base"
     folders = {task: args.experts / task for task in tasks}
     bench = Bench(base, tasks, args.work or args.experts / "work" / args.family)
@@ -171,26 +182,24 @@ def main() -> None:
         SystemResult("base", untrained, {"total_bytes_over_base": 1.0}),
         SystemResult("experts", experts, full),
     ]
-    routes: Routes = {}
-    for name, parameters in MEDIATORS.items():
-        config = {"merge_method": "mediator", "parameters": parameters}
-        folder = merge(config, base, folders, bench.work / "merges" / name)
-        found, own_routes = mediator_results(bench, name, folder, oracle, size(start))
-        results += found
-        if name == REPORTED:
-            routes = own_routes
-            results += [
-                replace(result, name=result.name.replace(name, "mediator")) for result in found
-            ]
-    by_router = bench.routed("expert", REPORT_SEED, best_single(routes), expert)
-    results.append(SystemResult("best_expert_by_router", by_router, full))
-    results += static_results(bench, base, folders, args.prompts, experts)
-    for kind, reference in (
-        ("extract_lora", start),
-        ("twin_merging", average(list(states.values()))),
-    ):
-        low_rank = LowRank(reference, states)
-        results += low_rank_results(bench, kind, low_rank, oracle, routes, size(start))
+    routes: Routes = oracle
+    for name in MEDIATORS:
+        if name in groups:
+            config = {"merge_method": "mediator", "parameters": parameters(name, len(tasks))}
+            folder = merge(config, base, folders, bench.work / "merges" / name)
+            found, own = mediator_results(bench, name, folder, oracle, size(start))
+            results += found
+            routes = own if name == "mediator" else routes
+    if "mediator" in groups:
+        by_router = bench.routed("expert", REPORT_SEED, best_single(routes), expert)
+        results.append(SystemResult("best_expert_by_router", by_router, full))
+    if "static" in groups:
+        results += static_results(bench, base, folders, args.prompts, experts)
+    if "low_rank" in groups:
+        references = {"extract_lora": start, "twin_merging": average(list(states.values()))}
+        for kind, reference in references.items():
+            low_rank = LowRank(reference, states)
+            results += low_rank_results(bench, kind, low_rank, oracle, routes, size(start))
     rows = to_json(results, experts)
     for result in results:
         mean, worst = recovered(result.scores, untrained, experts)
@@ -200,8 +209,10 @@ def main() -> None:
         "prompts_per_task": args.prompts,
         "systems": rows,
     }
-    seeds = {"report": REPORT_SEED, "tune": TUNE_SEED}
-    path = record.write(f"experts-{len(tasks)}", figures, seeds)
+    name = f"experts-{len(tasks)}" if args.family != "overlap" else "experts-overlap"
+    if args.only:
+        figures["systems"] = record.read(name)["systems"] | rows
+    path = record.write(name, figures, {"report": REPORT_SEED, "tune": TUNE_SEED})
     print(f"{to_markdown(results, experts)}\nwritten to {path}")
 
 

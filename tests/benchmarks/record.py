@@ -44,3 +44,9 @@ def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = Non
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """What `write` wrote."""
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return record
