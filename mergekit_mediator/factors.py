@@ -48,11 +48,6 @@ class Factors:
         """The matrix `[out, in]` in float32."""
         return (self.left.to(torch.float32) * self.scales) @ self.right.to(torch.float32).T
 
-    def rows(self, inputs: Tensor) -> Tensor:
-        """`inputs [n, in] @ product().T`, `[n, out]` in the dtype of the inputs, as two thin products."""
-        thin = inputs @ self.right.to(inputs.dtype)
-        return (thin * self.scales.to(inputs.dtype)) @ self.left.to(inputs.dtype).T
-
     def to(self, device: torch.device) -> "Factors":
         """The same factors on a device."""
         return Factors(self.left.to(device), self.right.to(device), self.scales.to(device))

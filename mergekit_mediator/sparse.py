@@ -72,24 +72,6 @@ class SparseTensor:
         codes = torch.empty(0, dtype=torch.int16)
         return cls(shape, dtype, "steps", empty, codes, factors=factors, share=share)
 
-    def rows(self, inputs: Tensor, dense: Tensor) -> Tensor:
-        """`inputs [n, in] @ Δᵀ`, `[n, out]` in the dtype of the inputs, without Δ in memory.
-
-        Args:
-            inputs: rows for a weight `[out, in]`.
-            dense: the dense expert's weights `[k]` at the kept positions.
-        """
-        out, width = self.shape
-        kept = self.positions.to(torch.int64)
-        starts = torch.arange(out + 1, device=kept.device) * width
-        counts = torch.searchsorted(kept, starts)
-        values = self.difference(dense)
-        part = torch.sparse_csr_tensor(
-            counts, kept % width, values, (out, width), check_invariants=False
-        )
-        result = (part @ inputs.to(torch.float32).T).T.to(inputs.dtype)
-        return result + self.factors.rows(inputs) if self.factors else result
-
     def to(self, device: torch.device) -> "SparseTensor":
         """The same tensor with everything on a device."""
         factors = self.factors.to(device) if self.factors else None

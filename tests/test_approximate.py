@@ -1,4 +1,3 @@
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -6,7 +5,7 @@ from hypothesis import strategies as st
 from mergekit_mediator.approximate import approximate
 from mergekit_mediator.codec import decode_bytes, encode_bytes
 from mergekit_mediator.factors import Factors
-from mergekit_mediator.sparse import VALUES, SparseTensor, encode, mix_, restore_
+from mergekit_mediator.sparse import SparseTensor, mix_, restore_
 
 SHAPES = st.sampled_from([(), (0,), (1,), (9,), (0, 4), (1, 5), (5, 1), (12, 20), (3, 4, 6)])
 
@@ -102,23 +101,6 @@ def test_one_expert_with_a_share_is_the_base_and_its_difference():
     weight = base + 0.5 * tau
     mix_(weight, [(1.0, approximate(tau, 1e-9, torch.float32, 0.5))])
     assert torch.allclose(weight, base + tau, atol=1e-3)
-
-
-@pytest.mark.parametrize("values", ["steps", *VALUES])
-def test_rows_are_multiplied_as_by_the_difference_in_place(values):
-    generator = torch.Generator().manual_seed(0)
-    dense, delta = torch.randn(30, 20, generator=generator), difference(30, 20)
-    stored = (
-        approximate(delta, 0.5, torch.float32)
-        if values == "steps"
-        else encode(dense + delta, dense, 0.3, values)
-    )
-    inputs = torch.randn(4, 20, generator=generator)
-    weight = dense.clone()
-    mix_(weight, [(1.0, stored)])
-    kept = dense.reshape(-1)[stored.positions]
-    expected = inputs @ weight.T
-    assert torch.allclose(inputs @ dense.T + stored.rows(inputs, kept), expected, atol=1e-4)
 
 
 def test_an_adapter_is_stored_and_applied_exactly():

@@ -76,15 +76,3 @@ def test_the_scales_of_quantised_factors_are_the_best_ones():
             scales[k] *= change
             worse = Factors(quantised.left, quantised.right, scales).product() - full
             assert worse.square().sum() > best
-
-
-@given(st.integers(0, 5), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
-def test_rows_are_multiplied_as_by_the_product(n, out, width, rank):
-    generator = torch.Generator().manual_seed(0)
-    some = Factors(
-        torch.randint(-3, 4, (out, rank), generator=generator, dtype=torch.int8),
-        torch.randint(-3, 4, (width, rank), generator=generator, dtype=torch.int8),
-        torch.randn(rank, generator=generator),
-    )
-    inputs = torch.randn(n, width, generator=generator)
-    assert torch.allclose(some.rows(inputs), inputs @ some.product().T, atol=1e-4)
