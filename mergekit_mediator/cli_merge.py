@@ -17,6 +17,7 @@ from mergekit_mediator.config import METHOD
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.estimate import estimate
 from mergekit_mediator.headers import first_line
+from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import workers
 
@@ -76,10 +77,10 @@ def plan(
         try:
             inputs.open() if conflict else inputs.peek()
             weights = inputs.weights()
-            measured = None
+            measured: dict[str, Measured] = {}
             if conflict:
                 with workers() as over:
-                    measured = merging.measure_layers(inputs, weights, over)
+                    measured = Passes(inputs, over).measure(weights, with_costs=False)
             plans = merging.plan_layers(inputs, weights, measured)
             estimated = estimate(inputs, weights, plans)
         finally:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergekit_mediator.conflict import Metric
 from mergekit_mediator.errors import ConfigError
@@ -25,6 +25,9 @@ PER_WEIGHT = frozenset(_RANGES)
 PER_EXPERT = frozenset({"expert"})
 METHOD = "mediator"
 _RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget")
+_STORAGE = frozenset({"density", "values", "bits", "budget"})
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(x|[kmgt]?b)")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -37,6 +40,11 @@ class MediatorConfig(BaseModel):
         route: which layers are routed, unless one of the next three says it.
         conflict_threshold, routed_fraction, routed_layers: see `plan.Selection`.
         values: how sparse experts store their values.
+        bits: per parameter of the routed weights and per expert, instead of `density` and `values`:
+            low rank plus sparse, divided among the weights so that least squared error remains.
+        budget: of the whole model, as a multiple of the dense expert (`1.25x`) or in bytes (`24GB`);
+            routes all layers and divides the bits among all weights of all experts.
+        storage_given: whether `density`, `values`, `bits` or `budget` is in the configuration.
         reference: what the dense expert holds in routed layers: the weighted mean, or the base.
         base_model: what all experts are fine-tunes of.
         experts: name by model, in the order of the configuration; at least two.
@@ -51,6 +59,9 @@ class MediatorConfig(BaseModel):
     routed_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     routed_layers: str | None = None
     values: Values = "exact"
+    bits: Annotated[float, Field(gt=0, le=64)] | None = None
+    budget: str | None = None
+    storage_given: bool = False
     reference: Literal["mean", "base"] = "mean"
     base_model: ModelReference
     experts: dict[ModelReference, str]
@@ -63,9 +74,31 @@ class MediatorConfig(BaseModel):
             fields["routed_layers"] = str(fields["routed_layers"])
         return fields
 
+    @field_validator("budget")
+    @classmethod
+    def _readable_budget(cls, budget: str | None) -> str | None:
+        if budget is not None and _BUDGET.fullmatch(budget.strip().lower()) is None:
+            raise ValueError("a multiple such as 1.25x or a size such as 24GB required")
+        return budget
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether what is stored depends on what storing it costs."""
+        return self.bits is not None or self.budget is not None
+
+    def budget_bytes(self, dense_bytes: int) -> int:
+        """The budget in bytes, given the dense expert's."""
+        match = _BUDGET.fullmatch((self.budget or "1x").strip().lower())
+        if match is None:
+            raise ConfigError(f"budget: {self.budget!r} is neither a multiple nor a size")
+        number, unit = float(match[1]), match[2]
+        return round(number * (dense_bytes if unit == "x" else _UNITS[unit]))
+
     @property
     def selection(self) -> Selection:
         """The rule that chooses the routed layers."""
+        if self.budget is not None:
+            return Selection("all")
         if self.conflict_threshold is not None:
             return Selection("conflict_threshold", threshold=self.conflict_threshold)
         if self.routed_fraction is not None:
@@ -99,6 +132,12 @@ class MediatorConfig(BaseModel):
                     )
                 own[name] = _scalar(setting, f"{where}: {name}")
         _check_selection(own)
+        given = _given_storage(config)
+        if "bits" in given and given & {"density", "values", "budget"}:
+            raise ConfigError(f"parameters: {' and '.join(sorted(given))} contradict each other")
+        if "budget" in given and given & {"density", "values"}:
+            raise ConfigError(f"parameters: {' and '.join(sorted(given))} contradict each other")
+        own["storage_given"] = bool(given)
         try:
             return cls(**own, base_model=config.base_model, experts=_experts(config))
         except ValidationError as error:
@@ -190,7 +229,7 @@ def _shared_parameters(
 
 def _check_known(name: str, where: str) -> None:
     known = (
-        (set(MediatorConfig.model_fields) - {"base_model", "experts"})
+        (set(MediatorConfig.model_fields) - {"base_model", "experts", "storage_given"})
         | PER_WEIGHT
         | PER_EXPERT
         | {"budget"}
@@ -207,10 +246,12 @@ def _check_selection(own: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"parameters: {' and '.join(given)} contradict each other: give one of them"
         )
-    if "budget" in own:
-        raise ConfigError(
-            "parameters: budget is not available yet: use routed_fraction and density to bound the size"
-        )
+
+
+def _given_storage(config: MergeConfiguration) -> set[str]:
+    """Which of the parameters that say how experts are stored are in the configuration."""
+    everywhere = [*_shared_parameters(config), *_sources(config)]
+    return {name for _, parameters in everywhere for name in parameters} & _STORAGE
 
 
 def _scalar(setting: ParameterSetting, where: str) -> Any:

@@ -32,6 +32,11 @@ class Contexts:
         return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))]
 
     @cached_property
+    def nothing(self) -> list[int]:
+        """A prompt that says nothing: the chat template around an empty message; empty without one."""
+        return render(self._tokenizer, "") if self._tokenizer else []
+
+    @cached_property
     def _marks(self) -> tuple[list[int], list[int]]:
         """What a later user's text comes after, and what an answer comes after; empty if unknown."""
         if not getattr(self._tokenizer, "chat_template", None):

@@ -103,7 +103,7 @@ def write_configs(out: Path, base: str, skills: list[str]) -> dict[str, Path]:
             "merge_method": "mediator",
             "base_model": base,
             "models": [{"model": m, "parameters": {"expert": n}} for n, m in models.items()],
-            "parameters": {"route": "all", "density": 0.1},
+            "parameters": {"route": "all"},
         },
         "average": {
             "merge_method": "linear",

@@ -77,22 +77,54 @@ def estimate(
     by_layer: dict[str, list[PlannedWeight]] = {}
     for weight in weights:
         by_layer.setdefault(weight.layer, []).append(weight)
-    layers = tuple(_layer(inputs, by_layer[plan.name], plan) for plan in plans)
-    dense = sum(layer.dense for layer in layers)
+    dense = sum(size.bytes for size in dense_sizes(inputs, weights).values())
+    routed = {plan.name for plan in plans if plan.routed}
+    rate = _bits_per_parameter(inputs, dense, [w for w in weights if w.layer in routed])
+    layers = tuple(_layer(inputs, by_layer[plan.name], plan, rate) for plan in plans)
     largest = max((_dense_bytes(inputs, weight) for weight in weights), default=0)
     # the shard that is being filled, and of the largest weight the result and what encoding it needs
     peak = _PROCESS_BYTES + min(inputs.options.out_shard_size, dense) + 3 * largest
-    passes = 2 if inputs.config.selection.needs_conflict else 1
+    config = inputs.config
+    passes = 2 if config.selection.needs_conflict or config.needs_costs else 1
     return Estimate(layers, passes, peak)
 
 
-def _layer(inputs: Inputs, weights: list[PlannedWeight], plan: LayerPlan) -> LayerEstimate:
+@dataclass(frozen=True)
+class Size:
+    """Of one weight of the dense expert: parameters, and bytes in the output dtype."""
+
+    numel: int
+    bytes: int
+
+
+def dense_sizes(inputs: Inputs, weights: Sequence[PlannedWeight]) -> dict[str, Size]:
+    """The sizes of the dense expert's weights by name, from headers."""
+    return {
+        weight.info.name: Size(_parameters(inputs, weight), _dense_bytes(inputs, weight))
+        for weight in weights
+    }
+
+
+def _bits_per_parameter(
+    inputs: Inputs, dense: int, routed: Sequence[PlannedWeight]
+) -> float | None:
+    """Of every expert, where `bits` or a `budget` says it."""
+    config = inputs.config
+    if config.budget is None:
+        return config.bits
+    stored = sum(_parameters(inputs, weight) for weight in routed) * len(inputs.experts)
+    return 8 * max(0, config.budget_bytes(dense) - dense) / stored if stored else None
+
+
+def _layer(
+    inputs: Inputs, weights: list[PlannedWeight], plan: LayerPlan, rate: float | None
+) -> LayerEstimate:
     return LayerEstimate(
         plan=plan,
         parameters=sum(_parameters(inputs, weight) for weight in weights),
         read=sum(inputs.input_bytes(weight) for weight in weights),
         dense=sum(_dense_bytes(inputs, weight) for weight in weights),
-        experts=sum(_expert_bytes(inputs, weight) for weight in weights) if plan.routed else 0,
+        experts=sum(_expert_bytes(inputs, w, rate) for w in weights) if plan.routed else 0,
     )
 
 
@@ -109,11 +141,16 @@ def _dense_bytes(inputs: Inputs, weight: PlannedWeight) -> int:
     return int(header.numel * dtype.itemsize) if dtype else header.bytes
 
 
-def _expert_bytes(inputs: Inputs, weight: PlannedWeight) -> int:
-    """Positions at their entropy, and one code for each kept coordinate."""
+def _expert_bytes(inputs: Inputs, weight: PlannedWeight, rate: float | None) -> int:
+    """Positions at their entropy, and one code for each kept coordinate; or so many bits as are given.
+
+    Adapters that are stored as their own factors take less.
+    """
     numel = _parameters(inputs, weight)
     if not numel:
         return 0
+    if rate is not None:
+        return round(numel * rate * len(inputs.experts) / 8)
     code_bits = _CODE_BITS.get(inputs.config.values, 8 * _dense_bytes(inputs, weight) // numel)
     total = 0.0
     for density in weight.densities.values():

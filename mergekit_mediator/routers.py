@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from mergekit_mediator import artifact
 from mergekit_mediator.calibrated import CalibratedRouter, mean_embedding, mean_hidden
+from mergekit_mediator.contexts import Contexts
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.mixture import Mixer
-from mergekit_mediator.prompts import render
 from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
 
@@ -29,7 +29,7 @@ class Routers:
         model: PreTrainedModel,
         forward: Callable[..., Any],
         mixer: Mixer,
-        tokenizer: Any,
+        contexts: Contexts,
     ) -> None:
         """
         Args:
@@ -37,10 +37,10 @@ class Routers:
             model: holding the dense expert outside mixtures.
             forward: the model's own, as it is without routing.
             mixer: of the same model.
-            tokenizer: of the artifact, or None.
+            contexts: which tokens of a prompt count.
         """
         self._root, self._model, self._forward = root, model, forward
-        self._mixer, self._tokenizer = mixer, tokenizer
+        self._mixer, self._contexts = mixer, contexts
 
     @property
     def default(self) -> Router:
@@ -105,9 +105,10 @@ class Routers:
     @cached_property
     def _reference(self) -> dict[str, Tensor]:
         """The responses to a prompt that says nothing: the chat template around an empty message."""
-        tokens = render(self._tokenizer, "") if self._tokenizer else []
-        ids = torch.tensor([tokens or [pad_token(self._model)]], device=self._model.device)
-        responses, _ = self._responses(ids, torch.ones_like(ids), torch.ones_like(ids))
+        tokens = self._contexts.nothing or [pad_token(self._model)]
+        ids = torch.tensor([tokens], device=self._model.device)
+        mask = torch.ones_like(ids)
+        responses, _ = self._responses(ids, mask, self._contexts.counted(ids, mask))
         return responses
 
     def _by_calibration(

@@ -73,7 +73,7 @@ class MediatorModel:
         self._mixer = Mixer(model, experts)
         self._contexts = Contexts(tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
-        self._routers = Routers(root, model, self._serving.forward, self._mixer, tokenizer)
+        self._routers = Routers(root, model, self._serving.forward, self._mixer, self._contexts)
 
     @classmethod
     def from_pretrained(

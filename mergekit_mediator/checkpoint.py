@@ -1,0 +1,118 @@
+"""Everything of an artifact but its weights: configuration, tokenizer, card, and the manifest."""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from tqdm import tqdm
+
+from mergekit_mediator import __version__, artifact
+from mergekit_mediator.artifact import BaseEntry, ExpertEntry, FileDigest, LayerEntry, Manifest
+from mergekit_mediator.card import write_card
+from mergekit_mediator.headers import first_line
+from mergekit_mediator.plan import LayerPlan
+from mergekit_mediator.remote_code import write_remote_code
+from mergekit_mediator.weights import Inputs
+
+
+def write_model_files(inputs: Inputs, merge_config: MergeConfiguration, out: Path) -> None:
+    """Configuration, tokenizer and the files that go along with them, all by mergekit's own code."""
+    built, options = inputs.build_tokenizer(), inputs.options
+    if built is not None:
+        pad = merge_config.tokenizer.pad_to_multiple_of if merge_config.tokenizer else None
+        mergekit.merge._update_config_vocab(
+            inputs.out_config, inputs.architecture, built.tokenizer, pad_to_multiple_of=pad
+        )
+    inputs.out_config.save_pretrained(out)
+    if built is not None:
+        mergekit.merge._set_chat_template(built.tokenizer, merge_config)
+        built.tokenizer.save_pretrained(out)
+    elif options.copy_tokenizer:
+        try:
+            mergekit.merge._copy_tokenizer(merge_config, str(out), options=options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            tqdm.write(
+                f"warning: no tokenizer copied from {inputs.base}: {first_line(error)}: "
+                "the merge is complete, copy a tokenizer from elsewhere"
+            )
+    files = inputs.architecture.tagalong_files or []
+    mergekit.merge._copy_tagalong_files(merge_config, str(out), files=files, options=options)
+    write_remote_code(out)
+
+
+def digest_base(inputs: Inputs) -> dict[str, FileDigest]:
+    """The digests of the base model's weight files."""
+    root = inputs.base_directory()
+    files = [p.name for pattern in ("*.safetensors", "*.bin") for p in root.glob(pattern)]
+    return artifact.digests(root, sorted(files))
+
+
+def describe(
+    inputs: Inputs,
+    merge_config: MergeConfiguration,
+    config_source: str | None,
+    plans: list[LayerPlan],
+    parameter_count: int,
+    base_digests: "Future[dict[str, FileDigest]]",
+    out: Path,
+) -> Manifest:
+    """Write card and configuration to `out`; gives the manifest of everything that is there."""
+    manifest = Manifest(
+        format_version=artifact.FORMAT_VERSION,
+        package_version=__version__,
+        base=BaseEntry(
+            source=str(inputs.base.model.path),
+            revision=inputs.base.model.revision,
+            files=base_digests.result(),
+        ),
+        experts=tuple(
+            ExpertEntry(
+                name=name,
+                source=_source(model),
+                revision=(model.lora or model.model).revision,
+                weight=_given(merge_config, model, "weight", 1.0),
+                file=f"experts/{name}.safetensors",
+            )
+            for model, name in inputs.config.experts.items()
+        ),
+        layers=tuple(
+            LayerEntry(name=p.name, weights=p.weights, conflict=p.metrics, routed=bool(p.routed))
+            for p in plans
+        ),
+        parameters=_parameters(merge_config, inputs),
+        parameter_count=parameter_count,
+        files={},
+    )
+    source = config_source or merge_config.to_yaml()
+    (out / "mergekit_config.yml").write_text(source, encoding="utf-8")
+    if inputs.options.write_model_card:
+        write_card(out, manifest, source)
+    files = artifact.digests(out, artifact.files_below(out))
+    return manifest.model_copy(update={"files": files})
+
+
+def _source(model: ModelReference) -> str:
+    """What the user wrote, without revisions: they are stored beside it."""
+    return f"{model.model.path}+{model.lora.path}" if model.lora else f"{model.model.path}"
+
+
+def _given(config: MergeConfiguration, model: ModelReference, name: str, default: Any) -> Any:
+    """A per-model parameter as the configuration gives it: a number, gradient or filter."""
+    for entry in config.models or []:
+        if entry.model == model and name in (entry.parameters or {}):
+            value = entry.parameters[name]
+            return value.model_dump() if hasattr(value, "model_dump") else value
+    return default
+
+
+def _parameters(config: MergeConfiguration, inputs: Inputs) -> dict[str, Any]:
+    """All parameters with their defaults, as plain values."""
+    hidden = {"experts", "base_model", "storage_given"}
+    own = inputs.config.model_dump(exclude=hidden, exclude_none=True)
+    if inputs.config.selection.rule != own["route"]:
+        own.pop("route")
+    given = config.model_dump(mode="json", exclude_none=True).get("parameters") or {}
+    return {"density": 0.1, "lambda": 1.0, **given, **own}
