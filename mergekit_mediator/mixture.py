@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Real
 from threading import RLock, get_ident
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from mergekit_mediator.sparse import Displaced, SparseTensor, displace, mix_, re
 
 # The experts of a mixture that have a weight above 0, in the artifact's order; none is the dense expert.
 Mixture = tuple[tuple[str, float], ...]
+
+T = TypeVar("T")
 
 # Below this many weights, starting threads takes longer than what they save.
 _PARALLEL = 1 << 22
@@ -151,13 +154,37 @@ class Mixer:
             return
 
         def put(name: str) -> None:
-            parts = [(p, stored) for _, p, stored in self.parts(name, mixture)]
+            found = self.parts(name, mixture)
+            parts = [(p, stored) for _, p, stored in found]
+            if any(stored.factors for _, stored in parts):
+                self._displaced[name] = displace(weights[name], parts)
+            elif parts:
+                self._displaced[name] = [self._dense_at(e, name, stored) for e, _, stored in found]
             if parts:
-                saved = displace(weights[name], parts)
-                self._displaced[name] = saved
-                mix_(weights[name], parts, saved)
+                mix_(weights[name], parts, self._displaced[name])
 
         self._over(put, weights)
+
+    def _dense_at(self, expert: str, name: str, stored: SparseTensor) -> Displaced:
+        """The dense weights at an expert's positions; gathered once, as they never change."""
+
+        def gather() -> Displaced:
+            (saved,) = displace(self._weights[name], [(1.0, stored)])
+            return saved
+
+        return self.remember(("dense", expert, name), stored, gather)
+
+    def remember(self, key: tuple[str, str, str], stored: SparseTensor, make: Callable[[], T]) -> T:
+        """What `make` gives for a decoded weight; kept as long as that and the dense weights are,
+        unless memory is bounded."""
+        known = self._memory.get(key)
+        if known is not None and known[0] is stored:
+            result: T = known[1]
+            return result
+        result = make()
+        if self.experts.residency == "device" and self.experts.budget is None:
+            self._memory[key] = (stored, result)
+        return result
 
     def _restore(self) -> None:
         """Put back what was displaced, to the end, also where it is interrupted."""
@@ -201,9 +228,10 @@ class Mixer:
 
     def _locate(self) -> None:
         self._weights = locate_weights(self._model, self._shapes, self._shapes)
+        self._memory: dict[tuple[str, str, str], tuple[SparseTensor, Any]] = {}
         self._fingerprint = _fingerprint(self._model)
 
 
-def _fingerprint(model: nn.Module) -> list[int]:
-    """Changes when a weight is moved or cast, which gives it other storage."""
-    return [p.data_ptr() for p in model.parameters()]
+def _fingerprint(model: nn.Module) -> list[tuple[int, int]]:
+    """Changes when a weight is moved or cast, which gives it other storage, or written by others."""
+    return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]

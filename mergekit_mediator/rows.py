@@ -7,9 +7,10 @@ of thin products. Costs grow with the experts in use, and there is nothing to en
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,15 +36,15 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Term:
-    """What one expert adds to one weight, for its rows.
+    """The sparse part of one expert in one weight, for its rows.
 
-    rows: `[n]` int64, of the batch.
-    coefficients: `[n]` float32.
-    matrix: `[out, in]` float32, sparse CSR, or dense in the weight's dtype; the sparse part alone.
+    rows: of the batch, as a slice where they follow each other.
+    coefficients: `[n]` float32, or None where all are 1.
+    matrix: `[out, in]`.
     """
 
-    rows: Tensor
-    coefficients: Tensor
+    rows: Tensor | slice
+    coefficients: Tensor | None
     matrix: Tensor
 
 
@@ -72,11 +73,12 @@ class Rows:
                 "each mixture together"
             )
         with self._mixer.hold(rows), ExitStack() as stack:
+            weights = self._mixer.weights
             for name, places in plan.items():
-                parts = self._parts(name, rows)
+                parts = self._parts(name, weights[name], rows)
                 if parts:
                     for place, kind in places:
-                        stack.callback(kind(place, self._mixer.weights[name], parts, len(rows)))
+                        stack.callback(kind(place, weights[name], parts, len(rows)))
             yield
 
     def _plan(self) -> tuple[dict[str, list[tuple[_Place, "_Kind"]]], str | None]:
@@ -105,8 +107,8 @@ class Rows:
             for name, weight in self._mixer.weights.items()
         }
 
-    def _parts(self, name: str, rows: tuple[Mixture, ...]) -> list[tuple[SparseTensor, Tensor]]:
-        """The experts that change a weight, each with its coefficients `[batch]` float32."""
+    def _parts(self, name: str, weight: Tensor, rows: tuple[Mixture, ...]) -> "_Parts":
+        """The experts that change a weight, each with its coefficients for the rows."""
         found: dict[str, tuple[SparseTensor, list[float]]] = {}
         for row, mixture in enumerate(rows):
             parts = self._mixer.parts(name, mixture)
@@ -114,15 +116,35 @@ class Rows:
             for expert, p, stored in parts:
                 _, coefficients = found.setdefault(expert, (stored, [0.0] * len(rows)))
                 coefficients[row] = p - stored.share * total
-        device = self._mixer.weights[name].device
         return [
-            (stored, torch.tensor(coefficients, device=device))
-            for stored, coefficients in found.values()
+            _Part(
+                stored,
+                torch.tensor(coefficients, device=weight.device),
+                partial(self._matrix, expert, name, weight, stored),
+            )
+            for expert, (stored, coefficients) in found.items()
             if stored.positions.numel() or stored.factors
         ]
 
+    def _matrix(self, expert: str, name: str, weight: Tensor, stored: SparseTensor) -> Tensor:
+        key = ("matrix", expert, name)
+        return self._mixer.remember(key, stored, lambda: _matrix(weight, stored))
 
-_Parts = Sequence[tuple[SparseTensor, Tensor]]
+
+@dataclass(frozen=True)
+class _Part:
+    """What one expert adds to one weight.
+
+    coefficients: `[batch]` float32.
+    matrix: gives the sparse part `[out, in]`: CSR in float32, or dense in the weight's dtype.
+    """
+
+    stored: SparseTensor
+    coefficients: Tensor
+    matrix: Callable[[], Tensor]
+
+
+_Parts = list[_Part]
 _Undo = Callable[[], None]
 _Kind = Callable[[_Place, Tensor, _Parts, int], _Undo]
 
@@ -141,22 +163,26 @@ def _kind(place: _Place) -> _Kind | None:
 
 
 def _linear(place: _Place, weight: Tensor, parts: _Parts, batch: int) -> _Undo:
-    terms = _terms(weight, parts)
+    terms = _terms(parts)
     thin = _thin(weight, parts)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
         repeat = _repeat(x, batch)
         for term in terms:
-            rows, scale = _expand(term.rows, repeat), term.coefficients
+            rows = _expand(term.rows, repeat)
             part = x[rows]
             if term.matrix.layout is torch.sparse_csr:
                 flat = part.reshape(-1, part.shape[-1]).to(torch.float32)
                 y = (term.matrix @ flat.T).T.reshape(*part.shape[:-1], -1)
             else:
                 y = part @ term.matrix.T
-            y = y * _column(scale, repeat, y)
-            output.index_add_(0, rows, y.to(output.dtype))
+            if term.coefficients is not None:
+                y = y * _column(term.coefficients, repeat, y)
+            if isinstance(rows, slice):
+                output[rows] += y
+            else:
+                output.index_add_(0, rows, y.to(output.dtype))
         if thin is not None:
             right, left, scales = thin
             z = (x @ right) * _column(scales, repeat, x)
@@ -178,9 +204,10 @@ def _bias(place: _Place, weight: Tensor, parts: _Parts, batch: int) -> _Undo:
 def _embedding(place: _Place, weight: Tensor, parts: _Parts, batch: int) -> _Undo:
     flat = weight.view(-1)
     prepared = []
-    for stored, coefficients in parts:
-        positions = stored.positions.to(torch.int64)
-        prepared.append((stored, coefficients, positions, stored.difference(flat[positions])))
+    for part in parts:
+        stored, positions = part.stored, part.stored.positions.to(torch.int64)
+        values = stored.difference(flat[positions])
+        prepared.append((stored, part.coefficients, positions, values))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         ids = args[0]
@@ -211,13 +238,22 @@ def _scale(place: _Place, weight: Tensor, parts: _Parts, batch: int) -> _Undo:
     return undo
 
 
-def _terms(weight: Tensor, parts: _Parts) -> list[_Term]:
+def _terms(parts: _Parts) -> list[_Term]:
     """The sparse parts as matrices."""
     terms = []
-    for stored, coefficients in parts:
-        rows = coefficients.nonzero()[:, 0]
-        if stored.positions.numel() and rows.numel():
-            terms.append(_Term(rows, coefficients[rows], _matrix(weight, stored)))
+    for part in parts:
+        rows = part.coefficients.nonzero()[:, 0]
+        if part.stored.positions.numel() and rows.numel():
+            first, last = int(rows[0]), int(rows[-1])
+            together = last - first + 1 == rows.numel()
+            coefficients = part.coefficients[rows]
+            terms.append(
+                _Term(
+                    slice(first, last + 1) if together else rows,
+                    None if bool((coefficients == 1).all()) else coefficients,
+                    part.matrix(),
+                )
+            )
     return terms
 
 
@@ -241,7 +277,7 @@ def _matrix(weight: Tensor, stored: SparseTensor) -> Tensor:
 
 def _thin(weight: Tensor, parts: _Parts) -> tuple[Tensor, Tensor, Tensor] | None:
     """All experts' factors side by side: `[in, Σr]`, `[out, Σr]`, and `[batch, Σr]` of scales."""
-    factored = [(stored.factors, c) for stored, c in parts if stored.factors]
+    factored = [(p.stored.factors, p.coefficients) for p in parts if p.stored.factors]
     if not factored:
         return None
     right = torch.cat([f.right.to(weight.dtype) for f, _ in factored], dim=1)
@@ -254,7 +290,8 @@ def _row_weights(weight: Tensor, parts: _Parts, batch: int) -> Tensor:
     """A small weight for each row, `[batch, *shape]` float32, summed as `sparse.mix_` does."""
     flat = weight.reshape(-1)
     rows = flat.to(torch.float32).repeat(batch, 1)
-    for stored, coefficients in parts:
+    for part in parts:
+        stored, coefficients = part.stored, part.coefficients
         positions = stored.positions.to(torch.int64)
         rows[:, positions] += coefficients[:, None] * stored.difference(flat[positions])
         if stored.factors:
@@ -291,9 +328,11 @@ def _repeat(x: Tensor, batch: int) -> int:
     return repeat
 
 
-def _expand(rows: Tensor, repeat: int) -> Tensor:
+def _expand(rows: Tensor | slice, repeat: int) -> Tensor | slice:
     if repeat == 1:
         return rows
+    if isinstance(rows, slice):
+        return slice(rows.start * repeat, rows.stop * repeat)
     return (rows[:, None] * repeat + torch.arange(repeat, device=rows.device)).view(-1)
 
 
