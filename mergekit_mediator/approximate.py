@@ -42,8 +42,7 @@ def approximate(
         return _steps(difference, None, rms * _VECTOR_STEP, dtype, share)
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
-    rank = components.rank(slope)
-    factors = components.quantise(rank, matrix) if rank else None
+    factors = components.quantise(slope, matrix)
     return _steps(difference, factors, remainder_step(slope), dtype, share)
 
 

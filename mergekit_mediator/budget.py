@@ -37,29 +37,26 @@ def cost(difference: Tensor, components: Components | None = None) -> Tensor:
     components = components or decompose(matrix)
     sampled = min(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
     rows = torch.linspace(0, len(matrix) - 1, sampled).long()
-    left, right = _approximate_factors(components)
+    left, right = components.left[rows] * components.values, components.right
     remainder, known = matrix[rows], 0
     bits: list[float] = []
     for slope in SLOPES:
-        rank, step = components.rank(slope), remainder_step(slope)
+        halvings, step = components.bits_more(slope), remainder_step(slope)
+        rank = halvings.numel()
         if rank > known:
-            remainder = remainder - left[rows, known:rank] @ right[:, known:rank].T
+            remainder = remainder - left[:, known:rank] @ right[:, known:rank].T
             known = rank
+        # what quantised factors miss comes back in the remainder
+        step /= math.sqrt(1 + _missed(components, halvings))
         if step * _FINE < float(remainder.abs().max()):
             # fine steps: a quarter of a bit more for each half octave of the slope
             bits.append(bits[-1] + matrix.numel() / 4)
         else:
             entropy = _entropy(quantise_steps(remainder, step))
-            bits.append(_factor_bits(components, rank) + _CODING_LOSS * entropy * matrix.numel())
+            bits.append(
+                _factor_bits(components, halvings) + _CODING_LOSS * entropy * matrix.numel()
+            )
     return torch.tensor(bits, dtype=torch.float64)
-
-
-def _approximate_factors(components: Components) -> tuple[Tensor, Tensor]:
-    """All components in coarse steps, each scaled as is best for it alone."""
-    left, right = (codes.to(torch.float32) for codes in components.codes())
-    left, right = left / left.norm(dim=0), right / right.norm(dim=0)
-    found = (left * components.left).sum(0) * (right * components.right).sum(0)
-    return left * (components.values * found), right
 
 
 def slope_for(costs: Tensor, numel: int, bits: float) -> float:
@@ -82,9 +79,18 @@ def slope_for(costs: Tensor, numel: int, bits: float) -> float:
     return math.pow(2.0, -(first - 1 + part) / 2)
 
 
-def _factor_bits(components: Components, rank: int) -> float:
+def _missed(components: Components, halvings: Tensor) -> float:
+    """Squared error of quantising the factors over that of leaving out the other components."""
+    squares = components.values[: halvings.numel()].double().square()
+    remaining = max(components.energy - float(squares.sum()), 1e-9 * components.energy)
+    # a twelfth of a squared step for each of two factors
+    return float((squares * torch.pow(0.25, halvings) / 6).sum()) / remaining if remaining else 0.0
+
+
+def _factor_bits(components: Components, halvings: Tensor) -> float:
     length = components.left.shape[0] + components.right.shape[0]
-    return rank * (length * _FACTOR_BITS + _SCALE_BITS)
+    numbers = length * halvings.numel()
+    return numbers * _FACTOR_BITS + length * int(halvings.sum()) + halvings.numel() * _SCALE_BITS
 
 
 def _entropy(codes: Tensor) -> float:

@@ -123,14 +123,25 @@ def decode_bytes(
 
 
 def _encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
-    """All columns of the left factor, then of the right one, as byte planes; then the scales."""
-    numbers = torch.cat([factors.left.T.reshape(-1), factors.right.T.reshape(-1)])
+    """Each column of the left factor with its right one, as byte planes; then the scales."""
+    numbers = torch.cat([factors.left, factors.right]).T.contiguous()
     integers = to_ordered(numbers) if numbers.is_floating_point() else numbers
-    planes = byte_planes(integers.numpy(), all_planes=True)
-    streams = [pack(stream) for stream in [*planes, _as_bytes(factors.scales)]]
+    planes = byte_planes(integers.view(-1).numpy(), all_planes=True)
+    ends = [] if numbers.is_floating_point() else _column_groups(integers)
+    streams = [*(pack(plane, ends) for plane in planes), pack(_as_bytes(factors.scales))]
     dtype = str(numbers.dtype).removeprefix("torch.")
     sizes = tuple(len(stream) for stream in streams)
     return streams, FactorsDescription(rank=factors.rank, dtype=dtype, sizes=sizes)
+
+
+def _column_groups(columns: Tensor) -> list[int]:
+    """Where, in numbers, the magnitude of columns `[r, out + in]` falls by half: codes differ from there on."""
+    ends, size = [], torch.inf
+    for i, magnitude in enumerate(columns.abs().to(torch.float32).mean(1).tolist()):
+        if magnitude < 0.7 * size:
+            ends.append(i * columns.shape[1])
+            size = magnitude
+    return ends[1:]
 
 
 def _decode_factors(
@@ -143,9 +154,8 @@ def _decode_factors(
     scales = torch.from_numpy(unpack(streams[-1], 4 * rank, where).copy()).view(torch.float32)
     if not bool(scales.isfinite().all()):
         raise ArtifactError(f"{where}: scales of factors must be finite")
-    end = rank * (d.numel // d.shape[-1])
-    left, right = numbers[:end].view(rank, -1).T, numbers[end:].view(rank, -1).T
-    return Factors(left.contiguous(), right.contiguous(), scales)
+    columns, out = numbers.view(rank, -1), d.numel // d.shape[-1]
+    return Factors(columns[:, :out].T.contiguous(), columns[:, out:].T.contiguous(), scales)
 
 
 def _kept(dense: Tensor | None, positions: Tensor | None) -> Tensor:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A Gaussian entry in steps of its own standard deviation takes 2.1 bits. On full fine-tunes, more rank
-# at this step recovers more of an expert per bit than finer steps at less rank, and coarser ones lose.
-STEP = 1.0
+# The weakest components are kept in steps of their own root mean square: 2.1 bits a number if Gaussian.
+# A bit more takes off three quarters of the error of a component, and is worth it wherever the component
+# is this much stronger than the weakest that is worth its numbers; and so on, up to this many bits.
+_FINER_FROM = 1.8
+_MOST_BITS_MORE = 3
 # A component of energy σ² takes 2.1 (out + in) bits and, kept to five sixths, saves 0.6 σ²/s² bits in
 # coding a remainder of variance s².
 _REMAINDER_RATIO = 3.4
@@ -74,20 +76,27 @@ class Components:
 
         A component must also save more bits in coding the remainder weight by weight than it takes.
         """
+        return self.bits_more(slope).numel()
+
+    def bits_more(self, slope: float) -> Tensor:
+        """For each component that is kept at this slope `[rank]`: how often its step is halved, int64."""
         out, width = self.left.shape[0], self.right.shape[0]
         squares = self.values.double().square()
         remaining = (self.energy - squares.cumsum(0)).clamp(min=0)
-        least = (_REMAINDER_RATIO / (out * width) * remaining).clamp(min=slope)
-        worth = squares >= (out + width) * least
-        return int(worth.to(torch.int64).cumprod(0).sum())
+        least = (_REMAINDER_RATIO / (out * width) * remaining).clamp(min=slope) * (out + width)
+        rank = int((squares >= least).to(torch.int64).cumprod(0).sum())
+        if rank == 0:
+            return torch.empty(0, dtype=torch.int64)
+        ratio = (squares[:rank] / least[rank - 1]).sqrt() / _FINER_FROM
+        return (ratio.log2().floor() + 1).clamp(0, _MOST_BITS_MORE).to(torch.int64)
 
-    def codes(self) -> tuple[Tensor, Tensor]:
-        """All columns in coarse steps: int8 codes `[out, k]` and `[in, k]`."""
-        return _codes(self.left), _codes(self.right)
-
-    def quantise(self, rank: int, matrix: Tensor) -> Factors:
+    def quantise(self, slope: float, matrix: Tensor) -> Factors | None:
         """Factors of int8 codes whose scales bring their product nearest to `matrix` `[out, in]`."""
-        left, right = _codes(self.left[:, :rank]), _codes(self.right[:, :rank])
+        halvings = self.bits_more(slope)
+        if not halvings.numel():
+            return None
+        left = _codes(self.left[:, : halvings.numel()], halvings)
+        right = _codes(self.right[:, : halvings.numel()], halvings)
         a, b = left.to(torch.float64), right.to(torch.float64)
         # least squares for the scales: the normal equations of Σ_k s_k a_k b_kᵀ
         gram = (a.T @ a) * (b.T @ b)
@@ -134,8 +143,10 @@ def _limit(width: int) -> int:
     return width if width <= _SMALL else max(_SMALL, width // 8)
 
 
-def _codes(vectors: Tensor) -> Tensor:
-    """int8 codes `[n, r]` of unit vectors, in steps of their root mean square."""
-    step = STEP / vectors.shape[0] ** 0.5
-    codes: Tensor = (vectors / step).round_().clamp_(-127, 127)
+def _codes(vectors: Tensor, halvings: Tensor) -> Tensor:
+    """int8 codes `[n, r]` of unit vectors, in steps of their root mean square, halved so often."""
+    steps = torch.exp2(-halvings.to(torch.float32)) / vectors.shape[0] ** 0.5
+    # a vector with few large entries takes larger steps rather than lose them
+    steps = torch.maximum(steps, vectors.abs().amax(0) / 127)
+    codes: Tensor = (vectors / steps).round_()
     return codes.to(torch.int8)

@@ -60,15 +60,16 @@ def test_components_of_noise_are_not_worth_their_numbers():
 def test_quantised_factors_keep_most_of_the_energy_of_their_components(out, width):
     full = matrix(out, width, rank=8)
     found = decompose(full)
-    quantised = found.quantise(8, full)
+    quantised = found.quantise(1e-3, full)
+    assert quantised.rank == 8
     assert quantised.left.dtype == quantised.right.dtype == torch.int8
     left = (quantised.product() - full).square().sum() / full.square().sum()
-    assert left < 0.2  # two factors in steps of one standard deviation: about 2/12
+    assert left < 0.2  # two factors in steps of one standard deviation: about 2/12 of it
 
 
 def test_the_scales_of_quantised_factors_are_the_best_ones():
-    full = matrix(40, 30)
-    quantised = decompose(full).quantise(4, full)
+    full = matrix(40, 30, rank=4)
+    quantised = decompose(full).quantise(1.0, full)
     best = (quantised.product() - full).square().sum()
     for k in range(4):
         for change in (0.99, 1.01):
@@ -76,3 +77,18 @@ def test_the_scales_of_quantised_factors_are_the_best_ones():
             scales[k] *= change
             worse = Factors(quantised.left, quantised.right, scales).product() - full
             assert worse.square().sum() > best
+
+
+def test_stronger_components_are_kept_in_finer_steps():
+    values = torch.tensor([16.0, 6.0, 3.0, 1.0])
+    components = Components(torch.eye(50, 4), values, torch.eye(50, 4), energy=302.0)
+    assert components.bits_more(0.01).tolist() == [3, 2, 1, 0]
+    assert components.bits_more(0.08).tolist() == [2, 1, 0]
+
+
+def test_large_entries_of_a_column_are_not_cut_off():
+    spike = torch.zeros(20_000, 2)
+    spike[0] = 1.0
+    spike[1:] = 1e-3 * torch.randn(19_999, 2, generator=torch.Generator().manual_seed(0))
+    quantised = decompose(spike).quantise(1e-9, spike)
+    assert (quantised.product() - spike).abs()[0].max() < 0.05

@@ -172,8 +172,8 @@ def main() -> None:
 
     path = record.RESULTS / f"{args.name}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in kept if row["family"] != args.family]
     chosen = args.only.split(",") if args.only else list(codecs)
+    rows = [r for r in kept if r["family"] != args.family or r["codec"] not in chosen]
     for name in chosen:
         codec = codecs[name]
         started = time.perf_counter()
