@@ -15,7 +15,8 @@ TENSORS_ONLY = {
     *("conflict", "plan", "sparse", "router", "threshold", "dense", "response"),
     *("codec", "entropy", "bits", "description", "expert_file", "workers", "mixture"),
 }
-MERGING = {"plugin", "config", "weights", "merge", "estimate", "cli_merge", "demo"}
+MERGING = {"plugin", "config", "weights", "passes", "storing", "checkpoint", "merge"}
+MERGING |= {"estimate", "cli_merge", "demo"}
 SERVING = {"runtime", "routed", "remote", "routers", "serving"}
 
 
