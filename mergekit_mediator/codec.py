@@ -24,7 +24,7 @@ from mergekit_mediator.factors import Factors
 from mergekit_mediator.sparse import SparseTensor
 
 # From this density on, codes of all coordinates are shorter than gaps and codes of the kept ones.
-_IMPLIED_DENSITY = 0.25
+_IMPLIED_DENSITY = 0.45
 
 
 def encode_bytes(sparse: SparseTensor, dense: Tensor | None = None) -> tuple[Tensor, Description]:
