@@ -23,14 +23,14 @@ import record
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from train_experts import RECIPES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator import budget, sparse
 from mergekit_mediator.approximate import approximate, as_matrix, is_vector
 from mergekit_mediator.codec import encode_bytes
 from mergekit_mediator.evaluate import score
-from mergekit_mediator.factors import Components, decompose
+from mergekit_mediator.factors import Components, Factors, decompose
+from mergekit_mediator.lora import read_adapter
 from mergekit_mediator.results import Score
 from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.tasks import from_reasoning_gym
@@ -47,7 +47,8 @@ class Family:
     def __init__(self, base: Path, experts: Path, tasks: list[str], prompts: int, seed: int):
         self.tasks = tasks
         self.base = load_file(base / "model.safetensors")
-        self.experts = {t: load_file(experts / t / "model.safetensors") for t in tasks}
+        self.adapters = {t: _adapter(experts / t) for t in tasks}
+        self.experts = {t: self._expert(experts / t) for t in tasks}
         self.mean = {
             name: (sum(e[name].float() for e in self.experts.values()) / len(tasks)).to(w.dtype)
             for name, w in self.base.items()
@@ -56,10 +57,21 @@ class Family:
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.examples = {
-            t: from_reasoning_gym(t, prompts, seed, RECIPES[t].config).examples for t in tasks
+            t: from_reasoning_gym(t, prompts, seed, _config(experts / t)).examples for t in tasks
         }
         self.components: dict[tuple[str, str], Components] = {}
         self.costs: dict[str, Tensor] = {}
+
+    def _expert(self, folder: Path) -> State:
+        factors = self.adapters[folder.name]
+        if not factors:
+            return load_file(folder / "model.safetensors")
+        return {
+            name: (weight.float() + factors[name].product()).to(weight.dtype)
+            if name in factors
+            else weight
+            for name, weight in self.base.items()
+        }
 
     def difference(self, task: str, name: str) -> Tensor:
         return self.experts[task][name].float() - self.base[name].float()
@@ -80,6 +92,17 @@ class Family:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(state[name])
         return score(self.model, self.tokenizer, self.examples[task])
+
+
+def _adapter(folder: Path) -> dict[str, Factors]:
+    """The factors of an adapter; none for a full fine-tune."""
+    return {} if (folder / "model.safetensors").exists() else read_adapter(folder) or {}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What the task's problems are drawn from, as written beside the expert."""
+    notes = [path for path in (folder / "expert.json", folder / "zoo.json") if path.exists()]
+    return json.loads(notes[0].read_text())["config"]
 
 
 def stored_experts(
@@ -111,6 +134,18 @@ def low_rank_plus_sparse(family: Family, bits: float) -> Callable[[str, str], Sp
         known = family.components.get((task, name))
         dtype = family.base[name].dtype
         return approximate(family.difference(task, name), slopes[task], dtype, share, known)
+
+    return store
+
+
+def own_factors(family: Family) -> Callable[[str, str], SparseTensor]:
+    share = 1 / len(family.tasks)
+
+    def store(task: str, name: str) -> SparseTensor:
+        weight, factors = family.base[name], family.adapters[task].get(name)
+        if factors is None:
+            return sparse.encode(weight, weight, 1.0)
+        return SparseTensor.of_factors(tuple(weight.shape), weight.dtype, factors, share)
 
     return store
 
@@ -164,6 +199,8 @@ def main() -> None:
         codecs[f"{values} {density:g}"] = lambda values=values, density=density: stored_experts(
             family, plain(family, values, density)
         )
+    if all(family.adapters.values()):
+        codecs["adapter"] = lambda: stored_experts(family, own_factors(family))
     for rank in RIVAL_RANKS:
         codecs[f"extract-lora {rank}"] = lambda rank=rank: extracted_adapters(family, rank)
 
