@@ -1,5 +1,6 @@
 """Scores an artifact on the tasks of its experts: dense, with each task's own expert, and routed."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,8 @@ def score_routed(
 def load_tasks(specifications: Sequence[str], limit: int, seed: int) -> dict[str, Task]:
     """Tasks by name from `NAME=FILE.jsonl`, `NAME=gym:TASK` or `NAME=lm_eval:TASK`.
 
+    After a reasoning-gym task its settings may follow as JSON: `NAME=gym:chain_sum{"max_terms": 2}`.
+
     Raises:
         TaskError: a specification of another form, or data that cannot be loaded.
     """
@@ -68,13 +71,24 @@ def load_tasks(specifications: Sequence[str], limit: int, seed: int) -> dict[str
             )
         kind, _, rest = source.partition(":")
         if kind == "gym":
-            tasks[name] = from_reasoning_gym(rest, limit, seed)
+            task_name, brace, settings = rest.partition("{")
+            tasks[name] = from_reasoning_gym(
+                task_name, limit, seed, _settings(text, brace + settings)
+            )
         elif kind == "lm_eval":
             tasks[name] = from_lm_eval(rest, limit)
         else:
             task = from_jsonl(source, name)
             tasks[name] = Task(name, task.examples[:limit])
     return tasks
+
+
+def _settings(specification: str, text: str) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(text or "{}")
+    except ValueError as error:
+        raise TaskError(f"task {specification!r}: settings are no JSON: {error}") from error
+    return settings
 
 
 def compare(model: MediatorModel, tasks: Mapping[str, Task], base: Any = None) -> dict[str, Any]:
