@@ -20,6 +20,13 @@ _VERSION = 1
 _ENTRY_BYTES = 800
 
 
+def header_bytes(weights: Sequence[str]) -> int:
+    """The room that a file leaves for its header: enough for all weights that may be written."""
+    names = sum(2 * len(json.dumps(name)) for name in weights)
+    room = 1024 + names + _ENTRY_BYTES * len(weights)
+    return room + -room % 8
+
+
 class ExpertWriter:
     """Writes the weights of one expert as they come, so that no expert is ever held in memory.
 
@@ -34,9 +41,7 @@ class ExpertWriter:
             expert: its name, stored in the header.
             weights: the names of all weights that may be written, which bounds the header.
         """
-        names = sum(2 * len(json.dumps(name)) for name in weights)
-        self._header_bytes = 1024 + names + _ENTRY_BYTES * len(weights)
-        self._header_bytes += -self._header_bytes % 8
+        self._header_bytes = header_bytes(weights)
         self._expert = expert
         self._entries: dict[str, tuple[int, int, Description]] = {}
         self._end = 0

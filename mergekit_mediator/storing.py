@@ -13,6 +13,7 @@ from mergekit_mediator import budget, sparse
 from mergekit_mediator.approximate import approximate
 from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.expert_file import header_bytes
 from mergekit_mediator.factors import Factors
 from mergekit_mediator.lora import read_adapter
 from mergekit_mediator.passes import Measured
@@ -20,7 +21,7 @@ from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.weights import PlannedWeight
 from mergekit_mediator.workers import Map
 
-# Of what a budget leaves for experts, this much is for headers and for the error of the prediction.
+# Of what a budget leaves for experts, this much is for the error of the prediction.
 _RESERVE = 0.04
 
 
@@ -109,11 +110,12 @@ def slopes_for(
             model: budget.slope_for(cost, numel, config.bits)
             for model, cost in zip(models, costs, strict=True)
         }
-    left = config.budget_bytes(dense_bytes) - dense_bytes
+    headers = len(models) * header_bytes([w.info.name for w in weights])
+    left = config.budget_bytes(dense_bytes) - dense_bytes - headers
     if left <= 0:
         raise ConfigError(
             f"budget: {config.budget} is {config.budget_bytes(dense_bytes):,} bytes, and the dense "
-            f"expert alone takes {dense_bytes:,}"
+            f"expert with the headers of {len(models)} experts takes {dense_bytes + headers:,} alone"
         )
     everything = torch.stack(costs).sum(dim=0)
     bits = 8 * left * (1 - _RESERVE) / (numel * len(models))
