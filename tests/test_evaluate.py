@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mergekit_mediator.errors import TaskError
+from mergekit_mediator.errors import PromptError, TaskError
 from mergekit_mediator.evaluate import render, score, score_answers
 from mergekit_mediator.tasks import Example
 
@@ -150,7 +150,7 @@ def test_without_a_template_a_prompt_is_plain_text(tokenizer):
     assert render(plain, "w3 w4") == plain("w3 w4").input_ids
     turn = {"role": "user", "content": "w3"}
     assert render(plain, (turn,)) == plain("w3").input_ids
-    with pytest.raises(TaskError, match="2 messages needs a tokenizer with a chat template"):
+    with pytest.raises(PromptError, match="2 messages needs a tokenizer with a chat template"):
         render(plain, (turn, turn))
 
 
