@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.locate import locate_weights
-from mergekit_mediator.residency import Experts
+from mergekit_mediator.residency import Experts, tensor_bytes
 from mergekit_mediator.sparse import Displaced, SparseTensor, displace, mix_, restore_
 
 # The experts of a mixture that have a weight above 0, in the artifact's order; none is the dense expert.
@@ -56,6 +56,14 @@ class Mixer:
     def inside(self) -> bool:
         """Whether this thread is inside a mixture."""
         return self.rows is not None and self._owner == get_ident()
+
+    @property
+    def resident_bytes(self) -> int:
+        """What decoded experts take in memory now, with what is remembered of them."""
+        return self.experts.resident_bytes + sum(
+            tensor_bytes(made.weights if isinstance(made, Displaced) else made)
+            for _, made in self._memory.values()
+        )
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -98,7 +98,15 @@ class Experts:
 
 def stored_bytes(stored: SparseTensor) -> int:
     """The memory that a decoded weight takes."""
-    return sum(t.numel() * t.element_size() for t in _tensors(stored))
+    return sum(tensor_bytes(tensor) for tensor in _tensors(stored))
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """The memory that a dense or compressed sparse tensor takes."""
+    if tensor.layout is torch.sparse_csr:
+        parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+        return sum(tensor_bytes(part) for part in parts)
+    return tensor.numel() * tensor.element_size()
 
 
 def _tensors(stored: SparseTensor) -> list[Tensor]:

@@ -135,7 +135,7 @@ class MediatorModel:
     @property
     def resident_bytes(self) -> int:
         """What decoded experts take in memory now."""
-        return self._mixer.experts.resident_bytes
+        return self._mixer.resident_bytes
 
     @contextmanager
     def mixture(self, weights: Mapping[str, float]) -> Iterator[PreTrainedModel]:

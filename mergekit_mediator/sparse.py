@@ -155,11 +155,19 @@ def mix_(
             return displaced
     dense, mixed = flat, flat.to(torch.float32, copy=True)
     total = sum(p for p, _ in parts)
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
     for p, stored in parts:
         coefficient = p - stored.share * total
-        mixed[stored.positions] += coefficient * stored.difference(dense[stored.positions])
+        if stored.positions.numel():
+            mixed[stored.positions] += coefficient * stored.difference(dense[stored.positions])
         if stored.factors:
-            mixed.view(-1, stored.shape[-1]).add_(stored.factors.product(), alpha=coefficient)
+            f = stored.factors
+            lefts.append(f.left.to(torch.float32) * (coefficient * f.scales))
+            rights.append(f.right.to(torch.float32))
+    if lefts:  # all experts' factors in one product, added as it is computed
+        matrix = mixed.view(-1, parts[0][1].shape[-1])
+        matrix.addmm_(torch.cat(lefts, dim=1), torch.cat(rights, dim=1).T)
     flat.copy_(mixed)
     return displaced
 
