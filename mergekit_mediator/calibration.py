@@ -11,14 +11,16 @@ from torch import Tensor
 from mergekit_mediator import artifact, calibrate
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.calibrate import Calibration
-from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layer, mean_hidden
+from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layer
 from mergekit_mediator.calibration_data import (
     data_digest,
     embedding_features,
     read_prompts,
     shared_tokens,
 )
+from mergekit_mediator.contexts import Contexts
 from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.hidden import hidden_features
 from mergekit_mediator.prompts import render
 
 
@@ -28,7 +30,7 @@ def calibrate_artifact(
     tokenizer: Any,
     data: Mapping[str, Path],
     *,
-    kind: Kind = "embedding",
+    kind: Kind = "hidden",
     head: Head = "ridge",
     seed: int = 0,
 ) -> Calibration:
@@ -64,7 +66,7 @@ def calibrate_artifact(
     if old is not None:
         kind, head, seed = old.kind, old.head, old.seed
     excluded = old.excluded if old is not None else shared_tokens(ids)
-    features = _features(model, ids, kind, excluded)
+    features = _features(model, Contexts(tokenizer), ids, kind, excluded)
     known_features = dict(old.features) if old is not None else {}
     absent = [name for name in missing if name not in known_features]
     if absent:
@@ -73,7 +75,7 @@ def calibrate_artifact(
         {name: {**known_features, **features}[name] for name in manifest.expert_names},
         kind,
         head=head,
-        layer=hidden_layer(model.config.num_hidden_layers) if kind == "hidden" else None,
+        layer=_layer(model) if kind == "hidden" else None,
         excluded=excluded if kind == "embedding" else None,
         seed=seed,
     )
@@ -84,25 +86,28 @@ def calibrate_artifact(
 
 
 def _features(
-    model: Any, ids: Mapping[str, Sequence[Sequence[int]]], kind: Kind, excluded: Tensor
+    model: Any,
+    contexts: Contexts,
+    ids: Mapping[str, Sequence[Sequence[int]]],
+    kind: Kind,
+    excluded: Tensor,
 ) -> dict[str, Tensor]:
+    """By expert, `[n_prompts, d]`: the same as the runtime takes of a request."""
     if kind == "embedding":
         table = model.get_input_embeddings().weight.detach()
         return embedding_features(ids, table, excluded)
-    layer = hidden_layer(model.config.num_hidden_layers)
-    return {
-        name: torch.cat([_hidden(model, row, layer, excluded) for row in rows])
-        for name, rows in ids.items()
-    }
+
+    def one(row: Sequence[int]) -> Tensor:
+        tokens = torch.tensor([row], device=model.device)
+        mask = torch.ones_like(tokens)
+        counted = contexts.counted(tokens, mask)
+        return hidden_features(model, tokens, mask, counted, _layer(model)).cpu()
+
+    return {name: torch.cat([one(row) for row in rows]) for name, rows in ids.items()}
 
 
-@torch.no_grad()
-def _hidden(model: Any, ids: Sequence[int], layer: int, excluded: Tensor) -> Tensor:
-    tokens = torch.tensor([ids], device=model.device)
-    hidden = model.base_model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    counted = ~torch.isin(tokens, excluded.to(tokens.device))
-    counted = counted if bool(counted.any()) else torch.ones_like(counted)
-    return mean_hidden(hidden[layer], counted).cpu()
+def _layer(model: Any) -> int:
+    return hidden_layer(model.config.get_text_config().num_hidden_layers)
 
 
 def _store(root: Path, manifest: Manifest, result: Calibration, data: dict[str, str]) -> None:

@@ -111,7 +111,13 @@ def verify(out: Path, base: Path | None, as_json: bool) -> None:
 @click.argument("out", type=_directory)
 @click.option("--data", multiple=True, help="NAME=FILE.jsonl: example prompts of expert NAME.")
 @click.option("--add", multiple=True, help="As --data, keeping what is known of the others.")
-@click.option("--features", type=click.Choice(["embedding", "hidden"]), default="embedding")
+@click.option(
+    "--features",
+    type=click.Choice(["hidden", "embedding"]),
+    default="hidden",
+    show_default=True,
+    help="Hidden states of the dense expert, or embeddings without a forward pass.",
+)
 @click.option("--seed", default=0, show_default=True)
 @_json
 def calibrate(

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_mediator import artifact
-from mergekit_mediator.calibrated import CalibratedRouter, mean_embedding, mean_hidden
+from mergekit_mediator.calibrated import CalibratedRouter, mean_embedding
 from mergekit_mediator.contexts import Contexts
 from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.hidden import hidden_features
 from mergekit_mediator.mixture import Mixer
 from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
@@ -123,10 +124,7 @@ class Routers:
             embedding: Any = self._model.get_input_embeddings()
             features = mean_embedding(ids, counted, embedding.weight, router.excluded)
         else:
-            states = self._model.base_model(
-                input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
-            ).hidden_states
-            features = mean_hidden(states[router.layer], counted)
+            features = hidden_features(self._model, ids, mask, counted, router.layer)
         return router.decide(features.cpu(), temperature)
 
     def _responses(
