@@ -79,13 +79,16 @@ def decode_bytes(
         stream: `[bytes]` uint8.
         description: as written beside it; see `parse_description`.
         where: the file and tensor, for error messages.
-        dense: the dense expert's weight as in its checkpoint; needed if the description says `relative`.
+        dense: the dense expert's weight as in its checkpoint; needed if the description says `relative`,
+            and of the described shape if it is given.
 
     Raises:
         ArtifactError: the bytes do not fit the description, or `dense` is not what they were stored with.
     """
     d, dtype = description, DTYPES[description.dtype]
-    if d.relative and (dense is None or dense.dtype != dtype or tuple(dense.shape) != d.shape):
+    fits = dense is not None and tuple(dense.shape) == d.shape
+    same = fits and dense is not None and dense.dtype == dtype
+    if not (same if d.relative else fits or dense is None):
         got = "none" if dense is None else f"{dense.dtype} {list(dense.shape)}"
         raise ArtifactError(f"{where}: needs the dense weight {dtype} {list(d.shape)}, got {got}")
     sizes = d.sizes + (d.factors.sizes if d.factors else ())

@@ -90,6 +90,12 @@ def test_another_dense_weight_is_refused():
         decode_bytes(stream, description, "here", dense + 1e-4)
 
 
+def test_a_weight_of_another_shape_is_refused_even_where_it_is_not_needed():
+    stream, description = encode_bytes(encode(torch.ones(4), torch.zeros(4), 1.0, "sign"))
+    with pytest.raises(ArtifactError, match="here: needs the dense weight"):
+        decode_bytes(stream, description, "here", torch.zeros(3))
+
+
 def test_exact_values_near_the_dense_weight_take_few_bits():
     generator = torch.Generator().manual_seed(0)
     dense = (0.2 * torch.randn(1000, 300, generator=generator)).bfloat16()
