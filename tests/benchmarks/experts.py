@@ -32,7 +32,6 @@ from mergekit_mediator.results import (
     to_json,
     to_markdown,
 )
-from mergekit_mediator.router import apply_policy
 from mergekit_mediator.tasks import from_reasoning_gym
 
 RANKS = (4, 16)
@@ -81,7 +80,7 @@ def routes_of(mediator: MediatorModel, tasks: list[str], prompts: int) -> Routes
         routes[task] = []
         for start in range(0, prompts, 8):
             decision = mediator.route(texts[start : start + 8])
-            weights = apply_policy(decision, mediator.policy, mediator.entropy_threshold)
+            weights = mediator.mixtures(decision)
             routes[task] += [
                 tuple((e, p) for e, p in zip(decision.experts, row, strict=True) if p > 0)
                 for row in weights.tolist()
@@ -111,7 +110,6 @@ def mediator_results(
     """One artifact with perfect routing, with its own, and with none."""
     mediator = MediatorModel.from_pretrained(folder)
     prompts = len(next(iter(oracle.values())))
-    routes = routes_of(mediator, list(oracle), prompts)
     stored = sum(
         entry.bytes for path, entry in mediator.manifest.files.items() if "safetensors" in path
     )
@@ -119,15 +117,18 @@ def mediator_results(
         "total_bytes_over_base": stored / base_bytes,
         "parameters": parameters(name, len(oracle)),
     }
-    routing = {"routing_accuracy": routing_accuracy(routes)}
 
     def mixed(mixture: Mixture) -> AbstractContextManager[Any]:
         return mediator.mixture(dict(mixture))
 
+    pinned = bench.routed(name, REPORT_SEED, oracle, mixed)
     dense = bench.alike(f"{name} dense", REPORT_SEED, prompts, partial(mixed, ()))
+    routes = routes_of(mediator, list(oracle), prompts)
+    routed = bench.routed(name, REPORT_SEED, routes, mixed)
+    routing = {"routing_accuracy": routing_accuracy(routes)}
     return [
-        SystemResult(name, bench.routed(name, REPORT_SEED, routes, mixed), figures | routing),
-        SystemResult(f"{name}_oracle", bench.routed(name, REPORT_SEED, oracle, mixed), figures),
+        SystemResult(name, routed, figures | routing),
+        SystemResult(f"{name}_oracle", pinned, figures),
         SystemResult(f"{name}_dense", dense, {"total_bytes_over_base": 1.0}),
     ], routes
 
