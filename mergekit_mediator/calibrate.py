@@ -1,297 +1,121 @@
-"""Fit a router to features of a few prompts per expert, and measure it on prompts held out.
+"""Calibrates the router of an artifact: prompts in, the fitted router and its figures in place."""
 
-The prompts of each expert are split into five parts, and each part is judged by a router fitted to
-the other four. Held-out prompts share their wordings with the rest: the figures speak for prompts
-like those given, not for other ways of asking.
-"""
-
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, standardized
-from mergekit_mediator.calibration_data import MIN_PROMPTS
+from mergekit_mediator import artifact, fit_router
+from mergekit_mediator.artifact import Manifest
+from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layer
+from mergekit_mediator.calibration_data import (
+    data_digest,
+    embedding_features,
+    read_prompts,
+    shared_tokens,
+)
+from mergekit_mediator.contexts import Contexts
 from mergekit_mediator.errors import RoutingError
-
-_PARTS = 5
-_RIDGE = (
-    0.3  # of the mean squared norm of centred features; chosen on the benchmark's first wordings
-)
-_SHRINKAGE = 0.1  # of the covariance within classes towards a multiple of the identity; likewise
-_OOD_QUANTILE = 0.99
-_CONFUSED = (
-    0.25  # fraction of one expert's held-out prompts given to another that is worth a warning
-)
-_ACCEPTED_ERROR = 0.01  # of the prompts that `auto` gives to one expert alone
+from mergekit_mediator.fit_router import Calibration
+from mergekit_mediator.hidden import hidden_features
+from mergekit_mediator.prompts import render
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A router and what is known of it.
-
-    figures: JSON values for the manifest: `accuracy`, `ece`, `confusion` (rows are the truth),
-        `temperature`, `entropy_threshold`, `ood_threshold`, `prompts` by expert, and how it was
-        made. `ece` is the expected calibration error in 15 bins of confidence.
-    warnings: readable lines.
-    """
-
-    router: CalibratedRouter
-    figures: dict[str, Any]
-    warnings: tuple[str, ...]
-
-
-def fit(
-    features: Mapping[str, Tensor],
-    kind: Kind,
+def calibrate_artifact(
+    root: Path,
+    model: Any,
+    tokenizer: Any,
+    data: Mapping[str, Path],
     *,
+    kind: Kind = "hidden",
     head: Head = "ridge",
-    layer: int | None = None,
-    excluded: Tensor | None = None,
     seed: int = 0,
 ) -> Calibration:
-    """Fit a router to the features of each expert's prompts.
+    """Fit the router of an artifact and store it there, in place of an older one.
+
+    Experts without data keep what the present router knows of them. Nothing changes on an error.
 
     Args:
-        features: by expert, `[n_prompts, d]`, at least 5 each; 20 are enough to work.
-        kind, layer, excluded: what the features are, see `CalibratedRouter`.
-        head: `ridge`: least squares on class membership; `mahalanobis`: the nearest class mean in
-            the shrunk covariance within classes; `prototype`: the same with no covariance.
-        seed: of the split into parts; the same seed gives the same bytes.
+        root: of the artifact.
+        model: its dense expert.
+        tokenizer: of the artifact.
+        data: a JSONL file by expert; see `calibration_data.read_prompts`.
+        kind, head, seed: see `fit_router.fit`; where some experts keep their old data, those of the
+            present router are used.
 
     Raises:
-        RoutingError: one expert only, too few prompts, features that are not finite or of
-            different widths, or an unknown head.
+        RoutingError: an unknown expert, an expert without data, or data that cannot be used.
+        ArtifactError: the artifact or its router cannot be read.
     """
-    if head not in get_args(Head):
-        raise RoutingError(f"router head must be one of {', '.join(get_args(Head))}, got {head!r}")
-    features = {name: _checked(name, x) for name, x in features.items()}
-    if len(features) < 2:
+    manifest = artifact.read_manifest(root)
+    for name in data:
+        if name not in manifest.expert_names:
+            known = ", ".join(manifest.expert_names)
+            raise RoutingError(f"--data {name}: this artifact has no such expert, but {known}")
+    prompts = {name: read_prompts(path) for name, path in data.items()}
+    ids = {name: [render(tokenizer, prompt) for prompt in rows] for name, rows in prompts.items()}
+    missing = [name for name in manifest.expert_names if name not in data]
+    if missing and not (root / artifact.ROUTER).exists():
         raise RoutingError(
-            f"a router needs prompts of at least two experts, got {', '.join(features) or 'none'}"
+            f"no data for {', '.join(missing)}: give --data NAME=FILE for each expert"
         )
-    widths = {x.shape[1] for x in features.values()}
-    if len(widths) > 1:
-        raise RoutingError(f"features of different widths {sorted(widths)} cannot be compared")
-    router = _fit(features, kind, head, layer, excluded, seed)
-    scores, fits, distances, truth = _held_out(router)
-    numbers = dict(router.numbers)
-    for key, values in (("fit", fits), ("distance", distances)):
-        numbers[f"{key}_mean"] = float(values.mean())
-        numbers[f"{key}_deviation"] = float(values.std().clamp_min(1e-6))
-    ood = standardized(fits, distances, numbers)
-    numbers["ood_threshold"] = float(ood.quantile(_OOD_QUANTILE))
-    numbers["temperature"] = fit_temperature(scores, truth)
-    probabilities = (scores / numbers["temperature"]).softmax(dim=1)
-    numbers["entropy_threshold"] = _entropy_threshold(probabilities, truth)
-    confusion = torch.zeros(len(features), len(features), dtype=torch.int64)
-    confusion.index_put_((truth, scores.argmax(dim=1)), torch.tensor(1), accumulate=True)
-    names = list(features)
-    figures = {
-        "features": kind,
-        "head": head,
-        "layer": layer,
-        "seed": seed,
-        "accuracy": float((scores.argmax(dim=1) == truth).double().mean()),
-        "ece": expected_calibration_error(probabilities, truth),
-        "experts": names,
-        "confusion": confusion.tolist(),
-        "prompts": {name: len(x) for name, x in features.items()},
-        **{k: numbers[k] for k in ("temperature", "entropy_threshold", "ood_threshold")},
-    }
-    return Calibration(replace(router, numbers=numbers), figures, _warnings(names, confusion))
-
-
-def add(router: CalibratedRouter, name: str, features: Tensor) -> Calibration:
-    """Fit again with one expert more, or with new prompts for one that is there.
-
-    The other experts' prompts are not needed: the router keeps their features. Tokens excluded
-    from mean embeddings stay those of the first calibration.
-    """
-    return _again(router, {**router.features, name: features})
-
-
-def remove(router: CalibratedRouter, name: str) -> Calibration:
-    """Fit again without an expert.
-
-    Raises:
-        RoutingError: there is none of that name, or one would be left.
-    """
-    if name not in router.features:
-        raise RoutingError(f"the router knows no expert {name!r}: {', '.join(router.experts)}")
-    return _again(router, {k: x for k, x in router.features.items() if k != name})
-
-
-def _again(router: CalibratedRouter, features: Mapping[str, Tensor]) -> Calibration:
-    return fit(
-        features,
-        router.kind,
-        head=router.head,
-        layer=router.layer,
-        excluded=router.excluded,
-        seed=router.seed,
-    )
-
-
-def fit_temperature(scores: Tensor, truth: Tensor) -> float:
-    """The temperature of the softmax that makes held-out truths likeliest.
-
-    Truths are smoothed by 1/(n + 2), as Platt (1999) does, or perfect scores would have none.
-
-    Args:
-        scores: `[n, n_experts]`.
-        truth: `[n]` int64.
-    """
-    smooth = 1 / (len(scores) + 2)
-    target = torch.full_like(scores, smooth / (scores.shape[1] - 1))
-    target[torch.arange(len(scores)), truth] = 1 - smooth
-
-    def loss(log_temperature: float) -> float:
-        return -float(((scores / math.exp(log_temperature)).log_softmax(dim=1) * target).sum())
-
-    scale = float(scores.std().clamp_min(1e-12))
-    return math.exp(_minimum(loss, math.log(scale) - 8, math.log(scale) + 5))
-
-
-def expected_calibration_error(probabilities: Tensor, truth: Tensor, bins: int = 15) -> float:
-    """`Σ_b n_b/n |accuracy_b − confidence_b|` over equal bins of confidence (Guo et al. 2017)."""
-    confidence, choice = probabilities.max(dim=1)
-    right = (choice == truth).to(confidence.dtype)
-    index = (confidence * bins).long().clamp_max(bins - 1)
-    gap = torch.zeros(bins, dtype=confidence.dtype).index_add_(0, index, right - confidence)
-    return float(gap.abs().sum() / len(truth))
-
-
-def _checked(name: str, features: Tensor) -> Tensor:
-    if features.ndim != 2 or len(features) < MIN_PROMPTS:
-        raise RoutingError(
-            f"expert {name!r}: features [prompts, d] of at least {MIN_PROMPTS} prompts required, "
-            f"got {list(features.shape)}"
-        )
-    if not torch.isfinite(features).all():
-        raise RoutingError(f"expert {name!r}: features that are not finite")
-    return features.detach().to("cpu", torch.float32).contiguous()
-
-
-def _fit(
-    features: Mapping[str, Tensor],
-    kind: Kind,
-    head: Head,
-    layer: int | None,
-    excluded: Tensor | None,
-    seed: int,
-) -> CalibratedRouter:
-    """Everything but what needs held-out prompts. In float64: sums of many near-equal rows."""
-    rows = [x.double() for x in features.values()]
-    x = torch.cat(rows)
-    truth = torch.repeat_interleave(torch.tensor([len(r) for r in rows]))
-    means = torch.stack([r.mean(dim=0) for r in rows])
-    within = torch.cat([r - r.mean(dim=0) for r in rows])
-    values, vectors = _principal(within / math.sqrt(len(x)))
-    shrinkage = 1.0 if head == "prototype" else _SHRINKAGE
-    variance = max(float(values.sum() / x.shape[1]), 1e-12) * shrinkage
-    shrunk = values * (1 - shrinkage) + variance
-    spread = vectors * (1 / variance - 1 / shrunk).clamp_min(0).sqrt()[:, None]
-    fit_weight, fit_bias = _ridge(x, torch.nn.functional.one_hot(truth, len(rows)).double())
-    weight, bias = fit_weight, fit_bias
-    if head != "ridge":
-        weight = means / variance - (means @ spread.T) @ spread
-        bias = -(means * weight).sum(dim=1) / 2
-    return CalibratedRouter(
-        kind=kind,
-        layer=layer,
+    old = CalibratedRouter.load(root / artifact.ROUTER) if missing else None
+    if old is not None:
+        kind, head, seed = old.kind, old.head, old.seed
+    excluded = old.excluded if old is not None else shared_tokens(ids)
+    features = _features(model, Contexts(tokenizer), ids, kind, excluded)
+    known_features = dict(old.features) if old is not None else {}
+    absent = [name for name in missing if name not in known_features]
+    if absent:
+        raise RoutingError(f"no data for {', '.join(absent)}, and the router does not know them")
+    result = fit_router.fit(
+        {name: {**known_features, **features}[name] for name in manifest.expert_names},
+        kind,
         head=head,
+        layer=_layer(model) if kind == "hidden" else None,
+        excluded=excluded if kind == "embedding" else None,
         seed=seed,
-        features=features,
-        excluded=torch.zeros(0, dtype=torch.int64) if excluded is None else excluded,
-        weight=weight.float(),
-        bias=bias.float(),
-        fit_weight=fit_weight.float().clone(),
-        fit_bias=fit_bias.float().clone(),
-        means=means.float(),
-        spread=spread.float(),
-        numbers={"variance": variance},
     )
+    digests = dict((manifest.router or {}).get("data", {})) if missing else {}
+    digests |= {name: data_digest(rows) for name, rows in prompts.items()}
+    _store(root, manifest, result, digests)
+    return result
 
 
-def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `[r]` and eigenvectors `[r, d]` of `rows.T @ rows`, but for those that are 0.
+def _features(
+    model: Any,
+    contexts: Contexts,
+    ids: Mapping[str, Sequence[Sequence[int]]],
+    kind: Kind,
+    excluded: Tensor,
+) -> dict[str, Tensor]:
+    """By expert, `[n_prompts, d]`: the same as the runtime takes of a request."""
+    if kind == "embedding":
+        table = model.get_input_embeddings().weight.detach()
+        return embedding_features(ids, table, excluded)
 
-    Through `rows @ rows.T` where that is smaller: there are mostly fewer prompts than d.
-    """
-    wide = len(rows) < rows.shape[1]
-    values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-    used = values > 1e-10 * values.max().clamp_min(1e-300)
-    values, vectors = values[used], vectors[:, used].T
-    return values, (vectors @ rows) / values.sqrt()[:, None] if wide else vectors
+    def one(row: Sequence[int]) -> Tensor:
+        tokens = torch.tensor([row], device=model.device)
+        mask = torch.ones_like(tokens)
+        counted = contexts.counted(tokens, mask)
+        return hidden_features(model, tokens, mask, counted, _layer(model)).cpu()
 
-
-def _ridge(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight `[k, d]` and bias `[k]` of ridge regression, in the dual: n is smaller than d."""
-    center, level = x.mean(dim=0), target.mean(dim=0)
-    z = x - center
-    kernel = z @ z.T
-    kernel.diagonal().add_(_RIDGE * kernel.diagonal().mean().clamp_min(1e-12))
-    weight = torch.linalg.solve(kernel, target - level).T @ z
-    return weight, level - weight @ center
-
-
-def _held_out(router: CalibratedRouter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores `[n, n_experts]`, both misfits `[n]` and truths `[n]` of prompts held out."""
-    parts = {
-        name: _shuffled(x, router.seed).tensor_split(_PARTS) for name, x in router.features.items()
-    }
-    scores, fits, distances, truth = [], [], [], []
-    for part in range(_PARTS):
-        rest = {n: torch.cat([*p[:part], *p[part + 1 :]]) for n, p in parts.items()}
-        fitted = _fit(rest, router.kind, router.head, router.layer, None, router.seed)
-        for index, name in enumerate(parts):
-            x = parts[name][part]
-            fit_, distance = fitted.misfit(x)
-            scores.append(x @ fitted.weight.T + fitted.bias)
-            fits.append(fit_)
-            distances.append(distance)
-            truth.append(torch.full((len(x),), index))
-    return torch.cat(scores), torch.cat(fits), torch.cat(distances), torch.cat(truth)
+    return {name: torch.cat([one(row) for row in rows]) for name, rows in ids.items()}
 
 
-def _shuffled(x: Tensor, seed: int) -> Tensor:
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
+def _layer(model: Any) -> int:
+    return hidden_layer(model.config.get_text_config().num_hidden_layers)
 
 
-def _entropy_threshold(probabilities: Tensor, truth: Tensor) -> float:
-    """The largest normalised entropy below which at most 1% of held-out prompts go wrong."""
-    entropy = torch.special.entr(probabilities).sum(dim=1) / math.log(probabilities.shape[1])
-    order = entropy.argsort(stable=True)
-    wrong = (probabilities.argmax(dim=1) != truth)[order].double().cumsum(dim=0)
-    fine = wrong <= _ACCEPTED_ERROR * torch.arange(1, len(truth) + 1)
-    if fine.all():
-        return 1.0
-    last = fine.nonzero()
-    return float(entropy[order[last[-1, 0]]]) if len(last) else 0.0
-
-
-def _warnings(names: Sequence[str], confusion: Tensor) -> tuple[str, ...]:
-    share = confusion.double() / confusion.sum(dim=1, keepdim=True)
-    return tuple(
-        f"{share[i, j]:.0%} of the held-out prompts of {names[i]!r} are taken for {names[j]!r}: is "
-        "their data the same, or too little?"
-        for i in range(len(names))
-        for j in range(len(names))
-        if i != j and share[i, j] >= _CONFUSED
-    )
-
-
-def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Golden section search for the minimum of a function with one valley."""
-    ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(60):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        if function(left) < function(right):
-            high = right
-        else:
-            low = left
-    return (low + high) / 2
+def _store(root: Path, manifest: Manifest, result: Calibration, data: dict[str, str]) -> None:
+    """Put the router in place, then the manifest that vouches for it."""
+    path = root / artifact.ROUTER
+    partial = path.with_name(path.name + ".partial")
+    result.router.save(partial)
+    files = {**manifest.files, artifact.ROUTER: artifact.digest(partial)}
+    os.replace(partial, path)
+    figures = {**result.figures, "data": data}
+    artifact.write_manifest(root, manifest.model_copy(update={"router": figures, "files": files}))

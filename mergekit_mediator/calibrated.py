@@ -1,7 +1,7 @@
 """The calibrated router: features of a prompt -> which expert, how sure, how far from the known.
 
 Features are `embedding`, the mean embedding of the prompt's tokens, which needs no forward pass, or
-`hidden`, hidden states of the dense expert. The head is linear in them; `calibrate` fits it.
+`hidden`, hidden states of the dense expert. The head is linear in them; `fit_router` fits it.
 The file holds the features of the calibration prompts, so that one expert can be added or removed
 later; they are means over tokens, but not secret: do not calibrate with prompts that are.
 """
@@ -75,7 +75,7 @@ class CalibratedRouter:
     """A linear head with a temperature, and two measures of distance.
 
     kind, layer: which features it takes; `layer` is that of `hidden`, else None.
-    head, seed: how it was fitted, so that `calibrate.add` fits alike.
+    head, seed: how it was fitted, so that `fit_router.add` fits alike.
     features: by expert, `[n_prompts, d]` float32, of the calibration prompts.
     excluded: `[k]` int64, see `mean_embedding`; empty for `hidden`.
     weight, bias: `[n_experts, d]`, `[n_experts]` float32; `scores = features @ weight.T + bias`.

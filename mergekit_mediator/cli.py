@@ -137,7 +137,7 @@ def calibrate(
     from transformers import AutoTokenizer
 
     from mergekit_mediator import report
-    from mergekit_mediator.calibration import calibrate_artifact
+    from mergekit_mediator.calibrate import calibrate_artifact
     from mergekit_mediator.runtime import load_plain
 
     if bool(data) == bool(add):

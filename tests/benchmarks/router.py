@@ -24,9 +24,9 @@ from router_features import Model
 from router_systems import systems
 from torch import Tensor
 
-from mergekit_mediator.calibrate import Calibration, add, expected_calibration_error, fit, remove
 from mergekit_mediator.calibrated import CalibratedRouter, mean_embedding
 from mergekit_mediator.calibration_data import embedding_features, shared_tokens
+from mergekit_mediator.fit_router import Calibration, add, expected_calibration_error, fit, remove
 
 CALIBRATION_SEED, REPORT_SEED = 11, 7
 PER_EXPERT = 20
