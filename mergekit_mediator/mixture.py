@@ -50,6 +50,7 @@ class Mixer:
         self._owner: int | None = None
         self._displaced: dict[str, Sequence[Displaced]] = {}
         self._pool: ThreadPoolExecutor | None = None
+        self._moved = False
         self._locate()
 
     @property
@@ -202,14 +203,23 @@ class Mixer:
                 if self._pool is not None:
                     self._pool.shutdown(wait=True)  # nobody may write any more
                     self._pool = None
+                if self._fingerprint != _fingerprint(
+                    self._model
+                ):  # moved or cast inside the mixture
+                    self._locate()
+                    self._moved = True
                 self._over(self._restore_one, list(self._displaced))
+                self._moved = False
             except KeyboardInterrupt as error:  # noqa: PERF203 - the loop is what it is about
                 interrupt = error
         if interrupt is not None:
             raise interrupt
 
     def _restore_one(self, name: str) -> None:
-        restore_(self._weights[name], self._displaced[name])
+        if self._moved:
+            self._weights[name].copy_(self.experts.dense(name))
+        else:
+            restore_(self._weights[name], self._displaced[name])
         del self._displaced[name]
 
     def _over(self, function: Callable[[str], None], names: Iterable[str]) -> None:

@@ -49,7 +49,7 @@ class Experts:
                 f"the expert budget must be a positive number of bytes, got {budget}"
             )
         self.files, self.residency, self.budget = files, residency, budget
-        self._dense = dense
+        self.dense = dense
         self._kept: OrderedDict[tuple[str, str], SparseTensor] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
@@ -71,7 +71,7 @@ class Experts:
             if stored is not None:
                 self._kept.move_to_end(key)
         if stored is None:
-            stored = self.files[expert].read(weight, self._dense(weight))
+            stored = self.files[expert].read(weight, self.dense(weight))
             if self.residency == "device":
                 stored = stored.to(device)
             elif self.residency == "cpu" and device.type == "cuda":

@@ -195,6 +195,25 @@ def test_a_mixture_goes_into_weights_that_were_moved_or_cast(mixer):
         assert same(bits(model.bfloat16()), expert)
 
 
+def test_a_model_that_is_cast_inside_a_mixture_gets_the_dense_expert_back(mixer):
+    model, mixer = mixer
+    dense = {name: weight.float() for name, weight in model.state_dict().items()}
+    with mixer.mixture({"a": 1.0}):
+        model.float()
+    assert all(torch.equal(dense[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_dense_weights_that_others_change_are_changed_for_good(mixer):
+    model, mixer = mixer
+    with mixer.mixture({"a": 1.0}):
+        pass
+    with torch.no_grad():
+        model.one.weight.zero_()
+    with mixer.mixture({"a": 1.0}):
+        pass
+    assert not model.one.weight.any()
+
+
 def test_weights_outside_inference_mode_are_usable_after_a_mixture_inside_it(mixer):
     model, mixer = mixer
     before = bits(model)
