@@ -31,9 +31,9 @@ def version(package: str) -> str:
 
 
 def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = None) -> Path:
-    """Write results/NAME.json: the command, versions, machine, seeds and figures."""
+    """Write results/NAME.json: the command (paths by their last part), versions, machine, figures."""
     record = {
-        "command": " ".join(["python", *(Path(arg).name for arg in sys.argv[:1]), *sys.argv[1:]]),
+        "command": " ".join(["python", *(arg.rsplit("/", 1)[-1] for arg in sys.argv)]),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
