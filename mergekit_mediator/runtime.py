@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_mediator import artifact, caches
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.contexts import Contexts, RouteOn, without_padding
-from mergekit_mediator.errors import ArtifactError, MixtureError, RoutingError
+from mergekit_mediator.errors import MixtureError, RoutingError
+from mergekit_mediator.loading import DenseCheckpoint, load_tokenizer, local_directory
+from mergekit_mediator.loading import load_plain as load_plain
 from mergekit_mediator.mixture import Mixer, Mixture
 from mergekit_mediator.prompts import render
 from mergekit_mediator.residency import Experts, Residency
@@ -69,7 +68,7 @@ class MediatorModel:
         self.route_on: RouteOn = "prompt"
         self.apply: Apply = "auto"
         files = {entry.name: artifact.open_expert(root, entry) for entry in manifest.experts}
-        experts = Experts(files, self._dense_weight, residency, expert_budget)
+        experts = Experts(files, DenseCheckpoint(root).weight, residency, expert_budget)
         self._mixer = Mixer(model, experts)
         self._contexts = Contexts(tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
@@ -101,7 +100,7 @@ class MediatorModel:
             ArtifactError: there is no artifact, or a file of it is missing or altered.
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
-        root = _local(source, revision)
+        root = local_directory(source, revision)
         manifest = artifact.read_manifest(root)
         if verify:
             artifact.verify_files(root, manifest)
@@ -114,7 +113,7 @@ class MediatorModel:
             kwargs["trust_remote_code"] = False  # it would lead here again
         model: Any = AutoModelForCausalLM.from_pretrained(root, **kwargs)
         model.eval()
-        return cls(root, manifest, model, _tokenizer(root), residency, expert_budget)
+        return cls(root, manifest, model, load_tokenizer(root), residency, expert_budget)
 
     @classmethod
     def attach(cls, model: PreTrainedModel, source: str | Path) -> "MediatorModel":
@@ -124,8 +123,8 @@ class MediatorModel:
             ArtifactError: there is no artifact.
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
-        root = _local(source, getattr(model.config, "_commit_hash", None))
-        return cls(root, artifact.read_manifest(root), model, _tokenizer(root))
+        root = local_directory(source, getattr(model.config, "_commit_hash", None))
+        return cls(root, artifact.read_manifest(root), model, load_tokenizer(root))
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -425,53 +424,6 @@ class MediatorModel:
     def _identity(self) -> str:
         """What tells this artifact from others: the digests of its files."""
         return self.manifest.model_dump_json(include={"files"})
-
-    @cached_property
-    def _shards(self) -> dict[str, Any]:
-        """The dense checkpoint's open files by weight."""
-        shards = {}
-        for path in sorted(self.root.glob("*.safetensors")):
-            file: Any = safe_open(path, framework="pt")
-            shards.update(dict.fromkeys(file.keys(), file))
-        return shards
-
-    def _dense_weight(self, name: str) -> Tensor:
-        """A weight of the dense expert as stored, memory-mapped."""
-        if name not in self._shards:
-            raise ArtifactError(f"{self.root}: {name} is routed, but not in the dense checkpoint")
-        weight: Tensor = self._shards[name].get_tensor(name)
-        return weight
-
-
-def load_plain(source: str | Path) -> PreTrainedModel:
-    """An ordinary causal language model, in its stored dtype.
-
-    Raises:
-        ArtifactError: it cannot be loaded.
-    """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    plain: PreTrainedModel = model.eval()
-    return plain
-
-
-def _local(source: str | Path, revision: str | None) -> Path:
-    """The directory of an artifact, downloaded if it is not one."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(str(source), revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ArtifactError(
-            f"{source}: neither a directory nor a repository on the Hub: {error}"
-        ) from error
-
-
-def _tokenizer(root: Path) -> Any:
-    names = ("tokenizer.json", "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(root) if any((root / n).exists() for n in names) else None
 
 
 def _joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:

@@ -15,9 +15,9 @@ TENSORS_ONLY = {
     *("conflict", "plan", "sparse", "router", "threshold", "dense", "response"),
     *("codec", "entropy", "bits", "description", "expert_file", "workers", "mixture"),
 }
-MERGING = {"plugin", "config", "weights", "passes", "storing", "checkpoint", "merge"}
+MERGING = {"plugin", "config", "planner", "weights", "passes", "storing", "checkpoint", "merge"}
 MERGING |= {"estimate", "cli_merge", "demo"}
-SERVING = {"runtime", "routed", "remote", "routers", "serving"}
+SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving"}
 
 
 def imports(module, at_import_only=False):
