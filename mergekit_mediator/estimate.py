@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from mergekit.common import dtype_from_name
 
 from mergekit_mediator.plan import LayerPlan
+from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.threshold import count_kept
-from mergekit_mediator.weights import Inputs, PlannedWeight
+from mergekit_mediator.weights import Inputs
 
 # Python with torch, transformers and mergekit loaded, measured.
 _PROCESS_BYTES = 700_000_000

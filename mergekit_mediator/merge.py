@@ -31,10 +31,12 @@ from mergekit_mediator.expert_file import ExpertWriter
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.plan import LayerPlan, select_routed
+from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.sparse import SparseTensor
+from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for, slopes_for
-from mergekit_mediator.weights import Inputs, PlannedWeight
+from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import Map, workers
 
 
@@ -68,7 +70,7 @@ def run(
             options = options.model_copy(update={"lora_merge_cache": merged_adapters})
         inputs = Inputs(merge_config, options)
         stack.callback(inputs.close)
-        staging = stack.enter_context(artifact.Staging(Path(out_path), overwrite))
+        staging = stack.enter_context(Staging(Path(out_path), overwrite))
         try:
             merge = _Merge(inputs, staging.path, allow_nonfinite, stack.enter_context(workers()))
             manifest = merge.run(merge_config, config_source)

@@ -15,8 +15,9 @@ from mergekit_mediator.conflict import Conflict
 from mergekit_mediator.dense import average
 from mergekit_mediator.errors import InputError
 from mergekit_mediator.headers import first_line
+from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.threshold import chunks
-from mergekit_mediator.weights import Inputs, PlannedWeight
+from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import Map
 
 

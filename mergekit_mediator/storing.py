@@ -17,8 +17,8 @@ from mergekit_mediator.expert_file import header_bytes
 from mergekit_mediator.factors import Factors
 from mergekit_mediator.lora import read_adapter
 from mergekit_mediator.passes import Measured
+from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.sparse import SparseTensor
-from mergekit_mediator.weights import PlannedWeight
 from mergekit_mediator.workers import Map
 
 # Of what a budget leaves for experts, this much is for the error of the prediction.

@@ -1,10 +1,5 @@
-"""mergekit's architecture definitions and loaders -> the weights of each layer, and their tensors.
+"""The models of a merge: their configurations, headers and tensors, through mergekit's loaders."""
 
-`Inputs` resolves a merge configuration once: which weights there are, which layer each belongs to,
-the per-weight parameters, and how mergekit loads and aligns the tensors of all models.
-"""
-
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,12 +7,11 @@ from typing import Any
 import transformers
 from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
 from mergekit.common import ModelReference
-from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from safetensors import SafetensorError
 from torch import Tensor
@@ -25,10 +19,10 @@ from torch import Tensor
 from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.errors import ConfigError, InputError, MediatorError
 from mergekit_mediator.headers import TensorHeader, fetch_headers, first_line, read_headers
+from mergekit_mediator.planner import PlannedWeight, Planner, is_tied
 
 # What the loaders of all file formats raise where a checkpoint is missing or damaged.
 _UNREADABLE = (
-    TypeError,
     OSError,
     TypeError,
     RuntimeError,
@@ -39,29 +33,6 @@ _UNREADABLE = (
     SafetensorError,
 )
 Headers = dict[ModelReference, dict[str, TensorHeader]]
-
-
-@dataclass(frozen=True)
-class PlannedWeight:
-    """One weight of the output, and what is done with it.
-
-    Attributes:
-        info: mergekit's definition: name, aliases, vocabulary axis.
-        layer: the name of its layer.
-        inputs: the task that loads it from every model.
-        names: what it is called in each model.
-        scale: λ of averaged layers.
-        shares: the expert's weight in the mean, by model.
-        densities: the fraction that a sparse expert keeps, by model.
-    """
-
-    info: WeightInfo
-    layer: str
-    inputs: Task[Any]
-    names: dict[ModelReference, WeightInfo]
-    scale: float
-    shares: dict[ModelReference, float]
-    densities: dict[ModelReference, float]
 
 
 class Inputs:
@@ -146,7 +117,14 @@ class Inputs:
             ConfigError: all experts have weight 0 somewhere, or slices that do not fit this method.
             InputError: a weight that is missing somewhere, or of different shapes.
         """
-        planner = _Planner(self)
+        planner = Planner(
+            self.merge_config,
+            self.architecture,
+            self.options,
+            self.out_config,
+            self.models,
+            self.experts,
+        )
         try:
             planner._plan()
         except MediatorError:
@@ -218,10 +196,10 @@ class Inputs:
                     f"model {model}: architecture {_names(config)}, but the base {self.base} is "
                     f"{_names(base)}: experts must be fine-tunes of the base"
                 )
-            if _tied(config) != _tied(base):
+            if is_tied(config) != is_tied(base):
                 raise InputError(
-                    f"model {model}: tie_word_embeddings is {_tied(config)}, but "
-                    f"{_tied(base)} in the base: untie or tie all models alike"
+                    f"model {model}: tie_word_embeddings is {is_tied(config)}, but "
+                    f"{is_tied(base)} in the base: untie or tie all models alike"
                 )
         try:
             architecture = arch_info_for_config(base)
@@ -261,71 +239,6 @@ class Inputs:
                 raise _shape_error(weight.info, model, shape, expected)
 
 
-class _Planner(MergePlanner):  # type: ignore[misc]
-    """mergekit's planner, which also notes the layer of each weight and keeps loading from merging."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        super().__init__(
-            inputs.merge_config, inputs.architecture, inputs.options, inputs.out_config
-        )
-        self._inputs = inputs
-        self._layer = ""
-        self.planned: list[PlannedWeight] = []
-
-    def plan_module(self, module_name: str, definition: Any) -> None:
-        prefix = f"{module_name}." if len(self.arch_info.modules) > 1 else ""
-        self._prefix = prefix
-        self._layer = f"{prefix}embed"
-        for output in definition.slices:
-            self._check_slice(output.sources)
-        super().plan_module(module_name, definition)
-
-    def _check_slice(self, sources: list[InputSliceDefinition]) -> None:
-        models = {source.model for source in sources}
-        for model in self._inputs.models:
-            if model not in models:
-                raise ConfigError(f"slices: {model} is missing from one: each needs every model")
-        if len({tuple(source.layer_range) for source in sources}) > 1:
-            raise ConfigError(
-                "slices: all models of one slice need the same layer_range: layer i of an expert "
-                "is compared with layer i of the base"
-            )
-
-    def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
-        super().plan_slice(definition, module_def, module_name)
-        self._layer = f"{self._prefix}final"
-
-    def plan_layer(self, *args: Any, **kwargs: Any) -> None:
-        self._layer = f"{self._prefix}{self._current_module_layers}"
-        super().plan_layer(*args, **kwargs)
-
-    def plan_tensor(
-        self,
-        weight: WeightInfo,
-        weights_in: list[WeightInfo],
-        models: list[ModelReference],
-        cfg_reader: ConfigReader,
-    ) -> None:
-        if weight.tied_names and _tied(self.out_model_config):
-            return  # the same weight as the one it is tied to
-        before = len(self._tensors)
-        super().plan_tensor(weight, weights_in, models, cfg_reader)
-        for _, task in self._tensors[before:]:
-            by_model = {m: task.input_parameters[m] for m in self._inputs.experts}
-            planned = PlannedWeight(
-                info=weight,
-                layer=self._layer,
-                inputs=task.gather_tensors,
-                names=dict(zip(models, weights_in, strict=True)),
-                scale=task.parameters["lambda"],
-                shares={m: p["weight"] for m, p in by_model.items()},
-                densities={m: p["density"] for m, p in by_model.items()},
-            )
-            if sum(planned.shares.values()) <= 0:
-                raise ConfigError(f"weight: those of all experts are 0 for {weight.name}")
-            self.planned.append(planned)
-
-
 class _HeaderLoader:
     """Stands in for mergekit's loader where only names are asked for."""
 
@@ -346,10 +259,6 @@ def _shape_error(
     if info.vocabulary_axis is not None:
         message += ": add `tokenizer: {source: base}` (or union) to align the vocabularies"
     return InputError(message)
-
-
-def _tied(config: transformers.PretrainedConfig) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _names(config: transformers.PretrainedConfig) -> str:

@@ -1,0 +1,127 @@
+"""Put the tables that benchmarks found, and the list of files, into the README.
+
+    python tests/benchmarks/readme.py
+
+Each stands between `<!-- NAME -->` and `<!-- end NAME -->`. A test holds the README to it.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+ROOMS = {
+    "Start and configure": "__init__ _autoload _build plugin config cli cli_merge",
+    "Merge": "planner weights headers passes conflict threshold plan dense storing lora merge checkpoint "
+    "estimate workers",
+    "Store": "sparse factors approximate budget bits entropy description codec expert_file artifact "
+    "staging",
+    "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
+    "fit_router calibrate routers",
+    "Run": "loading locate residency mixture rows caches serving routed runtime remote remote_code",
+    "Report": "tasks evaluate results compare answer card report demo errors",
+}
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(filled(text), encoding="utf-8")
+
+
+def filled(text: str) -> str:
+    """The README with every section made anew."""
+    for name, make in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        section = make()
+        text = re.sub(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def tree() -> str:
+    lines = ["| file | purpose |", "| --- | --- |"]
+    for room, names in ROOMS.items():
+        lines.append(f"| **{room}** | |")
+        for name in names.split():
+            source = (ROOT / "mergekit_mediator" / f"{name}.py").read_text(encoding="utf-8")
+            text = ast.get_docstring(ast.parse(source)) or ""
+            first = " ".join(text.split("\n\n")[0].split()).rstrip(".").replace("|", "\\|")
+            lines.append(f"| `{name}.py` | {first} |")
+    return "\n".join(lines)
+
+
+def demo() -> str:
+    figures = load("demo")
+    skills = list(figures["routing"])
+    rows = []
+    for system, scores in figures["systems"].items():
+        values = [100 * scores[skill]["accuracy"] for skill in skills]
+        rows.append([system, *[f"{v:.0f}" for v in values], f"{sum(values) / len(values):.1f}"])
+    sizes = figures["sizes"]
+    right = sum(entry["chosen"][skill] for skill, entry in figures["routing"].items())
+    asked = sum(sum(entry["chosen"].values()) for entry in figures["routing"].values())
+    experts = ", ".join(f"{e['name']} {e['bytes'] / 1e6:.1f} MB" for e in sizes["experts"])
+    return "\n".join(
+        [
+            table(["exact match, %", *skills, "mean"], rows),
+            "",
+            f"{asked // len(skills)} held-out prompts per skill; {right} of {asked} routed to their "
+            f"own expert, without any calibration data. Sparse experts: {experts}; everything "
+            f"together is {sizes['total_over_dense']:.3f} of one model "
+            f"({sizes['dense_bytes'] / 1e6:.0f} MB).",
+        ]
+    )
+
+
+def merge_cost() -> str:
+    figures = load("merge-cost")
+    rows = []
+    for name, row in (("`route: auto`", figures), ("`route: all`", figures["all_routed"])):
+        cells = ["wall_over_linear", "wall_over_ties", "peak_memory_over_linear"]
+        rows.append([name, *[f"{row[cell]:.2f}" for cell in cells]])
+    head = ["", "time / `linear`", "time / `ties`", "peak memory / `linear`"]
+    return table(head, rows)
+
+
+def codec() -> str:
+    rows = [
+        [
+            f"`{row['codec']}`",
+            row["family"],
+            f"{row['bits_per_parameter']:.3f}",
+            f"{100 * row['loss_recovered']:.1f}",
+            f"{100 * row['accuracy_over_expert']:.1f}",
+        ]
+        for row in sorted(
+            load("codec")["rows"], key=lambda r: (r["family"], r["bits_per_parameter"])
+        )
+    ]
+    head = [
+        "stored as",
+        "experts",
+        "bits per parameter",
+        "loss recovered, %",
+        "accuracy / expert, %",
+    ]
+    return table(head, rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def load(name: str) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return figures
+
+
+SECTIONS = {"tree": tree, "demo": demo, "merge-cost": merge_cost, "codec": codec}
+
+
+if __name__ == "__main__":
+    main()
