@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -168,20 +167,20 @@ def batch_figures(model: MediatorModel, rounds: int, tokens: int) -> dict[str, A
 
 
 def memory_figures(model: MediatorModel, counts: tuple[int, ...]) -> list[dict[str, int]]:
-    """What decoded experts take, each expert of the artifact counted as often as needed."""
+    """What experts take once each was in place, each of the artifact counted as often as needed:
+    decoded alone, and with the dense weights that are remembered to enter them faster."""
     files = list(model._mixer.experts.files.values())
+    dense = sum(w.numel() * w.element_size() for w in model.model.parameters())
     rows = []
     for count in counts:
         copies = {f"e{i}": files[i % len(files)] for i in range(count)}
-        experts = Experts(copies, model._mixer.experts.dense)
-        mixer = Mixer(model.model, experts)
+        mixer = Mixer(model.model, Experts(copies, model._mixer.experts.dense))
         for name in copies:
-            mixer.expert(name)
-        dense = sum(w.numel() * w.element_size() for w in model.model.parameters())
-        rows.append(
-            {"experts": count, "resident_bytes": experts.resident_bytes, "dense_bytes": dense}
-        )
-        experts.drop()
+            with mixer.mixture({name: 1.0}):
+                pass
+        decoded, resident = mixer.experts.resident_bytes, mixer.resident_bytes
+        row = {"decoded_bytes": decoded, "resident_bytes": resident, "dense_bytes": dense}
+        rows.append({"experts": count, **row})
     return rows
 
 
@@ -216,7 +215,6 @@ def main() -> None:
     main_kind = figures["sparse"]
     for part in ("enter", "decode", "batch"):
         figures |= {k: v for k, v in main_kind[part].items() if "over" in k or "speedup" in k}
-    figures["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(record.write("runtime", figures, {"torch": 7}))
 
 
