@@ -188,7 +188,7 @@ class _Merge:
                     directions[name] = torch.stack(list(found))
                 dense = self.passes.dense(weight, base, experts, name in routed)
                 if name in routed and dense.is_floating_point():
-                    stored = storing.encode(weight, dense, experts)
+                    stored = storing.encode(weight, base, dense, experts)
                     write = partial(_write, name, dense)
                     list(self.over(write, zip(files, stored, strict=True)))
                 writer.save_tensor(name, dense, clone=options.clone_tensors)

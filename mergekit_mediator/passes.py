@@ -27,7 +27,7 @@ class Measured:
 
     Attributes:
         conflict: of the experts' task vectors.
-        costs: by expert, the bits that its difference would take at each slope; see `budget.cost`.
+        costs: by expert, the bits that its task vector would take at each slope; see `budget.cost`.
     """
 
     conflict: Conflict
@@ -78,8 +78,7 @@ class Passes:
         for weight, base, experts in self.read(weights, "measure"):
             costs: tuple[Tensor, ...] = ()
             if with_costs and base.is_floating_point():
-                dense = self.dense(weight, base, experts, routed=True)
-                costs = tuple(self.over(partial(_cost, dense), experts))
+                costs = tuple(self.over(partial(_cost, base), experts))
             measured[weight.info.name] = Measured(self.conflict(base, experts), costs)
         return measured
 
@@ -134,9 +133,9 @@ class Passes:
                 )
 
 
-def _cost(dense: Tensor, expert: Tensor) -> Tensor:
-    difference = expert.to("cpu", torch.float32) - dense.to(torch.float32)
-    return budget.cost(difference.nan_to_num_(0.0, 0.0, 0.0))
+def _cost(base: Tensor, expert: Tensor) -> Tensor:
+    (tau,) = conflict.task_vectors(base, [expert])
+    return budget.cost(tau)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_mediator import budget, sparse
 from mergekit_mediator.approximate import approximate
 from mergekit_mediator.config import MediatorConfig
+from mergekit_mediator.conflict import task_vectors
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.expert_file import header_bytes
 from mergekit_mediator.factors import Factors
@@ -48,29 +49,32 @@ class Storing:
         self._slopes, self._adapters = slopes, adapters
 
     def encode(
-        self, weight: PlannedWeight, dense: Tensor, experts: Sequence[Tensor]
+        self, weight: PlannedWeight, base: Tensor, dense: Tensor, experts: Sequence[Tensor]
     ) -> list[SparseTensor | None]:
         """What each expert keeps of a routed weight; None where it is the same for all."""
         models = list(self._config.experts)
-        return list(
-            self._over(partial(self._encode, weight, dense), zip(models, experts, strict=True))
-        )
+        encode = partial(self._encode, weight, base, dense)
+        return list(self._over(encode, zip(models, experts, strict=True)))
 
     def _encode(
-        self, weight: PlannedWeight, dense: Tensor, item: tuple[ModelReference, Tensor]
+        self,
+        weight: PlannedWeight,
+        base: Tensor,
+        dense: Tensor,
+        item: tuple[ModelReference, Tensor],
     ) -> SparseTensor | None:
         model, expert = item
+        share = weight.shares[model] / sum(weight.shares.values())
+        share = 0.0 if self._config.reference == "base" else share
         if self._adapters:
             factors = self._adapters[model].get(weight.info.name)
-            share = weight.shares[model] / sum(weight.shares.values())
-            share = 0.0 if self._config.reference == "base" else share
             if factors is None:
                 return None
             return SparseTensor.of_factors(tuple(dense.shape), dense.dtype, factors, share)
         if self._slopes:
-            difference = expert.to("cpu", torch.float32) - dense.to(torch.float32)
-            difference.nan_to_num_(0.0, 0.0, 0.0)
-            return approximate(difference, self._slopes[model], dense.dtype)
+            # a task vector is of lower rank than the difference from the mean of all experts
+            (tau,) = task_vectors(base, [expert])
+            return approximate(tau, self._slopes[model], dense.dtype, share)
         density, values = weight.densities[model], self._config.values
         return sparse.encode(expert.to(dense.dtype), dense, density, values, self._device)
 
