@@ -46,6 +46,7 @@ class Passes:
         """
         self.inputs, self.over, self._allow_nonfinite = inputs, over, allow_nonfinite
         self.device = inputs.options.device or "cpu"
+        self._finite: set[str] = set()
 
     def read(
         self, weights: Iterable[PlannedWeight], description: str
@@ -122,7 +123,7 @@ class Passes:
         return dtype
 
     def _check_finite(self, weight: PlannedWeight, tensors: list[Tensor]) -> None:
-        if self._allow_nonfinite:
+        if self._allow_nonfinite or weight.info.name in self._finite:
             return
         finite = self.over(_is_finite, tensors)
         for model, is_finite in zip(self.inputs.models, finite, strict=True):
@@ -131,6 +132,7 @@ class Passes:
                     f"{weight.info.name}: NaN or infinity in {model}: mend the model, or run "
                     "`mergekit-mediator merge --allow-nonfinite`"
                 )
+        self._finite.add(weight.info.name)
 
 
 def _cost(base: Tensor, expert: Tensor) -> Tensor:

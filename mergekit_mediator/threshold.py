@@ -10,6 +10,7 @@ from torch import Tensor
 # Small enough for a processor's cache, large enough to hide the cost of calling torch.
 CHUNK = 1 << 18
 _SAMPLE = 1 << 14
+_FEW = 4
 
 
 def chunks(numel: int) -> Iterator[slice]:
@@ -35,7 +36,12 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
         k: from 1 to `numel`.
     """
     if numel > 8 * _SAMPLE:
-        low, high = _bracket(magnitudes, numel, k)
+        bracket = _bracket(magnitudes, numel, k)
+        if len(bracket) <= _FEW:
+            found = _among(bracket, magnitudes, numel, k)
+            if found is not None:
+                return found
+        low, high = bracket[0], bracket[-1]
         above, inside = 0, []
         for part in chunks(numel):
             larger, between = _split(magnitudes(part), low, high)
@@ -58,15 +64,41 @@ def nonzero(mask: Tensor) -> Tensor:
     return mask.nonzero().reshape(-1)
 
 
-def _bracket(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tuple[float, float]:
+def _bracket(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> list[float]:
+    """The sampled values, ascending and each once, among which the answer most likely is."""
     # an odd stride does not walk down a single column of a matrix
     sample = magnitudes(slice(0, numel, (numel // _SAMPLE) | 1)).sort(descending=True).values
     share = k / numel
     rank = share * sample.numel()
     slack = 4 * math.sqrt(rank * (1 - share)) + 4
-    high = sample[max(0, math.floor(rank - slack))]
-    low = sample[min(sample.numel() - 1, math.ceil(rank + slack))]
-    return float(low), float(high)
+    first = max(0, math.floor(rank - slack))
+    last = min(sample.numel() - 1, math.ceil(rank + slack))
+    return sorted(set(sample[first : last + 1].tolist()))
+
+
+def _among(
+    values: list[float], magnitudes: Callable[[slice], Tensor], numel: int, k: int
+) -> tuple[float, int] | None:
+    """The answer if it is one of a few values, by counting; else None.
+
+    Differences of 16-bit weights take few values: extracting all that tie would take far longer.
+    """
+    above, equal = [0] * len(values), [0] * len(values)
+    for part in chunks(numel):
+        chunk = magnitudes(part)
+        for index, value in enumerate(values):
+            above[index] += _count(chunk, value, np.greater)
+            equal[index] += _count(chunk, value, np.equal)
+    for value, larger, ties in zip(values, above, equal, strict=True):
+        if larger < k <= larger + ties:
+            return value, larger
+    return None
+
+
+def _count(values: Tensor, value: float, compare: np.ufunc) -> int:
+    """How many values compare so; in numpy, which is faster than torch at this on a CPU."""
+    matches = compare(values.cpu().numpy(), np.float32(value))
+    return int(np.count_nonzero(matches))
 
 
 def _split(values: Tensor, low: float, high: float) -> tuple[int, Tensor]:
