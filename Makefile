@@ -19,6 +19,7 @@ comma := ,
 run := $(BIN)/python tests/benchmarks
 bench: .venv/demo
 	$(run)/startup.py
+	$(run)/demo.py
 	$(run)/train_experts.py --family strong4 --out $(EXPERTS)
 	$(run)/merge_cost.py $(EXPERTS)/base $(addprefix $(EXPERTS)/,$(subst $(comma), ,$(STRONG)))
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
