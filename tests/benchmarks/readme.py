@@ -86,6 +86,40 @@ def merge_cost() -> str:
     return table(head, rows)
 
 
+def experts_4() -> str:
+    rows = [
+        [
+            name,
+            f"{row['normalized_mean']:.1f}",
+            f"{row['normalized_worst']:.1f}",
+            f"{row['total_bytes_over_base']:.3f}",
+        ]
+        for name, row in load("experts-4")["systems"].items()
+    ]
+    return table(["system", "mean, %", "worst, %", "bytes / one model"], rows)
+
+
+def runtime() -> str:
+    figures = load("runtime")
+    names = {
+        "entering a mixture / dense in-place add": ("enter", "enter_over_dense_add"),
+        "loading the expert's checkpoint / entering": ("enter", "enter_speedup_over_load"),
+        "entering / PEFT set_adapter + merge_adapter": ("enter", "enter_over_peft"),
+        "decoding speed / plain dense model": ("decode", "decode_over_dense"),
+        "8 rows over 4 experts, rows / merge": ("batch", "mixed_batch_speedup"),
+    }
+    rows = [
+        [name, *[f"{figures[kind][part][key]:.2f}" for kind in ("sparse", "low_rank")]]
+        for name, (part, key) in names.items()
+    ]
+    for index, count in enumerate((4, 8, 16)):
+        sizes = [
+            figures[kind]["memory"][index]["resident_bytes"] for kind in ("sparse", "low_rank")
+        ]
+        rows.append([f"resident MB of {count} experts", *[f"{size / 1e6:.0f}" for size in sizes]])
+    return table(["", "sparse, 10% exact", "adapters' factors"], rows)
+
+
 def codec() -> str:
     rows = [
         [
@@ -120,7 +154,14 @@ def load(name: str) -> dict[str, Any]:
     return figures
 
 
-SECTIONS = {"tree": tree, "demo": demo, "merge-cost": merge_cost, "codec": codec}
+SECTIONS = {
+    "tree": tree,
+    "demo": demo,
+    "merge-cost": merge_cost,
+    "experts-4": experts_4,
+    "runtime": runtime,
+    "codec": codec,
+}
 
 
 if __name__ == "__main__":
