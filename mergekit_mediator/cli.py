@@ -138,7 +138,7 @@ def calibrate(
 
     from mergekit_mediator import report
     from mergekit_mediator.calibrate import calibrate_artifact
-    from mergekit_mediator.runtime import load_plain
+    from mergekit_mediator.loading import load_plain
 
     if bool(data) == bool(add):
         raise click.UsageError("give --data for all experts, or --add for some")
@@ -225,7 +225,8 @@ def evaluate(
     """
     from mergekit_mediator import report
     from mergekit_mediator.compare import compare, load_tasks
-    from mergekit_mediator.runtime import MediatorModel, load_plain
+    from mergekit_mediator.loading import load_plain
+    from mergekit_mediator.runtime import MediatorModel
 
     loaded = load_tasks(tasks, limit, seed)
     model = MediatorModel.from_pretrained(out)

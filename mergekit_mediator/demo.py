@@ -20,7 +20,8 @@ from mergekit_mediator.answer import answer
 from mergekit_mediator.compare import compare
 from mergekit_mediator.errors import InputError, OutputError
 from mergekit_mediator.evaluate import score
-from mergekit_mediator.runtime import MediatorModel, load_plain
+from mergekit_mediator.loading import load_plain
+from mergekit_mediator.runtime import MediatorModel
 from mergekit_mediator.tasks import Task, from_reasoning_gym
 
 ADAPTERS = Path(__file__).with_name("adapters")

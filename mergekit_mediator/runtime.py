@@ -12,12 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_mediator import artifact, caches
 from mergekit_mediator.artifact import Manifest
+from mergekit_mediator.batches import Batches, pad_left
 from mergekit_mediator.contexts import Contexts, RouteOn, without_padding
 from mergekit_mediator.errors import MixtureError, RoutingError
 from mergekit_mediator.loading import DenseCheckpoint, load_tokenizer, local_directory
-from mergekit_mediator.loading import load_plain as load_plain
 from mergekit_mediator.mixture import Mixer, Mixture
-from mergekit_mediator.prompts import render
 from mergekit_mediator.residency import Experts, Residency
 from mergekit_mediator.routed import route_calls
 from mergekit_mediator.router import OodAction, Policy, RoutingDecision, apply_policy
@@ -71,6 +70,7 @@ class MediatorModel:
         experts = Experts(files, DenseCheckpoint(root).weight, residency, expert_budget)
         self._mixer = Mixer(model, experts)
         self._contexts = Contexts(tokenizer)
+        self._batches = Batches(root, model, tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
         self._routers = Routers(root, model, self._serving.forward, self._mixer, self._contexts)
 
@@ -184,7 +184,7 @@ class MediatorModel:
             RoutingError: an empty prompt or batch, or a prompt longer than the model's context.
             MixtureError: a mixture is in place.
         """
-        ids, mask = self._tokens(prompts, attention_mask)
+        ids, mask = self._batches.tokens(prompts, attention_mask)
         return self._decide(ids, mask, router, temperature, route_on)
 
     def mixtures(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
@@ -243,9 +243,9 @@ class MediatorModel:
             raise MixtureError("cache_implementation='paged' bypasses generate: use another one")
         cache = kwargs.get("past_key_values")
         with self._mixer.lock:
-            ids, mask = self._tokens(ids, attention_mask)
+            ids, mask = self._batches.tokens(ids, attention_mask)
             if not caches.is_filled(cache):
-                ids, mask = _pad_left(ids, mask)
+                ids, mask = pad_left(ids, mask)
             rows = self._mixtures(ids, mask, mixture, cache, route_on)
             if kwargs.get("streamer") is not None and len(ids) > 1:
                 raise MixtureError(f"a streamer takes one row at a time, got {len(ids)}")
@@ -293,7 +293,7 @@ class MediatorModel:
             else:
                 if attention_mask is None:
                     attention_mask = without_padding(input_ids, {0, pad_token(self.model)})
-                ids, mask = self._tokens(input_ids, attention_mask)
+                ids, mask = self._batches.tokens(input_ids, attention_mask)
                 context = self._contexts.before_answer(ids, mask, labels)
             rows = self._mixtures(input_ids, context, mixture, cache, route_on)
             return self._serving.run(rows, apply or self.apply, given)
@@ -301,27 +301,12 @@ class MediatorModel:
     __call__ = forward
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `[batch, length]` of texts, put through the chat template if
-        there is one, padded on the left.
-
-        Raises:
-            RoutingError: no prompts, an empty one, or an artifact without a tokenizer.
-        """
-        if self.tokenizer is None:
-            raise RoutingError(f"{self.root}: has no tokenizer: give token ids instead of text")
-        if not prompts:
-            raise RoutingError("no prompts given")
-        if not all(prompt.strip() for prompt in prompts):
-            raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
-        return self.pad([render(self.tokenizer, prompt) for prompt in prompts])
+        """Token ids and attention mask `[batch, length]` of texts; see `batches.Batches.tokenize`."""
+        return self._batches.tokenize(prompts)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask `[batch, length]` of rows of any lengths, padded on the left."""
-        tensors = [torch.tensor(row) for row in rows]
-        pad: Any = {"batch_first": True, "padding_side": "left"}
-        ids = torch.nn.utils.rnn.pad_sequence(tensors, padding_value=pad_token(self.model), **pad)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], **pad)
-        return ids, mask
+        return self._batches.pad(rows)
 
     def _decide(
         self,
@@ -395,31 +380,6 @@ class MediatorModel:
             mixture = {} if is_dense else {mixture: 1.0}
         return self._mixer.check(mixture)
 
-    def _tokens(self, prompts: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `[batch, length]` on the model's device, checked."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if isinstance(prompts, Mapping):
-            prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask")
-        if prompts is None:
-            raise RoutingError("input_ids required; inputs_embeds cannot be routed: name a mixture")
-        if not isinstance(prompts, Tensor):
-            prompts, attention_mask = self.tokenize(prompts)
-        ids = prompts.to(self.model.device)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
-        if ids.ndim != 2 or not len(ids):
-            raise RoutingError(f"token ids [batch, length] required, got shape {list(ids.shape)}")
-        if ids.shape != mask.shape:
-            raise RoutingError(
-                f"attention_mask: shape {list(ids.shape)} required, got {list(mask.shape)}"
-            )
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and ids.shape[1] > limit:
-            raise RoutingError(
-                f"prompt of {ids.shape[1]} tokens: this model takes at most {limit}: shorten it"
-            )
-        return ids, mask
-
     @cached_property
     def _identity(self) -> str:
         """What tells this artifact from others: the digests of its files."""
@@ -434,11 +394,3 @@ def _joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
 def _refuse(mixture: Any, reason: str) -> None:
     if mixture is not None:
         raise MixtureError(reason)
-
-
-def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows `[batch, length]` with their padding in front."""
-    if bool(mask[:, -1].all()):
-        return ids, mask
-    order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)

@@ -21,7 +21,7 @@ ROOMS = {
     "staging",
     "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
     "fit_router calibrate routers",
-    "Run": "loading locate residency mixture rows caches serving routed runtime remote remote_code",
+    "Run": "loading batches locate residency mixture rows caches serving routed runtime remote remote_code",
     "Report": "tasks evaluate results compare answer card report demo errors",
 }
 

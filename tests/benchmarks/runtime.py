@@ -21,9 +21,9 @@ import record
 import torch
 
 from mergekit_mediator import MediatorModel
+from mergekit_mediator.loading import load_plain
 from mergekit_mediator.mixture import Mixer
 from mergekit_mediator.residency import Experts
-from mergekit_mediator.runtime import load_plain
 
 PROMPTS = (
     "What is 12 + 30 - 7?",
