@@ -16,6 +16,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
@@ -33,7 +34,6 @@ from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.plan import LayerPlan, select_routed
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.response import ResponseRouter
-from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for, slopes_for
 from mergekit_mediator.weights import Inputs
@@ -150,7 +150,7 @@ class _Merge:
                 sum(size.bytes for size in sizes.values()),
             )
         adapters = adapters_for(config, weights)
-        return Storing(config, self.over, self.passes.device, slopes, adapters)
+        return Storing(config, self.passes.device, slopes, adapters)
 
     def _write_weights(
         self,
@@ -188,9 +188,9 @@ class _Merge:
                     directions[name] = torch.stack(list(found))
                 dense = self.passes.dense(weight, base, experts, name in routed)
                 if name in routed and dense.is_floating_point():
-                    stored = storing.encode(weight, base, dense, experts)
-                    write = partial(_write, name, dense)
-                    list(self.over(write, zip(files, stored, strict=True)))
+                    store = partial(_store, storing, weight, base, dense)
+                    items = zip(self.inputs.experts, files, experts, strict=True)
+                    list(self.over(store, items))
                 writer.save_tensor(name, dense, clone=options.clone_tensors)
             writer.finalize()
             for file in files:
@@ -205,10 +205,17 @@ class _Merge:
         return response.leading_directions(tau).cpu()
 
 
-def _write(name: str, dense: Tensor, item: tuple[ExpertWriter, SparseTensor | None]) -> None:
-    file, stored = item
+def _store(
+    storing: Storing,
+    weight: PlannedWeight,
+    base: Tensor,
+    dense: Tensor,
+    item: tuple[ModelReference, ExpertWriter, Tensor],
+) -> None:
+    model, file, expert = item
+    stored = storing.encode(weight, model, base, dense, expert)
     if stored is not None:
-        file.write(name, stored, dense)
+        file.write(weight.info.name, stored, dense)
 
 
 def _routed(weights: list[PlannedWeight], plans: list[LayerPlan]) -> list[PlannedWeight]:

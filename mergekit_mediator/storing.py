@@ -1,7 +1,6 @@
 """How every expert's version of a weight is stored: its coordinates, its factors, or within a budget."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from mergekit_mediator.lora import read_adapter
 from mergekit_mediator.passes import Measured
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.sparse import SparseTensor
-from mergekit_mediator.workers import Map
 
 # Of what a budget leaves for experts, this much is for the error of the prediction.
 _RESERVE = 0.04
@@ -32,7 +30,6 @@ class Storing:
     def __init__(
         self,
         config: MediatorConfig,
-        over: Map,
         device: str,
         slopes: Mapping[ModelReference, float],
         adapters: Mapping[ModelReference, Mapping[str, Factors]],
@@ -40,30 +37,30 @@ class Storing:
         """
         Args:
             config: of the merge.
-            over: what runs the independent parts; see `workers`.
             device: where magnitudes are compared.
             slopes: by expert, for `bits` and `budget`; see `slopes_for`.
             adapters: by expert, its own factors by weight, if they are what is stored.
         """
-        self._config, self._over, self._device = config, over, device
+        self._config, self._device = config, device
         self._slopes, self._adapters = slopes, adapters
 
     def encode(
-        self, weight: PlannedWeight, base: Tensor, dense: Tensor, experts: Sequence[Tensor]
-    ) -> list[SparseTensor | None]:
-        """What each expert keeps of a routed weight; None where it is the same for all."""
-        models = list(self._config.experts)
-        encode = partial(self._encode, weight, base, dense)
-        return list(self._over(encode, zip(models, experts, strict=True)))
-
-    def _encode(
         self,
         weight: PlannedWeight,
+        model: ModelReference,
         base: Tensor,
         dense: Tensor,
-        item: tuple[ModelReference, Tensor],
+        expert: Tensor,
     ) -> SparseTensor | None:
-        model, expert = item
+        """What one expert keeps of a routed weight; None where it is the dense expert's.
+
+        Args:
+            weight: which one.
+            model: which expert.
+            base: the base's weight.
+            dense: the dense expert's, in the output dtype.
+            expert: the expert's, all of one shape.
+        """
         share = weight.shares[model] / sum(weight.shares.values())
         share = 0.0 if self._config.reference == "base" else share
         if self._adapters:
