@@ -24,7 +24,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-REPORT_SEED = 7  # prompts that are reported on, and never trained, stopped or tuned on
+# reasoning-gym draws problem i of seed s as problem i - 1 of seed s + 1: seeds must lie far apart
+REPORT_SEED = 100_007  # prompts that are reported on, and never trained, stopped or tuned on
 STOP_SEED = 11  # prompts that decide when training stops
 
 
