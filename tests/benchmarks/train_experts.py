@@ -46,9 +46,7 @@ RECIPES = {
     "chain_sum": Recipe(
         {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, steps=480, seed=15
     ),
-    "complex_arithmetic": Recipe(
-        {"operations": ["+", "-"], "operations_weights": [0.5, 0.5]}, steps=400, seed=16
-    ),
+    "products": Recipe({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, seed=16),
     "word_sorting": Recipe({"min_words": 3, "max_words": 3}, seed=17),
     "rotate_matrix": Recipe({"min_n": 2, "max_n": 2, "max_rotations": 3}, seed=18),
     "letter_counting": Recipe({"min_words": 2, "max_words": 5}, steps=400, seed=19),
@@ -57,7 +55,7 @@ STRONG4 = ["family_relationships", "word_sequence_reversal", "spiral_matrix", "c
 FAMILIES = {
     "strong4": STRONG4,
     "eight": list(RECIPES),
-    "overlap": ["chain_sum", "complex_arithmetic", "word_sequence_reversal", "word_sorting"],
+    "overlap": ["chain_sum", "products", "word_sequence_reversal", "word_sorting"],
 }
 Pair = tuple[list[int], list[int]]
 
