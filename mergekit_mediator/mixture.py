@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from threading import RLock, get_ident
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_mediator.errors import MixtureError
-from mergekit_mediator.locate import locate_weights
+from mergekit_mediator.locate import fingerprint, locate_weights
+from mergekit_mediator.prefetch import read_ahead, side_streams
 from mergekit_mediator.residency import Experts, tensor_bytes
 from mergekit_mediator.sparse import Displaced, SparseTensor, displace, mix_, restore_
 
@@ -32,19 +34,28 @@ class Mixer:
     thread's request waits and never sees a foreign mixture; a thread that has it may take it again.
     """
 
-    def __init__(self, model: nn.Module, experts: Experts) -> None:
+    def __init__(
+        self, model: nn.Module, experts: Experts, layers: Iterable[Sequence[str]] | None = None
+    ) -> None:
         """
         Args:
             model: holding the dense expert.
             experts: the stored experts.
+            layers: the routed weights of each layer, which are brought to a device together; each
+                weight alone unless given.
 
         Raises:
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
         self._model, self.experts = model, experts
-        self._shapes = {
-            w: d.shape for file in experts.files.values() for w, d in file.weights.items()
-        }
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        # by weight, the experts that change it, and whether they have a share in the dense weight
+        self._changing: dict[str, list[tuple[str, bool]]] = {}
+        for expert, file in experts.files.items():
+            for name, stored in file.weights.items():
+                self._shapes[name] = stored.shape
+                self._changing.setdefault(name, []).append((expert, bool(stored.share)))
+        self._layers = list(layers or ([name] for name in self._shapes))
         self.lock = RLock()
         self.rows: tuple[Mixture, ...] | None = None
         self._owner: int | None = None
@@ -62,14 +73,15 @@ class Mixer:
     def resident_bytes(self) -> int:
         """What decoded experts take in memory now, with what is remembered of them."""
         return self.experts.resident_bytes + sum(
-            tensor_bytes(made.weights if isinstance(made, Displaced) else made)
+            tensor_bytes(one.weights if isinstance(one, Displaced) else one)
             for _, made in self._memory.values()
+            for one in (made if isinstance(made, list) else [made])
         )
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The routed weights in the model, by the checkpoint's names."""
-        if self._fingerprint != _fingerprint(self._model):  # moved or cast since
+        if self._fingerprint != fingerprint(self._model):  # moved or cast since
             self._locate()
         return self._weights
 
@@ -149,50 +161,56 @@ class Mixer:
         dense weight is a mean of, as far as they are stored relative to the base."""
         given = dict(mixture)
         device = self._weights[weight].device
-        parts = []
-        for name, file in self.experts.files.items():
-            shared = mixture and weight in file.weights and file.weights[weight].share
-            if (name in given and weight in file.weights) or shared:
-                p = given.get(name, 0.0)
-                parts.append((name, p, self.experts.read(name, weight, device)))
-        return parts
+        return [
+            (name, given.get(name, 0.0), self.experts.read(name, weight, device))
+            for name, shares in self._changing[weight]
+            if name in given or (shares and given)
+        ]
 
     def _enter(self, mixture: Mixture) -> None:
         weights = self.weights
         if not mixture:
             return
+        if self._on_cpu:
+            self._over(lambda name: self._put(name, self.parts(name, mixture)), weights)
+            return
 
-        def put(name: str) -> None:
-            found = self.parts(name, mixture)
-            parts = [(p, stored) for _, p, stored in found]
-            if any(stored.factors for _, stored in parts):
-                self._displaced[name] = displace(weights[name], parts)
-            elif parts:
-                self._displaced[name] = [self._dense_at(e, name, stored) for e, _, stored in found]
-            if parts:
-                mix_(weights[name], parts, self._displaced[name])
+        def read(layer: Sequence[str]) -> list[list[tuple[str, float, SparseTensor]]]:
+            return [self.parts(name, mixture) for name in layer]
 
-        self._over(put, weights)
+        streams = side_streams({weight.device for weight in weights.values()})
+        for layer, parts in read_ahead(self._layers, read, streams):
+            for name, found in zip(layer, parts, strict=True):
+                self._put(name, found)
 
-    def _dense_at(self, expert: str, name: str, stored: SparseTensor) -> Displaced:
-        """The dense weights at an expert's positions; gathered once, as they never change."""
+    def _put(self, name: str, found: list[tuple[str, float, SparseTensor]]) -> None:
+        """Put the experts of a mixture into a weight, whose dense values are saved first."""
+        if not found:
+            return
+        weight, parts = self._weights[name], [(p, stored) for _, p, stored in found]
+        if any(stored.factors for _, stored in parts):
+            saved = self.remember(("dense", name), weight, lambda: displace(weight, parts))
+        else:
+            saved = [
+                one
+                for expert, _, stored in found
+                for one in self.remember(
+                    ("dense", expert, name), stored, partial(displace, weight, [(1.0, stored)])
+                )
+            ]
+        self._displaced[name] = saved
+        mix_(weight, parts, saved)
 
-        def gather() -> Displaced:
-            (saved,) = displace(self._weights[name], [(1.0, stored)])
-            return saved
-
-        return self.remember(("dense", expert, name), stored, gather)
-
-    def remember(self, key: tuple[str, str, str], stored: SparseTensor, make: Callable[[], T]) -> T:
-        """What `make` gives for a decoded weight; kept as long as that and the dense weights are,
-        unless memory is bounded."""
+    def remember(self, key: tuple[str, ...], of: object, make: Callable[[], T]) -> T:
+        """What `make` gives of something; kept as long as that and the dense weights are, unless
+        memory is bounded. Dense weights never change, so that what a mixture displaces is saved once."""
         known = self._memory.get(key)
-        if known is not None and known[0] is stored:
+        if known is not None and known[0] is of:
             result: T = known[1]
             return result
         result = make()
         if self.experts.residency == "device" and self.experts.budget is None:
-            self._memory[key] = (stored, result)
+            self._memory[key] = (of, result)
         return result
 
     def _restore(self) -> None:
@@ -203,10 +221,8 @@ class Mixer:
                 if self._pool is not None:
                     self._pool.shutdown(wait=True)  # nobody may write any more
                     self._pool = None
-                if self._fingerprint != _fingerprint(
-                    self._model
-                ):  # moved or cast inside the mixture
-                    self._locate()
+                if self._fingerprint != fingerprint(self._model):
+                    self._locate()  # moved or cast inside the mixture
                     self._moved = True
                 self._over(self._restore_one, list(self._displaced))
                 self._moved = False
@@ -222,23 +238,29 @@ class Mixer:
             restore_(self._weights[name], self._displaced[name])
         del self._displaced[name]
 
+    @property
+    def _on_cpu(self) -> bool:
+        return all(weight.device.type == "cpu" for weight in self._weights.values())
+
     def _over(self, function: Callable[[str], None], names: Iterable[str]) -> None:
         """Call a function with each name, on all cores where that is worth it."""
-        ordered = list(names)
-        weights = [self._weights[name] for name in ordered]
-        threads = torch.get_num_threads()
-        if (
-            threads == 1
-            or sum(weight.numel() for weight in weights) < _PARALLEL
-            or any(weight.device.type != "cpu" for weight in weights)
-        ):
+        ordered, threads = list(names), torch.get_num_threads()
+        numel = sum(self._weights[name].numel() for name in ordered)
+        if threads == 1 or numel < _PARALLEL or not self._on_cpu:
             for name in ordered:
                 function(name)
             return
-        torch.set_num_threads(1)  # in each of the threads, which see to it that all cores are busy
+        left = iter(ordered)  # of all threads: the next name goes to the first that asks
+
+        def work() -> None:
+            for name in left:
+                function(name)
+
         try:
+            torch.set_num_threads(1)  # in each of the threads, which keep all cores busy
             self._pool = ThreadPoolExecutor(threads)
-            list(self._pool.map(function, ordered))
+            for job in [self._pool.submit(work) for _ in range(threads)]:
+                job.result()
             self._pool.shutdown(wait=True)
             self._pool = None
         finally:
@@ -246,10 +268,5 @@ class Mixer:
 
     def _locate(self) -> None:
         self._weights = locate_weights(self._model, self._shapes, self._shapes)
-        self._memory: dict[tuple[str, str, str], tuple[SparseTensor, Any]] = {}
-        self._fingerprint = _fingerprint(self._model)
-
-
-def _fingerprint(model: nn.Module) -> list[tuple[int, int]]:
-    """Changes when a weight is moved or cast, which gives it other storage, or written by others."""
-    return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]
+        self._memory: dict[tuple[str, ...], tuple[object, Any]] = {}
+        self._fingerprint = fingerprint(self._model)

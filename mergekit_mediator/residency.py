@@ -75,10 +75,13 @@ class Experts:
             if self.residency == "device":
                 stored = stored.to(device)
             elif self.residency == "cpu" and device.type == "cuda":
-                stored = _pinned(stored)
+                stored = _each(stored, Tensor.pin_memory)
             if self.residency != "disk":
                 self._keep(key, stored)
-        return stored if stored.positions.device == device else stored.to(device)
+        if stored.positions.device == device:
+            return stored
+        # from pinned memory the copy is only started; what uses it on the same stream comes after it
+        return _each(stored, lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def drop(self) -> None:
         """Forget everything that was decoded."""
@@ -116,13 +119,11 @@ def _tensors(stored: SparseTensor) -> list[Tensor]:
     return tensors
 
 
-def _pinned(stored: SparseTensor) -> SparseTensor:
-    """In page-locked memory, from which copies to CUDA are fast."""
+def _each(stored: SparseTensor, function: Callable[[Tensor], Tensor]) -> SparseTensor:
+    """The same stored weight with every tensor replaced."""
     factors = stored.factors
     if factors is not None:
-        left, right, scales = (
-            t.pin_memory() for t in (factors.left, factors.right, factors.scales)
-        )
+        left, right, scales = map(function, (factors.left, factors.right, factors.scales))
         factors = replace(factors, left=left, right=right, scales=scales)
-    positions, codes = stored.positions.pin_memory(), stored.codes.pin_memory()
+    positions, codes = function(stored.positions), function(stored.codes)
     return replace(stored, positions=positions, codes=codes, factors=factors)

@@ -153,23 +153,31 @@ def mix_(
         if p == 1.0 and not stored.share and stored.factors is None:
             _put_(flat, saved.positions, stored.weights(saved.weights))
             return displaced
-    dense, mixed = flat, flat.to(torch.float32, copy=True)
     total = sum(p for p, _ in parts)
-    lefts: list[Tensor] = []
-    rights: list[Tensor] = []
-    for p, stored in parts:
-        coefficient = p - stored.share * total
+    shares = [(p - stored.share * total, stored) for p, stored in parts]
+    factored = [(c, stored.factors) for c, stored in shares if stored.factors]
+    factors_alone = not any(stored.positions.numel() for _, stored in parts)
+    # the range of float16 is too small for the factors' scales
+    if factored and factors_alone and weight.dtype != torch.float16:
+        _add_products_(flat.view(-1, weight.shape[-1]), factored)
+        return displaced
+    mixed = flat.to(torch.float32, copy=True)
+    for coefficient, stored in shares:
         if stored.positions.numel():
-            mixed[stored.positions] += coefficient * stored.difference(dense[stored.positions])
-        if stored.factors:
-            f = stored.factors
-            lefts.append(f.left.to(torch.float32) * (coefficient * f.scales))
-            rights.append(f.right.to(torch.float32))
-    if lefts:  # all experts' factors in one product, added as it is computed
-        matrix = mixed.view(-1, parts[0][1].shape[-1])
-        matrix.addmm_(torch.cat(lefts, dim=1), torch.cat(rights, dim=1).T)
+            difference = stored.difference(flat.index_select(0, stored.positions))
+            mixed.index_add_(0, stored.positions, difference, alpha=coefficient)
+    if factored:
+        _add_products_(mixed.view(-1, weight.shape[-1]), factored)
     flat.copy_(mixed)
     return displaced
+
+
+def _add_products_(matrix: Tensor, factored: Sequence[tuple[float, Factors]]) -> None:
+    """Add all experts' low-rank parts to `[out, in]` in one product, whose factors take the dtype of
+    the matrix: it sums in float32 and rounds once, and needs no other copy of the matrix."""
+    left = torch.cat([f.left.to(torch.float32) * (c * f.scales) for c, f in factored], dim=1)
+    right = torch.cat([f.right.to(matrix.dtype) for _, f in factored], dim=1)
+    matrix.addmm_(left.to(matrix.dtype), right.T)
 
 
 def restore_(weight: Tensor, displaced: Sequence[Displaced]) -> None:

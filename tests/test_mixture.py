@@ -164,6 +164,20 @@ def test_large_models_are_restored_by_several_threads(mixer, monkeypatch):
     assert same(bits(model), before)
 
 
+def test_layers_that_are_read_ahead_are_put_in_place_alike(files, mixer, monkeypatch):
+    resident_model, resident = mixer
+    model, _ = make_mixer(files)
+    dense = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before, layers = bits(model), (["one.weight"], ["two.weight", "two.bias"])
+    other = Mixer(model, Experts(files, dense.__getitem__, "cpu"), layers)
+    monkeypatch.setattr(Mixer, "_on_cpu", False)  # as on CUDA, but for the streams
+    for weights in ({"a": 1.0}, {"b": 0.4, "c": 0.6}):
+        with resident.mixture(weights), other.mixture(weights):
+            assert not same(bits(model), before)
+            assert same(bits(resident_model), bits(model))
+    assert same(bits(model), before)
+
+
 def test_two_threads_never_see_each_others_mixture(mixer):
     model, mixer = mixer
     seen, expected, failures = threading.Barrier(2), {}, []
