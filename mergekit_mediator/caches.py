@@ -22,6 +22,11 @@ def digest(artifact: str, rows: tuple[Mixture, ...]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
+    """One mixture where all rows have the same."""
+    return rows[:1] if len(set(rows)) == 1 else rows
+
+
 def is_filled(cache: Any) -> bool:
     """Whether a cache holds any token."""
     return cache is not None and bool(cache.get_seq_length())

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mergekit_mediator.description import Description
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.locate import fingerprint, locate_weights
 from mergekit_mediator.prefetch import read_ahead, side_streams
@@ -159,12 +160,20 @@ class Mixer:
     def parts(self, weight: str, mixture: Mixture) -> list[tuple[str, float, SparseTensor]]:
         """The experts that change a weight in a mixture: those in it, and with p = 0 those that the
         dense weight is a mean of, as far as they are stored relative to the base."""
-        given = dict(mixture)
-        device = self._weights[weight].device
+        given, device = dict(mixture), self._weights[weight].device
         return [
             (name, given.get(name, 0.0), self.experts.read(name, weight, device))
-            for name, shares in self._changing[weight]
-            if name in given or (shares and given)
+            for name in self._takes_part(weight, given)
+        ]
+
+    def described(self, weight: str, mixture: Mixture) -> list[Description]:
+        """What the files say about `parts`; nothing is read."""
+        names = self._takes_part(weight, dict(mixture))
+        return [self.experts.files[name].weights[weight] for name in names]
+
+    def _takes_part(self, weight: str, given: Mapping[str, float]) -> list[str]:
+        return [
+            name for name, shares in self._changing[weight] if name in given or (shares and given)
         ]
 
     def _enter(self, mixture: Mixture) -> None:

@@ -349,7 +349,7 @@ class MediatorModel:
             known = caches.rows_of(cache)
             known = known * batch if len(known) == 1 else known
             found = tuple(n if n is not None else k for n, k in zip(named, known, strict=False))
-            caches.check(cache, _joined(found))
+            caches.check(cache, caches.joined(found))
             return found
         if self.fallback is not None:
             empty = self._named(self.fallback)
@@ -384,11 +384,6 @@ class MediatorModel:
     def _identity(self) -> str:
         """What tells this artifact from others: the digests of its files."""
         return self.manifest.model_dump_json(include={"files"})
-
-
-def _joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
-    """One mixture where all rows have the same."""
-    return rows[:1] if len(set(rows)) == 1 else rows
 
 
 def _refuse(mixture: Any, reason: str) -> None:

@@ -16,6 +16,10 @@ from mergekit_mediator.routers import pad_token
 from mergekit_mediator.rows import Rows
 
 Apply = Literal["auto", "merge", "rows"]
+# The rows of each mixture one after the other, besides: what `merge` is for rows that differ.
+_Form = Literal["merge", "rows", "parted"]
+# transformers' own default.
+_DEFAULT_STEPS = 20
 
 
 class Serving:
@@ -58,16 +62,22 @@ class Serving:
         """One forward pass, each row of the batch with its mixture."""
         if torch.is_grad_enabled() and self._model.training:
             raise MixtureError("a routed model cannot be trained: train an expert and merge again")
+        given = inputs.get("input_ids")
+        given = inputs["inputs_embeds"] if given is None else given
+        form = self._form(rows, apply, inputs.get("past_key_values"), given.shape[1], 0)
         with torch.no_grad():
-            if self._together(rows, apply, inputs.get("past_key_values")):
-                with self._applied(rows, apply):
-                    return self.forward(**inputs)
-            return self._run_groups(rows, inputs)
+            if form == "parted":
+                return self._run_parted(rows, inputs)
+            with self._applied(rows, form):
+                return self.forward(**inputs)
 
     def generate(self, rows: tuple[Mixture, ...], apply: Apply, inputs: dict[str, Any]) -> Any:
         """The model's own generate, each row of the batch with its mixture."""
-        if self._together(rows, apply, inputs.get("past_key_values")):
-            with self._applied(rows, apply):
+        length = inputs["inputs"].shape[1]
+        steps = self._steps(length, inputs)
+        form = self._form(rows, apply, inputs.get("past_key_values"), length, steps)
+        if form != "parted":
+            with self._applied(rows, form):
                 return self.own_generate(**inputs)
         if inputs.get("return_dict_in_generate"):
             raise MixtureError(
@@ -90,35 +100,46 @@ class Serving:
             ]
         )
 
-    def _together(self, rows: tuple[Mixture, ...], apply: Apply, cache: Any) -> bool:
-        """Whether the whole batch runs at once.
+    def _form(
+        self, rows: tuple[Mixture, ...], apply: Apply, cache: Any, length: int, steps: int
+    ) -> _Form:
+        """How a batch is run; see `MediatorModel.apply`.
 
         Raises:
             MixtureError: an unknown `apply`, or a cache for rows that would have to be parted.
         """
         if apply not in get_args(Apply):
             raise MixtureError(f"apply must be one of {', '.join(get_args(Apply))}, got {apply!r}")
-        if apply == "rows" or len(set(rows)) == 1:
-            return True
+        if apply == "rows":
+            return "rows"
+        if len(set(rows)) == 1:
+            own = apply == "auto" and self._rows.is_cheaper(rows[0], len(rows), length, steps)
+            return "rows" if own else "merge"
         if apply == "auto" and self._rows.obstacle() is None:
-            return True
+            return "rows"
         if caches.is_filled(cache):
             raise MixtureError(
                 "past_key_values: these rows need different mixtures and would run one after the "
                 "other: leave the cache out, or give one batch for each mixture"
             )
-        return False
+        return "parted"
+
+    def _steps(self, length: int, inputs: dict[str, Any]) -> int:
+        """How many tokens generation may write for each row."""
+        config = inputs.get("generation_config") or self._model.generation_config
+        for name in ("max_new_tokens", "max_length"):
+            limit = inputs.get(name) or getattr(config, name, None)
+            if limit is not None:
+                return int(limit) - (length if name == "max_length" else 0)
+        return _DEFAULT_STEPS
 
     @contextmanager
-    def _applied(self, rows: tuple[Mixture, ...], apply: Apply) -> Iterator[None]:
-        if apply != "rows" and len(set(rows)) == 1:
-            with self._mixer.mixture(dict(rows[0])):
-                yield
-        else:
-            with self._rows.applied(rows):
-                yield
+    def _applied(self, rows: tuple[Mixture, ...], form: _Form) -> Iterator[None]:
+        rows = caches.joined(rows)
+        with self._rows.applied(rows) if form == "rows" else self._mixer.mixture(dict(rows[0])):
+            yield
 
-    def _run_groups(self, rows: tuple[Mixture, ...], inputs: dict[str, Any]) -> Any:
+    def _run_parted(self, rows: tuple[Mixture, ...], inputs: dict[str, Any]) -> Any:
         refused = [k for k in ("output_hidden_states", "output_attentions") if inputs.get(k)]
         if refused:
             raise MixtureError(
