@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergekit_mediator import artifact, fit_router
 from mergekit_mediator.artifact import Manifest
-from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layer
+from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layers
 from mergekit_mediator.calibration_data import (
     data_digest,
     embedding_features,
@@ -20,7 +20,7 @@ from mergekit_mediator.calibration_data import (
 from mergekit_mediator.contexts import Contexts
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.fit_router import Calibration
-from mergekit_mediator.hidden import hidden_features
+from mergekit_mediator.hidden import SUMMARY, hidden_features
 from mergekit_mediator.prompts import render
 
 
@@ -65,8 +65,15 @@ def calibrate_artifact(
     old = CalibratedRouter.load(root / artifact.ROUTER) if missing else None
     if old is not None:
         kind, head, seed = old.kind, old.head, old.seed
-    excluded = old.excluded if old is not None else shared_tokens(ids)
-    features = _features(model, Contexts(tokenizer), ids, kind, excluded)
+    if old is not None:
+        tokens = old.tokens
+    elif kind == "embedding":
+        tokens = shared_tokens(ids)
+    else:
+        tokens = torch.tensor(tokenizer(SUMMARY, add_special_tokens=False).input_ids)
+    contexts = Contexts(tokenizer)
+    tail = len(contexts.closing) + len(tokens) if kind == "hidden" else 0
+    features = _features(model, contexts, ids, kind, tokens, tail)
     known_features = dict(old.features) if old is not None else {}
     absent = [name for name in missing if name not in known_features]
     if absent:
@@ -75,8 +82,9 @@ def calibrate_artifact(
         {name: {**known_features, **features}[name] for name in manifest.expert_names},
         kind,
         head=head,
-        layer=_layer(model) if kind == "hidden" else None,
-        excluded=excluded if kind == "embedding" else None,
+        layers=_layers(model) if kind == "hidden" else (),
+        tail=tail,
+        tokens=tokens,
         seed=seed,
     )
     digests = dict((manifest.router or {}).get("data", {})) if missing else {}
@@ -90,24 +98,25 @@ def _features(
     contexts: Contexts,
     ids: Mapping[str, Sequence[Sequence[int]]],
     kind: Kind,
-    excluded: Tensor,
+    tokens: Tensor,
+    tail: int,
 ) -> dict[str, Tensor]:
     """By expert, `[n_prompts, d]`: the same as the runtime takes of a request."""
     if kind == "embedding":
         table = model.get_input_embeddings().weight.detach()
-        return embedding_features(ids, table, excluded)
+        return embedding_features(ids, table, tokens)
 
     def one(row: Sequence[int]) -> Tensor:
-        tokens = torch.tensor([row], device=model.device)
-        mask = torch.ones_like(tokens)
-        counted = contexts.counted(tokens, mask)
-        return hidden_features(model, tokens, mask, counted, _layer(model)).cpu()
+        prompt = torch.tensor([row], device=model.device)
+        mask = torch.ones_like(prompt)
+        counted = contexts.counted(prompt, mask)
+        return hidden_features(model, prompt, mask, counted, tokens, tail, _layers(model)).cpu()
 
     return {name: torch.cat([one(row) for row in rows]) for name, rows in ids.items()}
 
 
-def _layer(model: Any) -> int:
-    return hidden_layer(model.config.get_text_config().num_hidden_layers)
+def _layers(model: Any) -> tuple[int, int]:
+    return hidden_layers(model.config.get_text_config().num_hidden_layers)
 
 
 def _store(root: Path, manifest: Manifest, result: Calibration, data: dict[str, str]) -> None:

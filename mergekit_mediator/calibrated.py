@@ -1,7 +1,8 @@
 """The calibrated router: features of a prompt -> which expert, how sure, how far from the known.
 
 Features are `embedding`, the mean embedding of the prompt's tokens, which needs no forward pass, or
-`hidden`, hidden states of the dense expert. The head is linear in them; `fit_router` fits it.
+`hidden`, hidden states of the dense expert (see `hidden`). The head is linear in them; `fit_router`
+fits it.
 The file holds the features of the calibration prompts, so that one expert can be added or removed
 later; they are means over tokens, but not secret: do not calibrate with prompts that are.
 """
@@ -46,60 +47,64 @@ def mean_embedding(ids: Tensor, mask: Tensor, table: Tensor, excluded: Tensor) -
     return torch.einsum("bs,bsd->bd", weight, table[ids].to(torch.float32))
 
 
-def mean_hidden(hidden: Tensor, counted: Tensor) -> Tensor:
-    """The mean hidden state of each prompt's tokens, scaled to length 1.
+def mean_state(hidden: Tensor, counted: Tensor) -> Tensor:
+    """The mean hidden state of each prompt's tokens that count.
 
     Args:
-        hidden: `[batch, seq, d]`, after the layer `hidden_layer` says.
-        counted: `[batch, seq]` bool, the tokens that count: no padding, and no template tokens that
-            every prompt begins with. At least one per row.
+        hidden: `[batch, seq, d]`, after some decoder block.
+        counted: `[batch, seq]` bool. At least one per row.
 
     Returns:
         `[batch, d]` float32.
     """
     weight = counted.to(hidden.device, torch.float32)
-    mean = torch.einsum("bs,bsd->bd", weight, hidden.to(torch.float32))
-    return torch.nn.functional.normalize(mean, dim=1)
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    return torch.einsum("bs,bsd->bd", weight, hidden.to(torch.float32))
 
 
-def hidden_layer(layers: int) -> int:
-    """After how many decoder blocks of a model `hidden` features are taken: two fifths.
-
-    Later blocks lose what tells tasks apart to what comes next; see the benchmark.
-    """
-    return max(1, round(0.4 * layers))
+def hidden_layers(layers: int) -> tuple[int, int]:
+    """After how many decoder blocks of a model `hidden` features are taken: of the prompt's tokens
+    after two fifths, of those at its end after four fifths; see the benchmark."""
+    return max(1, round(0.4 * layers)), max(1, round(0.8 * layers))
 
 
 @dataclass(frozen=True)
 class CalibratedRouter:
     """A linear head with a temperature, and two measures of distance.
 
-    kind, layer: which features it takes; `layer` is that of `hidden`, else None.
+    kind: which features it takes; `layers` and `tail` are those of `hidden`, else empty and 0.
     head, seed: how it was fitted, so that `fit_router.add` fits alike.
     features: by expert, `[n_prompts, d]` float32, of the calibration prompts.
-    excluded: `[k]` int64, see `mean_embedding`; empty for `hidden`.
-    weight, bias: `[n_experts, d]`, `[n_experts]` float32; `scores = features @ weight.T + bias`.
+    tokens: `[k]` int64: for `embedding` those that do not count, see `mean_embedding`; for `hidden`
+        those that are put after every prompt, see `hidden.hidden_features`.
+    center, scale: `[d]` float32, of the features over all prompts, see `standardized`.
+    weight, bias: `[n_experts, d]`, `[n_experts]` float32; with x the standardized features,
+        `scores = x @ weight.T + bias`.
     fit_weight, fit_bias: of the ridge regression on class membership (1 or 0), whose largest
         output is low far from every class; the same as `weight` when that is the head.
-    means: `[n_experts, d]` float32, of each class.
-    spread: `[r, d]` float32; with `variance` it is the inverse of the shrunk covariance within
-        classes: the squared Mahalanobis distance of z from a mean is ‖z‖²/variance − ‖spread z‖².
+    near_weight, near_bias: of the scores that order experts by their distance, likewise.
+    spread: `[r, d]` float32. The squared Mahalanobis distance of x from a class, in the shrunk
+        covariance within classes, is `‖x‖²/variance − ‖spread x‖² − 2 (near score)`.
     numbers: `temperature`; `entropy_threshold` (normalised, 0 to 1); `ood_threshold`; `variance`;
         and, over held-out prompts, mean and deviation of 1 − largest membership (`fit_*`) and of
         the least distance (`distance_*`).
     """
 
     kind: Kind
-    layer: int | None
+    layers: tuple[int, ...]
+    tail: int
     head: Head
     seed: int
     features: Mapping[str, Tensor]
-    excluded: Tensor
+    tokens: Tensor
+    center: Tensor
+    scale: Tensor
     weight: Tensor
     bias: Tensor
     fit_weight: Tensor
     fit_bias: Tensor
-    means: Tensor
+    near_weight: Tensor
+    near_bias: Tensor
     spread: Tensor
     numbers: Mapping[str, float]
 
@@ -111,9 +116,9 @@ class CalibratedRouter:
     def decide(self, features: Tensor, temperature: float | None = None) -> RoutingDecision:
         """Route prompts by their features, `[batch, d]`.
 
-        The out-of-distribution score is the mean of two standardised distances: how little any
-        class claims the prompt, and how far it is from the nearest class. Above
-        `numbers["ood_threshold"]` it is farther than 99% of the held-out calibration prompts.
+        The out-of-distribution score is the mean of two misfits in deviations from their means: how
+        little any class claims the prompt, and how far it is from the nearest class. Above
+        `numbers["ood_threshold"]` it is farther than 95% of the held-out calibration prompts.
 
         Raises:
             RoutingError: features of another width, or not finite.
@@ -127,19 +132,24 @@ class CalibratedRouter:
         x = features.detach().to(self.weight.device, torch.float32)
         if not torch.isfinite(x).all():
             raise RoutingError(f"the {self.kind} features of a request are not finite")
-        scores = x @ self.weight.T + self.bias
-        ood = standardized(*self.misfit(x), self.numbers)
+        scores, fit, distance = self.measure(x)
         return decide_from_scores(
-            scores, self.experts, temperature or self.numbers["temperature"], ood
+            scores,
+            self.experts,
+            temperature or self.numbers["temperature"],
+            out_of_distribution(fit, distance, self.numbers),
         )
 
-    def misfit(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """1 − largest class membership, and the least Mahalanobis distance, each `[batch]`."""
+    def measure(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores `[batch, n_experts]`, 1 − largest class membership, and the least Mahalanobis
+        distance, each `[batch]`, of features `[batch, d]`."""
+        x = standardized(features, self.center, self.scale, len(self.layers) or 1)
         fit = 1 - (x @ self.fit_weight.T + self.fit_bias).max(dim=1).values
-        z = x[:, None, :] - self.means
-        squared = z.square().sum(dim=2) / self.numbers["variance"]
-        squared = squared - (z @ self.spread.T).square().sum(dim=2)
-        return fit, squared.clamp_min(0).sqrt().min(dim=1).values
+        energy = x.square().sum(dim=1) / self.numbers["variance"]
+        energy = energy - (x @ self.spread.T).square().sum(dim=1)
+        nearest = (x @ self.near_weight.T + self.near_bias).max(dim=1).values
+        distance = (energy - 2 * nearest).clamp_min(0).sqrt()
+        return x @ self.weight.T + self.bias, fit, distance
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, in place of an older one."""
@@ -148,7 +158,8 @@ class CalibratedRouter:
         about = {
             "experts": list(self.experts),
             "features": self.kind,
-            "layer": self.layer,
+            "layers": list(self.layers),
+            "tail": self.tail,
             "head": self.head,
             "seed": self.seed,
             "numbers": dict(self.numbers),
@@ -165,10 +176,14 @@ class CalibratedRouter:
         tensors, about = load_tensors(path, "calibrated")
         experts = _experts(about, path)
         n, d = len(experts), _width(tensors, path)
-        shapes = {
-            "weight": (n, d), "bias": (n,), "fit_weight": (n, d), "fit_bias": (n,),
-            "means": (n, d), "spread": (None, d), "excluded": (None,),
-        } | {f"features.{name}": (None, d) for name in experts}  # fmt: skip
+        shapes: dict[str, tuple[int | None, ...]] = {
+            **dict.fromkeys(("weight", "fit_weight", "near_weight"), (n, d)),
+            **dict.fromkeys(("bias", "fit_bias", "near_bias"), (n,)),
+            **dict.fromkeys(("center", "scale"), (d,)),
+            **{f"features.{name}": (None, d) for name in experts},
+            "spread": (None, d),
+            "tokens": (None,),
+        }
         if set(shapes) != set(tensors):
             odd = ", ".join(sorted(set(shapes) ^ set(tensors)))
             raise ArtifactError(f"{path}: tensors missing or not expected: {odd}")
@@ -177,32 +192,47 @@ class CalibratedRouter:
         numbers = about.get("numbers")
         if not isinstance(numbers, dict):
             raise ArtifactError(f"{path}: `numbers` must be an object, got {numbers!r}")
-        layer, seed = about.get("layer"), about.get("seed")
-        if not (layer is None or isinstance(layer, int)) or not isinstance(seed, int):
-            raise ArtifactError(f"{path}: `layer` and `seed` must be whole numbers")
+        kind: Kind = _one_of(about, "features", Kind, path)
+        layers = about.get("layers")
+        count = 2 if kind == "hidden" else 0
+        if not isinstance(layers, list) or len(layers) != count:
+            raise ArtifactError(f"{path}: `layers` must be a list of {count}, got {layers!r}")
         values = {key: number(numbers, key, path) for key in _NUMBERS}
         for key in ("temperature", "variance", "fit_deviation", "distance_deviation"):
             if values[key] <= 0:
                 raise ArtifactError(f"{path}: {key!r} must be positive, got {values[key]}")
         return cls(
-            kind=_one_of(about, "features", Kind, path),
-            layer=layer,
+            kind=kind,
+            layers=tuple(_whole(layer, "layers", path) for layer in layers),
+            tail=_whole(about.get("tail"), "tail", path),
             head=_one_of(about, "head", Head, path),
-            seed=seed,
+            seed=_whole(about.get("seed"), "seed", path),
             features={name: tensors[f"features.{name}"] for name in experts},
             numbers=values,
             **{name: tensors[name] for name in _TENSORS},
         )
 
 
-def standardized(fit: Tensor, distance: Tensor, numbers: Mapping[str, float]) -> Tensor:
+def standardized(features: Tensor, center: Tensor, scale: Tensor, blocks: int) -> Tensor:
+    """Features `[batch, d]` centred and scaled, each of `blocks` equal parts of length 1.
+
+    Few directions hold most of a hidden state's length; scaled, all say something about the task.
+    """
+    x = (features - center) / scale
+    return torch.nn.functional.normalize(x.view(len(x), blocks, -1), dim=2).flatten(1)
+
+
+def out_of_distribution(fit: Tensor, distance: Tensor, numbers: Mapping[str, float]) -> Tensor:
     """The mean of both misfits, each in deviations from its mean over held-out prompts, `[n]`."""
     a = (fit - numbers["fit_mean"]) / numbers["fit_deviation"]
     b = (distance - numbers["distance_mean"]) / numbers["distance_deviation"]
     return (a + b) / 2
 
 
-_TENSORS = ("excluded", "weight", "bias", "fit_weight", "fit_bias", "means", "spread")
+_TENSORS = (
+    "tokens", "center", "scale", "weight", "bias", "fit_weight", "fit_bias", "near_weight",
+    "near_bias", "spread",
+)  # fmt: skip
 
 
 def _experts(about: Mapping[str, Any], path: Path) -> list[str]:
@@ -222,7 +252,7 @@ def _width(tensors: Mapping[str, Tensor], path: Path) -> int:
 
 
 def _check(tensor: Tensor, name: str, shape: tuple[int | None, ...], path: Path) -> None:
-    dtype = torch.int64 if name == "excluded" else torch.float32
+    dtype = torch.int64 if name == "tokens" else torch.float32
     fits = len(shape) == tensor.ndim and all(
         want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
     )
@@ -231,6 +261,12 @@ def _check(tensor: Tensor, name: str, shape: tuple[int | None, ...], path: Path)
             f"{path}: {name} must be {[n or 'any' for n in shape]} of {dtype}, "
             f"got {list(tensor.shape)} of {tensor.dtype}"
         )
+
+
+def _whole(value: Any, key: str, path: Path) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ArtifactError(f"{path}: {key!r} must be a whole number, got {value!r}")
+    return value
 
 
 def _one_of(about: Mapping[str, Any], key: str, choices: Any, path: Path) -> Any:

@@ -1,45 +1,74 @@
-"""Hidden states of the dense expert as features, from a pass that stops where they are."""
+"""Hidden states of the dense expert as features, from a pass that stops where they are.
+
+After the prompt the model begins to say what it was asked. Its states there sum the prompt up; the
+mean over the prompt's own tokens, some blocks earlier, says what the prompt is made of. Each tells
+tasks apart that the other confuses. Words that make a model sum up a text are the idea of PromptEOL
+(Jiang et al., arXiv 2307.16645).
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mergekit_mediator.calibrated import mean_hidden
+from mergekit_mediator.calibrated import mean_state
 from mergekit_mediator.errors import RoutingError
+
+SUMMARY = "The user wants me to"
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the layer that is asked for."""
+    """Ends a forward pass at the last layer that is asked for."""
 
 
 @torch.no_grad()
-def hidden_features(model: Any, ids: Tensor, mask: Tensor, counted: Tensor, layer: int) -> Tensor:
-    """Mean hidden states `[batch, d]` float32 after the first `layer` decoder blocks, of length 1.
+def hidden_features(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    counted: Tensor,
+    summary: Tensor,
+    tail: int,
+    layers: tuple[int, ...],
+) -> Tensor:
+    """Two mean hidden states side by side, `[batch, 2 d]` float32.
+
+    The first is of the tokens that count after the first `layers[0]` decoder blocks, the second of
+    the last tokens after `layers[1]`; later blocks are not run.
 
     Args:
         model: a transformers model that holds the dense expert.
         ids, mask: `[batch, length]`.
-        counted: `[batch, length]` bool, the tokens that count.
-        layer: from 1 to the number of decoder blocks; the others are not run.
+        counted: `[batch, length]` bool, the tokens that count, at least one per row.
+        summary: `[k]` int64, put after every prompt.
+        tail: how many of the last tokens, including these, the second mean is taken over.
+        layers: ascending, from 1 to the number of decoder blocks.
 
     Raises:
         RoutingError: the model has no such blocks.
     """
+    order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)  # padding in front
+    ids, mask, counted = (x.gather(1, order) for x in (ids, mask, counted.to(ids.device)))
+    begun = summary.to(ids.device).expand(len(ids), -1)
+    ids, mask = torch.cat([ids, begun], dim=1), torch.cat([mask, torch.ones_like(begun)], dim=1)
     states: list[Tensor] = []
 
-    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
-        raise _ReachedError
+        if len(states) == len(layers):
+            raise _ReachedError
 
-    handle = _blocks(model)[layer - 1].register_forward_hook(stop)
+    blocks = _blocks(model)
+    handles = [blocks[layer - 1].register_forward_hook(keep) for layer in layers]
     try:
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     except _ReachedError:
         pass
     finally:
-        handle.remove()
-    return mean_hidden(states[0], counted)
+        for handle in handles:
+            handle.remove()
+    prompt = mean_state(states[0][:, : counted.shape[1]], counted)
+    return torch.cat([prompt, mean_state(states[1][:, -tail:], mask[:, -tail:])], dim=1)
 
 
 def _blocks(model: Any) -> nn.ModuleList:

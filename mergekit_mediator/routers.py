@@ -120,11 +120,13 @@ class Routers:
             raise RoutingError(
                 f"{self._root}: has no calibrated router: run `mergekit-mediator calibrate`"
             )
-        if router.layer is None:
+        if router.kind == "embedding":
             embedding: Any = self._model.get_input_embeddings()
-            features = mean_embedding(ids, counted, embedding.weight, router.excluded)
+            features = mean_embedding(ids, counted, embedding.weight, router.tokens)
         else:
-            features = hidden_features(self._model, ids, mask, counted, router.layer)
+            features = hidden_features(
+                self._model, ids, mask, counted, router.tokens, router.tail, router.layers
+            )
         return router.decide(features.cpu(), temperature)
 
     def _responses(

@@ -89,14 +89,29 @@ def test_experts_that_are_not_there_are_refused(out, data):
 
 
 def test_hidden_features_are_those_of_a_whole_pass(out):
-    model = MediatorModel.from_pretrained(out)
-    ids, mask = model.tokenize(["w1 w2 w3", "w4 w5"])
-    counted = mask.bool()
+    model = MediatorModel.from_pretrained(out, dtype=torch.float32)
+    ids = torch.tensor([[11, 12, 13], [14, 15, 16]])
+    summary = torch.tensor([7, 8])
     with torch.no_grad():
         states = model.model.base_model(
-            input_ids=ids, attention_mask=mask, output_hidden_states=True
-        ).hidden_states[2]
-    weight = counted.float()
-    mean = (states.float() * weight[..., None]).sum(dim=1)
-    expected = torch.nn.functional.normalize(mean, dim=1)
-    torch.testing.assert_close(hidden_features(model.model, ids, mask, counted, 2), expected)
+            input_ids=torch.cat([ids, summary.expand(2, 2)], dim=1), output_hidden_states=True
+        ).hidden_states
+    expected = torch.cat([states[1][:, 1:3].mean(dim=1), states[2][:, 2:].mean(dim=1)], dim=1)
+    counted = torch.tensor([[False, True, True]] * 2)
+    mask = torch.ones_like(ids)
+    got = hidden_features(model.model, ids, mask, counted, summary, 3, (1, 2))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_features_do_not_depend_on_padding(out, side):
+    model = MediatorModel.from_pretrained(out, dtype=torch.float32).model
+    summary = torch.tensor([7, 8])
+    row, pad = [11, 12, 13], [0, 0]
+    ids = torch.tensor([pad + row if side == "left" else row + pad])
+    mask = (ids > 0).long()
+    alone = torch.tensor([row])
+    everything = torch.ones_like(alone)
+    want = hidden_features(model, alone, everything, everything.bool(), summary, 6, (1, 2))
+    got = hidden_features(model, ids, mask, mask.bool(), summary, 6, (1, 2))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

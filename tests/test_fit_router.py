@@ -15,9 +15,10 @@ from torch import Tensor
 from mergekit_mediator.calibrated import (
     CalibratedRouter,
     Head,
-    hidden_layer,
+    hidden_layers,
     mean_embedding,
-    mean_hidden,
+    mean_state,
+    standardized,
 )
 from mergekit_mediator.calibration_data import (
     data_digest,
@@ -40,18 +41,21 @@ HEADS: tuple[Head, ...] = ("ridge", "mahalanobis", "prototype")
 
 def cloud(center: int, count: int = 20, seed: int = 0, noise: float = 0.3) -> Tensor:
     """Prompts of one expert: a point per class and noise."""
-    generator = torch.Generator().manual_seed(1000 * seed + center)
-    x = noise * torch.randn(count, WIDTH, generator=generator)
-    x[:, center] += 2.0
-    return x
+    middle = torch.randn(WIDTH, generator=torch.Generator().manual_seed(center))
+    generator = torch.Generator().manual_seed(1000 * seed + center + 1)
+    return middle + noise * torch.randn(count, WIDTH, generator=generator)
 
 
 def clouds(*names: str, seed: int = 0) -> dict[str, Tensor]:
     return {name: cloud(index, seed=seed) for index, name in enumerate(names)}
 
 
+def standard(router: CalibratedRouter, x: Tensor) -> Tensor:
+    return standardized(x, router.center, router.scale, 1)
+
+
 def router(*names: str) -> CalibratedRouter:
-    return fit(clouds(*names), "hidden", layer=3).router
+    return fit(clouds(*names), "hidden", layers=(2, 3), tail=4, tokens=torch.tensor([5])).router
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -67,26 +71,27 @@ def test_new_prompts_of_the_same_kind_go_to_their_expert(head: Head) -> None:
 
 def test_mahalanobis_scores_and_distances_match_the_inverse_covariance() -> None:
     result = fit(clouds("a", "b", "c"), "embedding", head="mahalanobis").router
-    rows = [x.double() for x in clouds("a", "b", "c").values()]
+    rows = [standard(result, x).double() for x in clouds("a", "b", "c").values()]
     means = torch.stack([x.mean(dim=0) for x in rows])
     within = torch.cat([x - x.mean(dim=0) for x in rows])
     covariance = within.T @ within / len(within)
     level = covariance.trace() / WIDTH
-    inverse = torch.linalg.inv(0.9 * covariance + 0.1 * level * torch.eye(WIDTH).double())
+    inverse = torch.linalg.inv(0.7 * covariance + 0.3 * level * torch.eye(WIDTH).double())
     x = cloud(1, 5, seed=2)
-    z = x.double()[:, None] - means
+    z = standard(result, x).double()[:, None] - means
     squared = torch.einsum("bcd,de,bce->bc", z, inverse, z)
-    got = x @ result.weight.T + result.bias
+    got, _, distance = result.measure(x)
     want = -squared / 2
     torch.testing.assert_close(got - got[:, :1], (want - want[:, :1]).float(), rtol=1e-3, atol=1e-3)
-    _, distance = result.misfit(x)
-    torch.testing.assert_close(distance, squared.sqrt().min(dim=1).values.float())
+    torch.testing.assert_close(
+        distance, squared.sqrt().min(dim=1).values.float(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_ridge_matches_the_normal_equations() -> None:
     features = clouds("a", "b")
     result = fit(features, "embedding").router
-    x = torch.cat(list(features.values())).double()
+    x = standard(result, torch.cat(list(features.values()))).double()
     target = torch.nn.functional.one_hot(torch.tensor([0] * 20 + [1] * 20)).double()
     z = x - x.mean(dim=0)
     penalty = 0.3 * z.square().sum(dim=1).mean()
@@ -112,8 +117,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_adding_an_expert_equals_calibrating_with_all() -> None:
     every = clouds("a", "b", "c")
-    later = add(fit({k: every[k] for k in ("a", "b")}, "hidden", layer=3).router, "c", every["c"])
-    at_once = fit(every, "hidden", layer=3)
+    later = add(fit({k: every[k] for k in ("a", "b")}, "embedding").router, "c", every["c"])
+    at_once = fit(every, "embedding")
     assert torch.equal(later.router.weight, at_once.router.weight)
     assert later.figures == at_once.figures
 
@@ -170,7 +175,8 @@ def test_a_saved_router_decides_alike(tmp_path: Path) -> None:
     x = cloud(1, 9, seed=4)
     for field in ("weights", "entropy", "ood"):
         assert torch.equal(getattr(before.decide(x), field), getattr(after.decide(x), field))
-    assert (after.kind, after.layer, after.head) == ("hidden", 3, "ridge")
+    assert (after.kind, after.layers, after.tail, after.head) == ("hidden", (2, 3), 4, "ridge")
+    assert after.tokens.tolist() == [5]
     assert after.numbers == before.numbers
 
 
@@ -193,7 +199,9 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: object) -> None:
         ({}, {"kind": "response"}, "kind 'calibrated'"),
         ({}, {"format_version": 2}, "router format 2"),
         ({}, {"head": "tree"}, "'head' must be one of"),
-        ({}, {"layer": "3"}, "whole numbers"),
+        ({}, {"layers": [3]}, "must be a list of 2, got"),
+        ({}, {"layers": [3, "4"]}, "'layers' must be a whole number, got '4'"),
+        ({}, {"tail": -1}, "'tail' must be a whole number, got -1"),
         ({}, {"numbers": {"temperature": 1}}, "must be a finite number"),
     ],
 )
@@ -254,14 +262,29 @@ def test_a_prompt_of_excluded_tokens_alone_is_their_mean() -> None:
     torch.testing.assert_close(got, table[:2].mean(0, keepdim=True))
 
 
-def test_mean_hidden_has_length_one_and_ignores_what_does_not_count() -> None:
+def test_the_mean_state_ignores_what_does_not_count() -> None:
     hidden = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
-    got = mean_hidden(hidden, torch.tensor([[False, True, True]]))
-    torch.testing.assert_close(got, torch.nn.functional.normalize(hidden[:, 1:].mean(dim=1)))
+    got = mean_state(hidden, torch.tensor([[False, True, True]]))
+    torch.testing.assert_close(got, hidden[:, 1:].mean(dim=1))
 
 
-def test_the_hidden_layer_exists_in_the_smallest_model() -> None:
-    assert [hidden_layer(n) for n in (1, 2, 30)] == [1, 1, 12]
+def test_each_part_of_standardized_features_has_length_one() -> None:
+    x = torch.tensor([[4.0, 1.0, 7.0, 9.0]])
+    got = standardized(x, torch.tensor([1.0, 1, 7, 1]), torch.tensor([1.0, 2, 1, 4]), 2)
+    torch.testing.assert_close(got, torch.tensor([[1.0, 0, 0, 1]]))
+
+
+def test_a_feature_that_never_varies_does_not_drown_the_others() -> None:
+    features = {
+        name: torch.cat([x, torch.ones(20, 1)], dim=1) for name, x in clouds("a", "b").items()
+    }
+    odd = torch.cat([cloud(1, 1, seed=3), torch.tensor([[1.2]])], dim=1)
+    decision = fit(features, "embedding").router.decide(odd)
+    assert decision.weights.argmax() == 1
+
+
+def test_hidden_layers_exist_in_the_smallest_model() -> None:
+    assert [hidden_layers(n) for n in (1, 2, 30)] == [(1, 1), (1, 2), (12, 24)]
 
 
 def test_shared_tokens_are_those_of_every_prompt() -> None:

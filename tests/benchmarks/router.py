@@ -1,11 +1,12 @@
 """Which router: accuracy, calibration, out of distribution and time, on reasoning-gym prompts.
 
-    python tests/benchmarks/router.py BASE_DIR [--adapters DIR]
+    python tests/benchmarks/router.py BASE_DIR [--adapters DIR] [--cache DIR]
 
 BASE_DIR is the model that the experts come from and stands for the dense expert. `easy` are four
 tasks in their own wording; `hard` are 25 tasks, calibrated on four wordings each and tested on two
-others (`new`) and on the same four (`familiar`). DIR holds a LoRA adapter for each easy task: with
-it the routers that need no data are measured too, on a dense expert that is the experts' mean.
+others (`new`) and on the same four (`familiar`). `--adapters` holds a LoRA adapter for each easy
+task: with it the routers that need no data are measured too, on a dense expert that is the experts'
+mean. Everything that had to be chosen was chosen by router_choice.py on other tasks.
 """
 
 import argparse
@@ -20,17 +21,18 @@ import router_dataless
 import router_plots
 import router_prompts as prompts
 import torch
-from router_features import Model
+from router_features import Features, Model, Rows
 from router_systems import systems
 from torch import Tensor
 
-from mergekit_mediator.calibrated import CalibratedRouter, mean_embedding
+from mergekit_mediator.calibrated import CalibratedRouter, Kind, mean_embedding, standardized
 from mergekit_mediator.calibration_data import embedding_features, shared_tokens
-from mergekit_mediator.fit_router import Calibration, add, expected_calibration_error, fit, remove
+from mergekit_mediator.fit_router import Calibration, expected_calibration_error, fit
 
-CALIBRATION_SEED, REPORT_SEED = 11, 7
+# reasoning-gym draws problem i of seed s as problem i - 1 of seed s + 1: seeds must lie far apart
+CALIBRATION_SEED, REPORT_SEED = 11, 100_007
 PER_EXPERT = 20
-Rows = dict[str, list[list[int]]]
+HEADS = ("ridge", "mahalanobis", "prototype")
 
 
 def auroc(near: Tensor, far: Tensor) -> float:
@@ -43,102 +45,98 @@ def truths(groups: Mapping[str, Any]) -> Tensor:
     return torch.repeat_interleave(torch.tensor([len(rows) for rows in groups.values()]))
 
 
+def together(groups: Features) -> Tensor:
+    return torch.cat(list(groups.values()))
+
+
 def judge(
-    router: CalibratedRouter, known: Tensor, truth: Tensor, away: Mapping[str, Tensor]
+    router: CalibratedRouter, known: Features, away: Mapping[str, Features]
 ) -> dict[str, float]:
     """Accuracy, calibration and distance of one router on one set of known prompts."""
-    decision = router.decide(known)
+    decision = router.decide(together(known))
     threshold = router.numbers["ood_threshold"]
     figures = {
-        "accuracy": float((decision.weights.argmax(dim=1) == truth).double().mean()),
-        "ece": expected_calibration_error(decision.weights, truth),
+        "accuracy": accuracy(decision.weights, known),
+        "ece": expected_calibration_error(decision.weights, truths(known)),
+        "confidence": float(decision.weights.max(dim=1).values.mean()),
         "flagged": float((decision.ood > threshold).double().mean()),
     }
     for name, features in away.items():
-        ood = router.decide(features).ood
+        ood = router.decide(together(features)).ood
         figures[f"ood_{name}_auroc"] = auroc(decision.ood, ood)
         figures[f"ood_{name}_flagged"] = float((ood > threshold).double().mean())
     return figures
 
 
+def accuracy(scores: Tensor, groups: Mapping[str, Any]) -> float:
+    return float((scores.argmax(dim=1) == truths(groups)).double().mean())
+
+
 class Bench:
-    """One model's features of every set of prompts, made once."""
+    """One model's features of every set of prompts."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         ways, others = prompts.FOR_CALIBRATION, prompts.FOR_REPORT
         self.sets: dict[str, Rows] = {
-            "easy train": self.rows(prompts.easy(PER_EXPERT, CALIBRATION_SEED)),
-            "easy test": self.rows(prompts.easy(50, REPORT_SEED)),
-            "hard train": self.rows(prompts.hard(PER_EXPERT, CALIBRATION_SEED, ways)),
-            "hard new": self.rows(prompts.hard(8, REPORT_SEED, others)),
-            "hard familiar": self.rows(prompts.hard(8, REPORT_SEED, ways)),
-            "near": {"near": [model.ids(p) for p in prompts.near(4, REPORT_SEED)]},
-            "far": {"far": [model.ids(p) for p in prompts.far(60, REPORT_SEED)]},
+            name: model.rows(texts)
+            for name, texts in {
+                "easy train": prompts.easy(PER_EXPERT, CALIBRATION_SEED),
+                "easy test": prompts.easy(50, REPORT_SEED),
+                "hard train": prompts.hard(PER_EXPERT, CALIBRATION_SEED, ways),
+                "hard new": prompts.hard(16, REPORT_SEED, others),
+                "hard familiar": prompts.hard(8, REPORT_SEED, ways),
+                "near": {"near": prompts.near(6, REPORT_SEED)},
+                "far": {"far": prompts.far(96, REPORT_SEED)},
+            }.items()
         }
 
-    def rows(self, texts: Mapping[str, list[str]]) -> Rows:
-        return {task: [self.model.ids(p) for p in ps] for task, ps in texts.items()}
-
-    def features(self, kind: str, level: str) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-        """By set, features by task; and the tokens that mean embeddings leave out."""
+    def features(self, kind: Kind, level: str) -> tuple[dict[str, Features], Tensor]:
+        """By set, features by task; and the tokens that the router keeps."""
         wanted = {k: v for k, v in self.sets.items() if k.startswith(level) or k in ("near", "far")}
-        excluded = shared_tokens(self.sets[f"{level} train"])
         if kind == "embedding":
+            excluded = shared_tokens(self.sets[f"{level} train"])
             table = self.model.table
             return {k: embedding_features(v, table, excluded) for k, v in wanted.items()}, excluded
-        every = [row for groups in wanted.values() for rows in groups.values() for row in rows]
-        states = iter(self.model.hidden(every))
-        made = {
-            k: {t: torch.stack([next(states) for _ in rows]) for t, rows in groups.items()}
-            for k, groups in wanted.items()
-        }
-        return made, torch.zeros(0, dtype=torch.int64)
+        return {k: self.model.hidden(v) for k, v in wanted.items()}, self.model.summary
 
-    def level(self, kind: Any, level: str, heads: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-        """Every head on one level of difficulty, and the first head's calibration and decisions."""
-        made, excluded = self.features(kind, level)
-        away = {k: torch.cat(list(made[k].values())) for k in ("near", "far")}
-        tests = [k for k in made if k.startswith(level) and not k.endswith("train")]
-        layer = None if kind == "embedding" else self.model.layer
+    def level(self, kind: Kind, level: str) -> tuple[dict[str, Any], Calibration]:
+        """Every head on one level of difficulty, and the first head's calibration."""
+        made, tokens = self.features(kind, level)
+        away = {k: made[k] for k in ("near", "far")}
+        layers, tail = ((), 0) if kind == "embedding" else (self.model.layers, self.model.tail)
         figures: dict[str, Any] = {}
-        kept: tuple[Calibration, dict[str, tuple[Tensor, Tensor]]] | None = None
-        for head in heads:
+        calibrations = []
+        for head in HEADS:
             began = time.perf_counter()
-            calibration = fit(
-                made[f"{level} train"], kind, head=head, layer=layer, excluded=excluded
+            result = fit(
+                made[f"{level} train"], kind, head=head, layers=layers, tail=tail, tokens=tokens
             )
             figures[head] = {"fit_seconds": time.perf_counter() - began}
-            figures[head]["held_out"] = {k: calibration.figures[k] for k in ("accuracy", "ece")}
-            for name in tests:
-                known, truth = torch.cat(list(made[name].values())), truths(made[name])
-                figures[head][name] = judge(calibration.router, known, truth, away)
-            if kept is None:
-                decisions = {
-                    name: (
-                        calibration.router.decide(torch.cat(list(made[name].values()))).weights,
-                        truths(made[name]),
-                    )
-                    for name in tests
-                }
-                kept = calibration, decisions
-        return figures, kept
+            figures[head]["held_out"] = {k: result.figures[k] for k in ("accuracy", "ece")}
+            for name in self.tests(level):
+                figures[head][name] = judge(result.router, made[name], away)
+            calibrations.append(result)
+        return figures, calibrations[0]
 
-    def others(self, level: str) -> dict[str, Any]:
-        """Other ways to route, on mean embeddings or tokens."""
-        made, _ = self.features("embedding", level)
+    def tests(self, level: str) -> list[str]:
+        return [k for k in self.sets if k.startswith(level) and not k.endswith("train")]
+
+    def others(self, kind: Kind, level: str, router: CalibratedRouter) -> dict[str, Any]:
+        """Other ways to route: on tokens, or on the features that `router` standardizes."""
+        made, _ = self.features(kind, level)
         flat = {k: [row for rows in v.values() for row in rows] for k, v in self.sets.items()}
+
+        def seen(name: str) -> Tensor:
+            blocks = len(router.layers) or 1
+            return standardized(together(made[name]), router.center, router.scale, blocks)
+
         train = f"{level} train"
-        known = systems(flat[train], torch.cat(list(made[train].values())), truths(made[train]))
-        tests = [k for k in made if k.startswith(level) and k != train]
+        known = systems(flat[train], seen(train), truths(made[train]))
         return {
             name: {
-                k: float(
-                    (predict(flat[k], torch.cat(list(made[k].values()))) == truths(made[k]))
-                    .double()
-                    .mean()
-                )
-                for k in tests
+                k: float((predict(flat[k], seen(k)) == truths(made[k])).double().mean())
+                for k in self.tests(level)
             }
             for name, predict in known.items()
         }
@@ -147,59 +145,32 @@ class Bench:
         """Accuracy on new wordings of `embedding` by prompts per expert."""
         result = {}
         for count in (8, 20, 40, 80):
-            rows = self.rows(prompts.hard(count, CALIBRATION_SEED, prompts.FOR_CALIBRATION))
+            texts = prompts.hard(count, CALIBRATION_SEED, prompts.FOR_CALIBRATION)
+            rows = self.model.rows(texts)
             excluded = shared_tokens(rows)
-            router = fit(embedding_features(rows, self.model.table, excluded), "embedding").router
+            known = embedding_features(rows, self.model.table, excluded)
+            router = fit(known, "embedding", tokens=excluded).router
             test = embedding_features(self.sets["hard new"], self.model.table, excluded)
-            choice = router.decide(torch.cat(list(test.values()))).weights.argmax(dim=1)
-            result[str(count)] = float((choice == truths(test)).double().mean())
-        return result
-
-    def many(self) -> dict[str, Any]:
-        """Up to 64 experts, one task each in its own wording: accuracy, adding, removing, time."""
-        train = self.rows(
-            {t: prompts.questions(t, PER_EXPERT, CALIBRATION_SEED) for t in prompts.MANY}
-        )
-        test = self.rows({t: prompts.questions(t, 10, REPORT_SEED) for t in prompts.MANY})
-        excluded = shared_tokens(train)
-        table = self.model.table
-        known = embedding_features(train, table, excluded)
-        asked = embedding_features(test, table, excluded)
-        result: dict[str, Any] = {"by_experts": {}}
-        for count in (4, 16, 64):
-            some = dict(list(known.items())[:count])
-            began = time.perf_counter()
-            router = fit(some, "embedding", excluded=excluded).router
-            seconds = time.perf_counter() - began
-            x = torch.cat([asked[t] for t in some])
-            right = router.decide(x).weights.argmax(dim=1) == truths({t: asked[t] for t in some})
-            result["by_experts"][str(count)] = {
-                "accuracy": float(right.double().mean()),
-                "fit_seconds": seconds,
-                **decide_ms(router, next(iter(test.values())), table),
-            }
-        last = prompts.MANY[63]
-        without = remove(router, last).router
-        again = add(without, last, known[last]).router
-        result["adding_back_is_exact"] = torch.equal(again.weight, router.weight)
-        result["others_untouched"] = all(
-            torch.equal(without.features[t], router.features[t]) for t in without.experts
-        )
+            result[str(count)] = accuracy(router.decide(together(test)).weights, test)
         return result
 
 
 def decide_ms(
     router: CalibratedRouter, rows: list[list[int]], table: Tensor, repeats: int = 400
 ) -> dict[str, float]:
-    """Milliseconds from token ids to a decision, one request at a time."""
+    """Milliseconds from token ids to a decision by mean embeddings, one request at a time."""
     ids = [torch.tensor([row]) for row in rows]
     times = []
     for i in range(repeats):
         row = ids[i % len(ids)]
         began = time.perf_counter()
-        router.decide(mean_embedding(row, torch.ones_like(row), table, router.excluded))
+        router.decide(mean_embedding(row, torch.ones_like(row), table, router.tokens))
         times.append(1000 * (time.perf_counter() - began))
-    ordered = sorted(times[20:])
+    return quantiles(times[20:])
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
     return {"median_ms": ordered[len(ordered) // 2], "p99_ms": ordered[int(0.99 * len(ordered))]}
 
 
@@ -209,31 +180,26 @@ def main() -> None:
     )
     parser.add_argument("base", type=Path)
     parser.add_argument("--adapters", type=Path)
+    parser.add_argument("--cache", type=Path, help="keeps hidden states, for the next time")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = Model(arguments.base)
+    model = Model(arguments.base, arguments.cache)
     bench = Bench(model)
-    heads = ("ridge", "mahalanobis", "prototype")
-    routers: dict[str, Any] = {}
+    routers: dict[str, Any] = {"embedding": {}, "hidden": {}}
+    fitted: dict[str, Calibration] = {}
+    others: dict[str, Any] = {"embedding": {}, "hidden": {}}
     for kind in ("embedding", "hidden"):
-        routers[kind] = {}
         for level in ("easy", "hard"):
-            routers[kind][level], kept = bench.level(kind, level, heads)
+            routers[kind][level], fitted[kind] = bench.level(kind, level)
+            others[kind][level] = bench.others(kind, level, fitted[kind].router)
             print(kind, level, json.dumps(routers[kind][level]["ridge"]), flush=True)
-    calibration, decisions = kept
-    timed = fit(bench.features("embedding", "hard")[0]["hard train"], "embedding").router
-    time_embedding = decide_ms(
-        timed, [r for g in bench.sets["hard new"].values() for r in g], model.table
-    )
-    rows = [group[0] for group in bench.sets["hard new"].values()]
-    model.prefill_ms(rows[:3], partial=False)
-    whole, part = (sorted(model.prefill_ms(rows, p))[len(rows) // 2] for p in (False, True))
-    x = torch.zeros(1, calibration.router.weight.shape[1])
-    began = time.perf_counter()
-    for _ in range(100):
-        calibration.router.decide(x)
-    head_ms = 10 * (time.perf_counter() - began)
+    asked = [row for group in bench.sets["hard new"].values() for row in group]
+    embedding = decide_ms(fitted["embedding"].router, asked, model.table)
+    some = asked[:: len(asked) // 100]
+    model.milliseconds(fitted["hidden"].router, some[:3])
+    prefills, decisions = model.milliseconds(fitted["hidden"].router, some)
+    time_hidden, time_prefill = quantiles(decisions), quantiles(prefills)
     hard = routers["hidden"]["hard"]["ridge"]["hard new"]
     figures: dict[str, Any] = {
         "default": "hidden with a ridge head",
@@ -242,36 +208,35 @@ def main() -> None:
         "ece": hard["ece"],
         "ood_far_auroc": hard["ood_far_auroc"],
         "ood_near_auroc": hard["ood_near_auroc"],
-        "p99_ms": time_embedding["p99_ms"],
+        "p99_ms": embedding["p99_ms"],
         "p99_ms_of": "embedding, token ids to decision, one request",
-        "hidden_over_prefill": (part + head_ms) / whole,
+        "hidden_over_prefill": time_hidden["median_ms"] / time_prefill["median_ms"],
+        "hidden_over_prefill_p99": time_hidden["p99_ms"] / time_prefill["p99_ms"],
         "prompts_per_expert": PER_EXPERT,
-        "calibrated": routers,
-        "others": {level: bench.others(level) for level in ("easy", "hard")},
-        "embedding_hard_new_accuracy_by_prompts": bench.more_prompts(),
-        "time": {
-            "embedding": time_embedding,
-            "prefill_ms": whole,
-            "prefill_to_layer_ms": part,
-            "hidden_head_ms": head_ms,
+        "reported_prompts": {
+            k: len(truths(v)) for k, v in bench.sets.items() if not k.endswith("train")
         },
-        "many": bench.many(),
+        "calibrated": routers,
+        "others": others,
+        "embedding_hard_new_accuracy_by_prompts": bench.more_prompts(),
+        "time": {"embedding": embedding, "prefill": time_prefill, "hidden": time_hidden},
     }
     if arguments.adapters:
         easy = prompts.easy(25, REPORT_SEED)
         away = {"near": prompts.near(2, REPORT_SEED), "far": prompts.far(30, REPORT_SEED)}
         figures["no_data"] = router_dataless.measure(arguments.base, arguments.adapters, easy, away)
     path = record.write("router", figures, {"calibration": CALIBRATION_SEED, "report": REPORT_SEED})
-    new, truth = decisions["hard new"]
-    matrix = torch.zeros(len(bench.sets["hard new"]), len(bench.sets["hard new"]))
-    matrix.index_put_((truth, new.argmax(dim=1)), torch.tensor(1.0), accumulate=True)
-    names = list(bench.sets["hard new"])
-    router_plots.confusion(matrix, names, path.with_name("router-confusion.png"))
-    labels = {
-        "familiar wordings": decisions["hard familiar"],
-        "new wordings": decisions["hard new"],
+    made, _ = bench.features("hidden", "hard")
+    decided = {
+        name: (fitted["hidden"].router.decide(together(made[k])).weights, truths(made[k]))
+        for name, k in (("familiar wordings", "hard familiar"), ("new wordings", "hard new"))
     }
-    router_plots.reliability(labels, path.with_name("router-reliability.png"))
+    router_plots.reliability(decided, path.with_name("router-reliability.png"))
+    new, truth = decided["new wordings"]
+    names = list(bench.sets["hard new"])
+    matrix = torch.zeros(len(names), len(names))
+    matrix.index_put_((truth, new.argmax(dim=1)), torch.tensor(1.0), accumulate=True)
+    router_plots.confusion(matrix, names, path.with_name("router-confusion.png"))
 
 
 if __name__ == "__main__":

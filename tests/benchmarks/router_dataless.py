@@ -36,10 +36,10 @@ class Experts:
         self.host = Model(base)
         self.names = names
         self.vectors = {name: task_vectors(adapters / name) for name in names}
-        self.base = {k: v.clone() for k, v in self.host.model.state_dict(prefix="model.").items()}
+        self.base = {k: v.clone() for k, v in self.host.model.state_dict().items()}
 
     def put(self, weights: Mapping[str, float]) -> None:
-        state = self.host.model.state_dict(prefix="model.")
+        state = self.host.model.state_dict()
         for weight in next(iter(self.vectors.values())):
             change = sum(p * self.vectors[name][weight] for name, p in weights.items())
             state[weight].copy_(self.base[weight].float() + change)
@@ -50,25 +50,19 @@ class Experts:
     @torch.no_grad()
     def likelihood(self, rows: list[list[int]]) -> Tensor:
         """Log-likelihood in nats of each prompt after its opening, `[n]`."""
-        head, opening, sums = self.host.table, self.host.opening, []
+        opening, sums = self.host.opening, []
         for row in rows:
-            states = self.host.model(input_ids=torch.tensor([row]), use_cache=False)
-            logits = (states.last_hidden_state[0, opening - 1 : -1] @ head.T).float()
-            logp = logits.log_softmax(dim=1)
+            logits = self.host.model(input_ids=torch.tensor([row]), use_cache=False).logits
+            logp = logits[0, opening - 1 : -1].float().log_softmax(dim=1)
             sums.append(logp.gather(1, torch.tensor(row[opening:])[:, None]).sum())
         return torch.stack(sums)
 
     @torch.no_grad()
     def responses(self, router: ResponseRouter, row: list[int]) -> dict[str, Tensor]:
         counted = torch.arange(len(row))[None] >= self.host.opening
-        with router.recording(self.wrapped, counted) as found:
-            self.host.model(input_ids=torch.tensor([row]), use_cache=False)
+        with router.recording(self.host.model, counted) as found:
+            self.host.model.model(input_ids=torch.tensor([row]), use_cache=False)
         return found
-
-    @property
-    def wrapped(self) -> torch.nn.Module:
-        """The model under the name that its weights carry in a checkpoint."""
-        return torch.nn.ModuleDict({"model": self.host.model})
 
 
 def measure(

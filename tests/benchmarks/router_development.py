@@ -38,7 +38,16 @@ def _polynomial(r: random.Random) -> str:
 
 
 def _roman(n: int) -> str:
-    steps = ((100, "C"), (90, "XC"), (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"))
+    steps = (
+        (100, "C"),
+        (90, "XC"),
+        (50, "L"),
+        (40, "XL"),
+        (10, "X"),
+        (9, "IX"),
+        (5, "V"),
+        (4, "IV"),
+    )
     text = ""
     for value, letters in (*steps, (1, "I")):
         text += letters * (n // value)

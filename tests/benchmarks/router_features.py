@@ -1,38 +1,72 @@
-"""What routers see of a prompt: its token ids, mean embedding or mean hidden state."""
+"""What routers see of a prompt: its token ids, mean embedding or hidden states; kept on disk."""
 
+import hashlib
+import json
 import time
-from itertools import takewhile
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_mediator.calibrated import hidden_layer, mean_hidden
+from mergekit_mediator.calibrated import CalibratedRouter, hidden_layers
+from mergekit_mediator.contexts import Contexts
+from mergekit_mediator.hidden import SUMMARY, hidden_features
 from mergekit_mediator.prompts import render
+
+Rows = dict[str, list[list[int]]]
+Features = dict[str, Tensor]
 
 
 class Model:
-    """A dense expert in bfloat16, up to the layer that hidden features are taken from."""
+    """A dense expert in its stored dtype."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cache: Path | None = None) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        causal = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-        self.model = causal.model
-        self.table: Tensor = causal.get_input_embeddings().weight.detach()
-        self.layer = hidden_layer(len(self.model.layers))
-        self.every_layer = self.model.layers
-        self.norm = self.model.norm
-        pairs = zip(self.ids(""), self.ids("x"), strict=False)
-        self.opening = len([a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)])
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        self.table: Tensor = self.model.get_input_embeddings().weight.detach()
+        self.layers = hidden_layers(self.model.config.num_hidden_layers)
+        self.summary = torch.tensor(self.tokenizer(SUMMARY, add_special_tokens=False).input_ids)
+        self.contexts = Contexts(self.tokenizer)
+        self._cache = cache
+
+    @cached_property
+    def tail(self) -> int:
+        """How many tokens at the end sum the prompt up."""
+        return len(self.contexts.closing) + len(self.summary)
+
+    @cached_property
+    def opening(self) -> int:
+        """How many tokens every prompt begins with."""
+        return len(self.contexts.opening)
 
     def ids(self, prompt: str) -> list[int]:
         return render(self.tokenizer, prompt)
 
-    @torch.no_grad()
-    def hidden(self, rows: list[list[int]], batch: int = 16) -> Tensor:
-        """Mean hidden states `[n, d]`; rows of like length run together."""
-        self.model.layers, self.model.norm = self.every_layer[: self.layer], nn.Identity()
+    def rows(self, texts: Mapping[str, list[str]]) -> Rows:
+        return {task: [self.ids(p) for p in prompts] for task, prompts in texts.items()}
+
+    def hidden(self, groups: Rows) -> Features:
+        """By task, `[n, d]`, from the cache where it has them."""
+        about = [self.layers, self.tail, self.summary.tolist(), groups]
+        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        path = self._cache / f"{digest}.safetensors" if self._cache else None
+        if path and path.exists():
+            kept = load_file(path)
+            return {task: kept[task] for task in groups}
+        every = [row for rows in groups.values() for row in rows]
+        states = self._hidden(every).split([len(rows) for rows in groups.values()])
+        made = dict(zip(groups, states, strict=True))
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({task: x.contiguous() for task, x in made.items()}, path)
+        return made
+
+    def _hidden(self, rows: list[list[int]], batch: int = 8) -> Tensor:
+        """Rows of like length run together."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         result: dict[int, Tensor] = {}
         for start in range(0, len(rows), batch):
@@ -43,22 +77,30 @@ class Model:
             for row, i in enumerate(part):
                 ids[row, : len(rows[i])] = torch.tensor(rows[i])
                 mask[row, : len(rows[i])] = 1
-            states = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            counted = mask.bool()
-            counted[:, : self.opening] = False
-            result |= dict(zip(part, mean_hidden(states.last_hidden_state, counted), strict=True))
-        self.model.layers, self.model.norm = self.every_layer, self.norm
+            result |= dict(zip(part, self.features(ids, mask), strict=True))
         return torch.stack([result[i] for i in range(len(rows))])
 
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        counted = self.contexts.counted(ids, mask)
+        return hidden_features(self.model, ids, mask, counted, self.summary, self.tail, self.layers)
+
     @torch.no_grad()
-    def prefill_ms(self, rows: list[list[int]], partial: bool) -> list[float]:
-        """Milliseconds of one pass for each row alone, whole or up to the hidden layer."""
-        if partial:
-            self.model.layers = self.every_layer[: self.layer]
-        times = []
+    def milliseconds(
+        self, router: CalibratedRouter, rows: list[list[int]]
+    ) -> tuple[list[float], list[float]]:
+        """Of each request alone: a prefill, and a decision by its hidden states; in turns."""
+        prefills, decisions = [], []
         for row in rows:
-            began = time.perf_counter()
-            self.model(input_ids=torch.tensor([row]), use_cache=False)
-            times.append(1000 * (time.perf_counter() - began))
-        self.model.layers = self.every_layer
-        return times
+            ids = torch.tensor([row])
+            mask = torch.ones_like(ids)
+            times = []
+            for routed in (False, True):
+                began = time.perf_counter()
+                if routed:
+                    router.decide(self.features(ids, mask))
+                else:
+                    self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+                times.append(1000 * (time.perf_counter() - began))
+            prefills.append(times[0])
+            decisions.append(times[1])
+        return prefills, decisions
