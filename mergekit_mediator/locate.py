@@ -36,6 +36,11 @@ def locate_weights(
                 f"{name}: not found in {type(model).__name__}, whose loader has converted it: "
                 "load the model with another version of transformers"
             )
+        if type(weight) is not Tensor:  # some quantised weights pass for floating-point ones
+            raise MixtureError(
+                f"{name}: an ordinary weight required, got {type(weight).__name__}: load the model "
+                "without quantization"
+            )
         if weight.is_meta:
             raise MixtureError(
                 f"{name}: is not in memory: load the model without offloading it, on one device or several"

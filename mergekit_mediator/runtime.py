@@ -23,6 +23,8 @@ from mergekit_mediator.router import OodAction, Policy, RoutingDecision, apply_p
 from mergekit_mediator.routers import Router, Routers, pad_token
 from mergekit_mediator.serving import Apply, Serving
 
+_QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
+
 # An expert's name, `dense`, or weights by expert.
 Named = str | Mapping[str, float]
 
@@ -100,6 +102,12 @@ class MediatorModel:
             ArtifactError: there is no artifact, or a file of it is missing or altered.
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
+        quantised = [name for name in _QUANTISING if kwargs.get(name)]
+        if quantised:
+            raise MixtureError(
+                f"{quantised[0]}: experts are put into floating-point weights: leave it out, and "
+                "load the model in bfloat16"
+            )
         root = local_directory(source, revision)
         manifest = artifact.read_manifest(root)
         if verify:
