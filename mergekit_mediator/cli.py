@@ -12,8 +12,13 @@ import click
 from mergekit_mediator import __version__
 from mergekit_mediator.errors import MediatorError
 
-# These need mergekit, which takes seconds to import: only when they are called.
-_LAZY = {"merge": "cli_merge", "plan": "cli_merge", "demo": "demo"}
+# These need libraries that take seconds to import: only when they are called.
+_LAZY = {
+    "merge": "cli_merge",
+    "plan": "cli_merge",
+    "demo": "demo",
+    "evaluate": "cli_evaluate",
+}
 
 
 class _Commands(click.Group):
@@ -45,7 +50,7 @@ class _Commands(click.Group):
 _SUMMARY = {
     "calibrate": "Fit the router of an artifact to example prompts.",
     "demo": "Merge four skills of a small model and see each prompt routed.",
-    "evaluate": "Score an artifact on tasks, routed and with each expert.",
+    "evaluate": "Score an artifact and its rivals on tasks.",
     "generate": "Answer prompts, each with the experts that it needs.",
     "inspect": "Show experts, conflict, routed layers and sizes.",
     "merge": "Merge models into an artifact.",
@@ -203,35 +208,6 @@ def generate(
         weights = ", ".join(f"{name} {p:.2f}" for name, p in result["mixture"].items()) or "dense"
         note = "" if result["entropy"] is None else f", entropy {result['entropy']:.2f} nats"
         click.echo(f"[{weights}{note}] {result['answer']}")
-
-
-@main.command()
-@click.argument("out")
-@click.option(
-    "--task", "tasks", multiple=True, required=True, help="NAME=FILE.jsonl or NAME=gym:TASK."
-)
-@click.option("--base", help="Also score this model, such as the base.")
-@click.option("--limit", default=64, show_default=True, help="Examples per task.")
-@click.option("--seed", default=7, show_default=True, help="Of generated tasks.")
-@_json
-def evaluate(
-    out: str, tasks: tuple[str, ...], base: str | None, limit: int, seed: int, as_json: bool
-) -> None:
-    """Score the artifact in OUT on tasks: with its router, with each expert, and dense.
-
-    NAME is the expert that a task belongs to. A line of FILE.jsonl is {"prompt": ..., "answer": ...}.
-
-    Example: mergekit-mediator evaluate OUT --task math=math.jsonl --task code=code.jsonl
-    """
-    from mergekit_mediator import report
-    from mergekit_mediator.compare import compare, load_tasks
-    from mergekit_mediator.loading import load_plain
-    from mergekit_mediator.runtime import MediatorModel
-
-    loaded = load_tasks(tasks, limit, seed)
-    model = MediatorModel.from_pretrained(out)
-    figures = compare(model, loaded, load_plain(base) if base else None)
-    click.echo(json.dumps(figures, indent=1) if as_json else report.comparison_report(figures))
 
 
 def _mixture(experts: tuple[str, ...]) -> dict[str, float] | None:

@@ -1,97 +1,128 @@
 """Scores an artifact on the tasks of its experts: dense, with each task's own expert, and routed."""
 
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from mergekit_mediator.contenders import Contender, Mixture, checkpoint, mixed
 from mergekit_mediator.errors import TaskError
-from mergekit_mediator.evaluate import score, score_answers
 from mergekit_mediator.prompts import render
-from mergekit_mediator.results import AnswerScore, Score
+from mergekit_mediator.results import SystemResult
 from mergekit_mediator.runtime import MediatorModel
-from mergekit_mediator.tasks import Example, Task, from_jsonl, from_lm_eval, from_reasoning_gym
+from mergekit_mediator.scorer import Scorer, Tasks
+from mergekit_mediator.tasks import Example
 
 
 @dataclass(frozen=True)
-class RoutedScore:
-    """How a routed artifact does on a task.
+class Routing:
+    """Where an artifact's router and policy send the examples of a task.
 
-    score: of the answers.
-    chosen: how many prompts had each expert as their likeliest.
-    entropy: mean over the prompts, in nats.
+    mixtures: of each example.
+    likeliest: expert of each example.
+    entropy: mean over the examples, in nats.
     """
 
-    score: Score
-    chosen: Mapping[str, int]
+    mixtures: tuple[Mixture, ...]
+    likeliest: tuple[str, ...]
     entropy: float
 
-
-def score_routed(
-    model: MediatorModel, examples: Sequence[Example], batch_size: int = 8
-) -> RoutedScore:
-    """Route each example by its prompt alone, then score its answer under that mixture."""
-    groups: dict[tuple[tuple[str, float], ...], list[Example]] = {}
-    chosen = dict.fromkeys(model.experts, 0)
-    entropy = 0.0
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        decision = model.route(*model.pad([render(model.tokenizer, e.prompt) for e in batch]))
-        weights = model.mixtures(decision)
-        entropy += float(decision.entropy.sum())
-        for example, row, likeliest in zip(
-            batch, weights.tolist(), decision.weights.argmax(dim=1).tolist(), strict=True
-        ):
-            chosen[model.experts[likeliest]] += 1
-            key = tuple((e, p) for e, p in zip(model.experts, row, strict=True) if p > 0)
-            groups.setdefault(key, []).append(example)
-    answers: list[AnswerScore] = []
-    for mixture, members in groups.items():
-        with model.mixture(dict(mixture)) as mixed:
-            answers += score_answers(mixed, model.tokenizer, members, batch_size)
-    return RoutedScore(Score.of(answers), chosen, entropy / len(examples))
+    def figures(self, experts: Sequence[str]) -> dict[str, Any]:
+        """`chosen`: how many examples had each expert as their likeliest; `entropy`."""
+        chosen = {expert: self.likeliest.count(expert) for expert in experts}
+        return {"chosen": chosen, "entropy": self.entropy}
 
 
-def load_tasks(specifications: Sequence[str], limit: int, seed: int) -> dict[str, Task]:
-    """Tasks by name from `NAME=FILE.jsonl`, `NAME=gym:TASK` or `NAME=lm_eval:TASK`.
-
-    After a reasoning-gym task its settings may follow as JSON: `NAME=gym:chain_sum{"max_terms": 2}`.
+def route(model: MediatorModel, tasks: Tasks) -> dict[str, Routing]:
+    """Route every example by its prompt alone.
 
     Raises:
-        TaskError: a specification of another form, or data that cannot be loaded.
+        TaskError: a task that is named after no expert.
     """
-    tasks = {}
-    for text in specifications:
-        name, _, source = text.partition("=")
-        if not name or not source:
+    for name in tasks:
+        if name not in model.experts:
             raise TaskError(
-                f"task {text!r}: NAME=FILE.jsonl, NAME=gym:TASK or NAME=lm_eval:TASK required"
+                f"task {name!r} is no expert's: name it after {', '.join(model.experts)}"
             )
-        kind, _, rest = source.partition(":")
-        if kind == "gym":
-            task_name, brace, settings = rest.partition("{")
-            tasks[name] = from_reasoning_gym(
-                task_name, limit, seed, _settings(text, brace + settings)
-            )
-        elif kind == "lm_eval":
-            tasks[name] = from_lm_eval(rest, limit)
-        else:
-            task = from_jsonl(source, name)
-            tasks[name] = Task(name, task.examples[:limit])
-    return tasks
+    return {name: _route(model, task.examples) for name, task in tasks.items()}
 
 
-def _settings(specification: str, text: str) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads(text or "{}")
-    except ValueError as error:
-        raise TaskError(f"task {specification!r}: settings are no JSON: {error}") from error
-    return settings
+def routing_accuracy(routing: Mapping[str, Routing]) -> float:
+    """The share of examples whose likeliest expert is that of their task."""
+    right = [expert == task for task, found in routing.items() for expert in found.likeliest]
+    return sum(right) / len(right)
 
 
-def compare(model: MediatorModel, tasks: Mapping[str, Task], base: Any = None) -> dict[str, Any]:
+def mediator_systems(
+    model: MediatorModel, scorer: Scorer, tasks: Tasks, routing: Mapping[str, Routing]
+) -> list[SystemResult]:
+    """An artifact without experts, with each task's own, and routed; the figures are ratios to the base.
+
+    Raises:
+        MediatorError: see `Scorer.score`.
+    """
+    base = base_bytes(model)
+    dense = sum(p.numel() * p.element_size() for p in model.model.parameters())
+    for name in model.experts:
+        with model.mixture({name: 1.0}):
+            pass  # an expert is decoded when it is first used, and counts as resident from then on
+    weights = {path: f.bytes for path, f in model.manifest.files.items() if ".safetensors" in path}
+    alone = sum(size for path, size in weights.items() if "/" not in path) / base
+    figures = {
+        "total_bytes_over_base": sum(weights.values()) / base,
+        "resident_bytes_over_base": (dense + model.resident_bytes) / base,
+    }
+    own = {name: [mixed(model, ((name, 1.0),))] * len(t.examples) for name, t in tasks.items()}
+    routed = {name: [mixed(model, m) for m in r.mixtures] for name, r in routing.items()}
+    return [
+        SystemResult(
+            "mediator_dense",
+            scorer.alike("mediator_dense", tasks, mixed(model, ())),
+            {"total_bytes_over_base": alone, "resident_bytes_over_base": dense / base},
+        ),
+        SystemResult("mediator_oracle", scorer.score("mediator_oracle", tasks, own), figures),
+        SystemResult(
+            "mediator",
+            scorer.score("mediator", tasks, routed),
+            {**figures, "routing_accuracy": routing_accuracy(routing)},
+        ),
+    ]
+
+
+def base_system(scorer: Scorer, tasks: Tasks, base: str) -> SystemResult:
+    """The base alone.
+
+    Raises:
+        MediatorError: see `Scorer.score`.
+    """
+    one = {"total_bytes_over_base": 1.0, "resident_bytes_over_base": 1.0}
+    return SystemResult("base", scorer.alike("base", tasks, checkpoint(base)), one)
+
+
+def expert_systems(
+    scorer: Scorer, tasks: Tasks, experts: Mapping[str, str], each: bool
+) -> list[SystemResult]:
+    """Each task's own expert, and, if `each`, every expert on all tasks.
+
+    Raises:
+        MediatorError: see `Scorer.score`.
+    """
+    one = {"total_bytes_over_base": 1.0, "resident_bytes_over_base": 1.0}
+    own = {name: [checkpoint(experts[name])] * len(t.examples) for name, t in tasks.items()}
+    scores = scorer.score("experts", tasks, own)
+    results = [SystemResult("experts", scores, dict.fromkeys(one, float(len(experts))))]
+    for name, source in experts.items() if each else ():
+        found = scorer.alike(f"expert {name}", tasks, checkpoint(source))
+        results.append(SystemResult(f"expert {name}", found, one))
+    return results
+
+
+def base_bytes(model: MediatorModel) -> int:
+    """The size of the base's weight files."""
+    return sum(digest.bytes for digest in model.manifest.base.files.values())
+
+
+def compare(model: MediatorModel, tasks: Tasks, base: Any = None) -> dict[str, Any]:
     """Score systems on tasks.
 
     Args:
@@ -106,30 +137,37 @@ def compare(model: MediatorModel, tasks: Mapping[str, Task], base: Any = None) -
     Raises:
         TaskError: a task that is named after no expert.
     """
-    for name in tasks:
-        if name not in model.experts:
-            raise TaskError(
-                f"task {name!r} is no expert's: name it after {', '.join(model.experts)}"
-            )
-    systems: dict[str, dict[str, Score]] = {}
-    routing = {}
-    for name, task in tasks.items():
-        if base is not None:
-            systems.setdefault("base", {})[name] = score(base, model.tokenizer, task.examples)
-        with torch.no_grad():
-            with model.mixture({}) as dense:
-                scored = score(dense, model.tokenizer, task.examples)
-            systems.setdefault("dense expert", {})[name] = scored
-            with model.mixture({name: 1.0}) as mixed:
-                own = score(mixed, model.tokenizer, task.examples)
-            systems.setdefault("own expert", {})[name] = own
-            routed = score_routed(model, task.examples)
-        systems.setdefault("routed", {})[name] = routed.score
-        routing[name] = {"chosen": dict(routed.chosen), "entropy": routed.entropy}
+    scorer = Scorer(model.tokenizer, quiet=True)
+    routing = route(model, tasks)
+    results = mediator_systems(model, scorer, tasks, routing)
+    systems = {result.name: result.scores for result in results}
+    named = {
+        "dense expert": systems["mediator_dense"],
+        "own expert": systems["mediator_oracle"],
+        "routed": systems["mediator"],
+    }
+    if base is not None:
+        contender = Contender("base", lambda: nullcontext(base))
+        named = {"base": scorer.alike("base", tasks, contender), **named}
     return {
         "systems": {
-            system: {name: vars(result) for name, result in scores.items()}
-            for system, scores in systems.items()
+            system: {name: vars(score) for name, score in scores.items()}
+            for system, scores in named.items()
         },
-        "routing": routing,
+        "routing": {name: found.figures(model.experts) for name, found in routing.items()},
     }
+
+
+def _route(model: MediatorModel, examples: Sequence[Example], batch_size: int = 8) -> Routing:
+    mixtures: list[Mixture] = []
+    likeliest: list[str] = []
+    entropy = 0.0
+    for start in range(0, len(examples), batch_size):
+        prompts = [render(model.tokenizer, e.prompt) for e in examples[start : start + batch_size]]
+        decision = model.route(*model.pad(prompts))
+        entropy += float(decision.entropy.sum())
+        likeliest += [model.experts[i] for i in decision.weights.argmax(dim=1).tolist()]
+        for row in model.mixtures(decision).tolist():
+            pairs = zip(model.experts, row, strict=True)
+            mixtures.append(tuple((expert, p) for expert, p in pairs if p > 0))
+    return Routing(tuple(mixtures), tuple(likeliest), entropy / len(examples))

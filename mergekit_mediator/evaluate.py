@@ -1,5 +1,6 @@
 """How well a model answers, by teacher forcing: one forward pass an example, no decoding."""
 
+import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +12,9 @@ from mergekit_mediator.errors import TaskError
 from mergekit_mediator.prompts import render
 from mergekit_mediator.results import AnswerScore, Score
 from mergekit_mediator.tasks import Example
+
+# Prompt and answer as token ids.
+_Pair = tuple[list[int], list[int]]
 
 
 def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 8) -> Score:
@@ -29,7 +33,8 @@ def score_answers(
 
     The model reads prompt, answer and end of sequence, padded on the right. If at every answer
     position the most likely token is the answer's, then greedy decoding writes the answer, since
-    it sees the same tokens; so the exact match of greedy decoding needs no decoding.
+    it sees the same tokens; so the exact match of greedy decoding needs no decoding. What all
+    prompts begin with, such as instructions, is read once where the model keeps an ordinary cache.
 
     model: any `AutoModelForCausalLM`, or what has its forward.
 
@@ -47,11 +52,11 @@ def score_answers(
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     scores: dict[int, AnswerScore] = {}
     with torch.inference_mode():
+        begun = _begin(model, [prompt for prompt, _ in pairs])
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for i, logits in zip(
-                rows, _answer_logits(model, [pairs[i] for i in rows]), strict=True
-            ):
+            found = _answer_logits(model, [pairs[i] for i in rows], begun)
+            for i, logits in zip(rows, found, strict=True):
                 target = torch.tensor(pairs[i][1], device=logits.device)
                 chosen = logits.float().log_softmax(-1).gather(-1, target[:, None])
                 scores[i] = AnswerScore(
@@ -62,18 +67,41 @@ def score_answers(
     return [scores[i] for i in range(len(pairs))]
 
 
-def _answer_logits(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Iterable[Tensor]:
-    """For each (prompt, answer) the logits that predict the answer, [answer tokens, vocabulary]."""
+def _begin(model: Any, prompts: Sequence[list[int]]) -> Any:
+    """The cache of the tokens that several prompts begin with; None where it cannot be repeated."""
+    if len(prompts) < 2 or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return None
+    first, last = min(prompts), max(prompts)
+    shortest = min(map(len, prompts)) - 1  # the last token of a prompt predicts the answer
+    common = next((i for i in range(shortest) if first[i] != last[i]), shortest)
+    if common < 1:
+        return None
+    ids = torch.tensor([first[:common]], device=next(model.parameters()).device)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    return cache if hasattr(cache, "batch_repeat_interleave") else None
+
+
+def _answer_logits(model: Any, batch: Sequence[_Pair], begun: Any) -> Iterable[Tensor]:
+    """For each (prompt, answer) the logits that predict the answer, [answer tokens, vocabulary].
+
+    begun: the cache of the tokens that all prompts begin with, which are not read again, or None.
+    """
+    read = begun.get_seq_length() if begun is not None else 0
     width = max(len(prompt) + len(answer) for prompt, answer in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros(len(batch), width, dtype=torch.long)
     for row, (prompt, answer) in enumerate(batch):
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         mask[row, : len(prompt) + len(answer)] = 1
-    spans = [range(len(p) - 1, len(p) + len(a) - 1) for p, a in batch]
+    spans = [range(len(p) - 1 - read, len(p) + len(a) - 1 - read) for p, a in batch]
     columns = sorted({column for span in spans for column in span})
     device = next(model.parameters()).device
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": ids[:, read:].to(device), "use_cache": False}
+    inputs["attention_mask"] = mask.to(device)
+    if begun is not None:
+        cache = copy.deepcopy(begun)
+        cache.batch_repeat_interleave(len(batch))
+        inputs |= {"past_key_values": cache, "use_cache": True}
     # the vocabulary is wide: where the model allows it, its head runs on the answers' columns only
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         keep = torch.tensor(columns, device=device)

@@ -1,6 +1,6 @@
 """Scores of systems on tasks, made comparable, as Markdown and JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,38 +98,78 @@ def recovered(
     return sum(ways) / len(ways), min(ways)
 
 
-def to_json(results: Sequence[SystemResult], experts: Mapping[str, Score]) -> dict[str, Any]:
-    """`{system: {normalized_mean, normalized_worst, figures..., tasks: {task: score}}}`."""
+def to_json(results: Sequence[SystemResult]) -> dict[str, dict[str, Any]]:
+    """`{system: {normalized_mean, normalized_worst, figures..., tasks: {task: score}}}`.
+
+    100 is the system `experts`, or without it `mediator_oracle`. With the system `base` also
+    `recovered_mean` and `recovered_worst`. None stands for what an expert leaves undefined that
+    answers nothing, or no better than the base.
+
+    Raises:
+        TaskError: there is none of the two that can be 100.
+    """
+    scores = {result.name: result.scores for result in results}
+    experts = scores.get("experts", scores.get("mediator_oracle"))
+    if experts is None:
+        raise TaskError("no scores of the experts, which the others are compared with")
+    base = scores.get("base")
     rows = {}
     for result in results:
-        mean, worst = normalized(result.scores, experts)
-        rows[result.name] = {
-            "normalized_mean": mean,
-            "normalized_worst": worst,
-            **result.figures,
-            "tasks": {task: asdict(score) for task, score in result.scores.items()},
-        }
+        mean, worst = _defined(normalized, result.scores, experts)
+        row: dict[str, Any] = {"normalized_mean": mean, "normalized_worst": worst}
+        if base is not None:
+            mean, worst = _defined(recovered, result.scores, base, experts)
+            row |= {"recovered_mean": mean, "recovered_worst": worst}
+        row |= result.figures
+        row["tasks"] = {task: asdict(score) for task, score in result.scores.items()}
+        rows[result.name] = row
     return rows
 
 
-def to_markdown(results: Sequence[SystemResult], experts: Mapping[str, Score]) -> str:
-    """A table of exact match in percent by system and task, with both normalised figures.
+# Figures that become columns, with their heads and forms.
+_COLUMNS = {
+    "normalized_mean": ("mean of expert", ".1f"),
+    "normalized_worst": ("worst of expert", ".1f"),
+    "recovered_mean": ("likelihood regained", ".1f"),
+    "total_bytes_over_base": ("bytes / model", ".3f"),
+    "resident_bytes_over_base": ("memory / model", ".3f"),
+    "merge_seconds": ("merge, s", ".0f"),
+    "routing_accuracy": ("routed right", ".3f"),
+}
 
-    Figures that every system has and that are numbers become columns too.
-    """
-    shared = [
-        name
-        for name, value in results[0].figures.items()
-        if isinstance(value, (int, float)) and all(name in r.figures for r in results)
-    ]
-    head = ["system", *experts, "mean of expert", "worst of expert", *shared]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for result in results:
-        cells = [f"{100 * _of(result.scores, task).accuracy:.1f}" for task in experts]
-        cells += [f"{value:.1f}" for value in normalized(result.scores, experts)]
-        cells += [f"{result.figures[name]:.3f}" for name in shared]
-        lines.append(f"| {result.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+
+def to_markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Two tables of what `to_json` gives: exact match in percent with all figures, and likelihood."""
+    tasks = list(next(iter(rows.values()))["tasks"])
+    columns = {
+        n: c for n, c in _COLUMNS.items() if any(row.get(n) is not None for row in rows.values())
+    }
+    right = [["exact match, %", *tasks, *(head for head, _ in columns.values())]]
+    likely = [["nats per answer token", *tasks]]
+    for name, row in rows.items():
+        scores = [row["tasks"][task] for task in tasks]
+        figures = [
+            "-" if row.get(figure) is None else format(row[figure], form)
+            for figure, (_, form) in columns.items()
+        ]
+        right.append([name, *(f"{100 * s['accuracy']:.1f}" for s in scores), *figures])
+        likely.append([name, *(f"{s['answer_log_likelihood']:.3f}" for s in scores)])
+    return f"{_table(right)}\n{_table(likely)}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    rule = "| --- |" + " ---: |" * (len(lines[0]) - 1)
+    head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, rule, *rest]) + "\n"
+
+
+def _defined(
+    figure: Callable[..., tuple[float, float]], *scores: Mapping[str, Score]
+) -> tuple[float | None, float | None]:
+    try:
+        return figure(*scores)
+    except TaskError:
+        return None, None
 
 
 def _of(scores: Mapping[str, Score], task: str) -> Score:

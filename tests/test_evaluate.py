@@ -1,6 +1,7 @@
 import copy
 import math
 
+import pico
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -128,6 +129,26 @@ def test_a_model_that_cannot_keep_few_logits_scores_the_same(model, tokenizer):
     got, want = score(Plain(), tokenizer, examples), score(model, tokenizer, examples)
     assert got.accuracy == want.accuracy
     assert got.answer_log_likelihood == pytest.approx(want.answer_log_likelihood, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", sorted(pico.ARCHITECTURES))
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(architecture):
+    torch.manual_seed(3)
+    own, words = pico.ARCHITECTURES[architecture]().eval(), pico.tokenizer()
+    beginning = " ".join(f"w{i}" for i in range(20))
+    ends = ["w1", "w2 w3 w4", "w5 w6", "w1 w9"]
+    examples = [Example(f"{beginning} {end}", f"w{i} w7") for i, end in enumerate(ends)]
+    read = []
+    own.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    got = score_answers(own, words, examples)
+    with_beginning = sum(read)
+    read.clear()
+    want = [score_answers(own, words, [example])[0] for example in examples]
+    assert with_beginning < sum(read) / 2
+    for one, alone in zip(got, want, strict=True):
+        assert one.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
 
 
 def test_an_untrained_uniform_model_has_the_entropy_of_the_vocabulary(model, tokenizer):

@@ -51,21 +51,47 @@ def test_an_expert_that_answers_nothing_is_refused():
         recovered(MERGED, BASE, {"sums": BASE["sums"]})
 
 
+RESULTS = [
+    SystemResult("base", BASE, {"total_bytes_over_base": 1.0}),
+    SystemResult("experts", EXPERTS, {"total_bytes_over_base": 2.0}),
+    SystemResult("ties", MERGED, {"merge_seconds": 3.4, "coefficients": "density 0.2"}),
+]
+
+
 def test_json_holds_the_normalised_figures_and_every_score():
-    row = to_json([SystemResult("ties", MERGED, {"total_bytes_over_base": 1.0})], EXPERTS)["ties"]
+    row = to_json(RESULTS)["ties"]
     assert row["normalized_worst"] == pytest.approx(50)
-    assert row["total_bytes_over_base"] == 1.0
+    assert row["recovered_mean"] == pytest.approx((50 + 80) / 2)
+    assert row["coefficients"] == "density 0.2"
     assert row["tasks"]["sums"] == {"accuracy": 0.4, "answer_log_likelihood": -2.5, "n": 50}
 
 
-def test_markdown_has_a_row_a_system_and_only_shared_numbers_as_columns():
-    rows = [
-        SystemResult("base", BASE, {"bytes": 1, "note": "as it is"}),
-        SystemResult("ties", MERGED, {"bytes": 1.5, "note": "density 0.2", "seconds": 3}),
-    ]
-    assert to_markdown(rows, EXPERTS) == (
-        "| system | sums | words | mean of expert | worst of expert | bytes |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
-        "| base | 0.0 | 10.0 | 5.0 | 0.0 | 1.000 |\n"
-        "| ties | 40.0 | 90.0 | 70.0 | 50.0 | 1.500 |\n"
+def test_without_experts_an_artifacts_own_are_100():
+    rows = to_json([SystemResult("mediator_oracle", EXPERTS), SystemResult("mediator", MERGED)])
+    assert rows["mediator"]["normalized_mean"] == pytest.approx(70)
+    assert "recovered_mean" not in rows["mediator"]
+    with pytest.raises(TaskError, match="no scores of the experts"):
+        to_json([SystemResult("ties", MERGED)])
+
+
+def test_an_expert_that_answers_nothing_leaves_figures_undefined():
+    rows = to_json([SystemResult("experts", BASE), SystemResult("base", BASE)])
+    assert rows["base"]["normalized_mean"] is None
+    assert rows["base"]["recovered_worst"] is None
+
+
+def test_markdown_has_a_row_a_system_and_a_dash_for_what_it_lacks():
+    assert to_markdown(to_json(RESULTS)) == (
+        "| exact match, % | sums | words | mean of expert | worst of expert | likelihood regained "
+        "| bytes / model | merge, s |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| base | 0.0 | 10.0 | 5.0 | 0.0 | 0.0 | 1.000 | - |\n"
+        "| experts | 80.0 | 100.0 | 100.0 | 100.0 | 100.0 | 2.000 | - |\n"
+        "| ties | 40.0 | 90.0 | 70.0 | 50.0 | 65.0 | - | 3 |\n"
+        "\n"
+        "| nats per answer token | sums | words |\n"
+        "| --- | ---: | ---: |\n"
+        "| base | -4.000 | -3.000 |\n"
+        "| experts | -1.000 | -0.500 |\n"
+        "| ties | -2.500 | -1.000 |\n"
     )

@@ -15,14 +15,15 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 ROOMS = {
     "Start and configure": "__init__ _autoload _build plugin config cli cli_merge",
-    "Merge": "planner weights headers passes conflict threshold plan dense storing lora merge checkpoint "
+    "Merge": "planner weights headers passes conflict threshold plan dense dense_writer storing lora merge checkpoint "
     "estimate workers",
     "Store": "sparse factors approximate budget bits entropy description codec expert_file artifact "
     "staging",
     "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
     "fit_router calibrate routers",
-    "Run": "loading batches locate residency mixture rows caches serving routed runtime remote remote_code",
-    "Report": "tasks evaluate results compare answer card report demo errors",
+    "Run": "loading batches locate prefetch residency mixture rows caches serving routed runtime remote remote_code",
+    "Report": "tasks task_options evaluate contenders scorer results quality_plot compare rivals "
+    "rival_systems cli_evaluate answer card report demo errors",
 }
 
 

@@ -1,0 +1,50 @@
+"""The picture of an evaluation: quality against bytes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_mediator.errors import OutputError
+
+
+def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw every system of `results.to_json`: its mean, and a line down to its worst task.
+
+    Raises:
+        OutputError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutputError(
+            "the picture needs matplotlib: pip install mergekit-mediator[plot]"
+        ) from error
+    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    shown = {
+        name: (row["total_bytes_over_base"], row["normalized_mean"], row["normalized_worst"])
+        for name, row in rows.items()
+        if row.get("normalized_mean") is not None and "total_bytes_over_base" in row
+    }
+    colors = colormaps["tab20"]
+    for index, (name, (size, mean, worst)) in enumerate(shown.items()):
+        color, ours = colors(index % 20), name.startswith("mediator")
+        axes.plot([size, size], [worst, mean], color=color, linewidth=1)
+        axes.plot(size, worst, "_", color=color)
+        marker, area = ("*", 11) if ours else ("o", 6)
+        axes.plot(size, mean, marker, color=color, markersize=area, label=name)
+    axes.set(xscale="log", xlabel="bytes of everything / bytes of one model")
+    axes.set_ylabel("exact match, expert = 100\nmean, and down to the worst task")
+    ticks = [
+        t
+        for t in (1, 1.1, 1.25, 1.5, 2, 4, 8, 16, 32)
+        if t <= 1.3 * max(s for s, _, _ in shown.values())
+    ]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error

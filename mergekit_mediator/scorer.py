@@ -1,0 +1,93 @@
+"""Scores contenders on tasks, example by example, and remembers every answer."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mergekit_mediator.contenders import Contender
+from mergekit_mediator.evaluate import score_answers
+from mergekit_mediator.results import AnswerScore, Score
+from mergekit_mediator.tasks import Example, Task
+
+Tasks = Mapping[str, Task]
+
+
+class Scorer:
+    """Scores contenders; what was scored once, in this process or an earlier one, is not run again."""
+
+    def __init__(self, tokenizer: Any, memory: Path | None = None, quiet: bool = False) -> None:
+        """
+        Args:
+            tokenizer: of all contenders.
+            memory: the file that answers are remembered in.
+            quiet: show no progress.
+        """
+        self._tokenizer, self._memory, self._quiet = tokenizer, memory, quiet
+        self._known: dict[str, AnswerScore] = {}
+        if memory is not None and memory.exists():
+            kept = json.loads(memory.read_text(encoding="utf-8"))
+            self._known = {key: AnswerScore(*values) for key, values in kept.items()}
+
+    def alike(self, name: str, tasks: Tasks, contender: Contender) -> dict[str, Score]:
+        """By task, with the same weights for every example."""
+        everywhere = {task: [contender] * len(t.examples) for task, t in tasks.items()}
+        return self.score(name, tasks, everywhere)
+
+    def score(
+        self, name: str, tasks: Tasks, answering: Mapping[str, Sequence[Contender]]
+    ) -> dict[str, Score]:
+        """By task, with weights of its own for every example.
+
+        Args:
+            name: of the system, for the progress bar.
+            tasks: by name.
+            answering: by task, who answers each of its examples.
+
+        Raises:
+            MediatorError: a contender that cannot be loaded, or a task that cannot be scored.
+        """
+        missing: dict[str, dict[str, list[Example]]] = {}
+        contenders: dict[str, Contender] = {}
+        for task, answerers in answering.items():
+            for example, contender in zip(tasks[task].examples, answerers, strict=True):
+                if _key(contender, example) not in self._known:
+                    contenders[contender.identity] = contender
+                    by_task = missing.setdefault(contender.identity, {})
+                    by_task.setdefault(task, []).append(example)
+        count = sum(len(e) for by_task in missing.values() for e in by_task.values())
+        with tqdm(total=count, desc=name, unit="prompt", disable=self._quiet or not count) as bar:
+            for identity, by_task in missing.items():
+                with contenders[identity].load() as model:
+                    for examples in by_task.values():
+                        answers = score_answers(model, self._tokenizer, examples)
+                        for example, answer in zip(examples, answers, strict=True):
+                            self._known[_key(contenders[identity], example)] = answer
+                        bar.update(len(examples))
+                self._save()
+        return {
+            task: Score.of(
+                [
+                    self._known[_key(contender, example)]
+                    for example, contender in zip(tasks[task].examples, answerers, strict=True)
+                ]
+            )
+            for task, answerers in answering.items()
+        }
+
+    def _save(self) -> None:
+        if self._memory is not None:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            kept = {key: astuple(answer) for key, answer in self._known.items()}
+            written = self._memory.with_suffix(".partial")
+            written.write_text(json.dumps(kept), encoding="utf-8")
+            written.replace(self._memory)
+
+
+def _key(contender: Contender, example: Example) -> str:
+    text = json.dumps([example.prompt, example.answer])
+    return f"{contender.identity} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
