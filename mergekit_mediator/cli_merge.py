@@ -80,7 +80,8 @@ def plan(
             measured: dict[str, Measured] = {}
             if conflict:
                 with workers() as over:
-                    measured = Passes(inputs, over).measure(weights, with_costs=False)
+                    found = Passes(inputs, over).first(weights, only_conflict=True)
+                    measured = {weight.info.name: conflict for weight, conflict in found}
             plans = merging.plan_layers(inputs, weights, measured)
             estimated = estimate(inputs, weights, plans)
         finally:

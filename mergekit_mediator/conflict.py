@@ -12,14 +12,17 @@ With task vectors τ_t = θ_t − θ_0 in float32, for the coordinates j of a la
 All are in [0, 1] and 0 where nothing changed. The formulas are this project's own.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mergekit_mediator.threshold import chunks, count_kept, kth_largest
+from mergekit_mediator.threshold import CHUNK, chunks, compare, count_kept, kth_largest
 from mergekit_mediator.workers import Map
 
 Metric = Literal["sign", "mass", "dispersion"]
@@ -57,30 +60,110 @@ class Conflict:
         return float(getattr(self, metric))
 
 
+class Accumulator:
+    """Takes the experts' versions of one weight one by one and forgets each: only sums and signs stay.
+
+    Attributes:
+        total: Σ_t τ_t of the experts so far, flat, float32.
+        finite: whether all weights so far are finite; only their sums are looked at, so that False also
+            stands for weights of which a few thousand add up to infinity.
+    """
+
+    def __init__(self, base: Tensor, denoise: float, device: str = "cpu", over: Map = map) -> None:
+        """
+        Args:
+            base: any shape, any floating dtype.
+            denoise: fraction in (0, 1] of each task vector that counts as a change for `sign`.
+            device: where the arithmetic is done, chunk by chunk; the inputs may be elsewhere.
+            over: what runs the independent chunks; see `workers`.
+        """
+        self._base, self._denoise, self._device, self._over = base, denoise, device, over
+        self.total = torch.zeros(base.numel(), device=device)
+        self._tau = torch.empty_like(self.total)
+        # by coordinate, one bit each: a positive change was seen, a negative one, changes of two experts
+        self._positive, self._negative, self._twice = np.zeros(
+            (3, -(-base.numel() // 8)), dtype=np.uint8
+        )
+        self.finite, self._experts = True, 0
+        self._mass = self._energy = 0.0
+
+    def add(self, expert: Tensor) -> Tensor:
+        """Add one more expert.
+
+        Args:
+            expert: of the base's shape.
+
+        Returns:
+            τ in the base's shape, float32, until the next expert is added; coordinates that are not
+            finite count as unchanged.
+        """
+        base, expert = self._base.reshape(-1), expert.reshape(-1)
+
+        def subtract(part: slice) -> tuple[float, float]:
+            tau = self._tau[part]
+            torch.sub(_float(expert[part], self._device), _float(base[part], self._device), out=tau)
+            mass = float(tau.abs().sum())
+            if not math.isfinite(mass):
+                self.finite = False
+                mass = float(tau.nan_to_num_(0.0, 0.0, 0.0).abs().sum())
+            self.total[part] += tau
+            return mass, _energy(tau)
+
+        for mass, energy in self._over(subtract, chunks(base.numel())):
+            self._mass += mass
+            self._energy += energy
+        self._note_signs(self._threshold())
+        self._experts += 1
+        return self._tau.view(self._base.shape)
+
+    def _threshold(self) -> float:
+        """The smallest |τ| that counts as a change: never 0, so that no change has no sign."""
+        smallest, numel = float(torch.finfo(torch.float32).smallest_normal), self._tau.numel()
+        if self._denoise >= 1 or not numel:
+            return smallest
+        kept = count_kept(numel, self._denoise)
+        threshold, _ = kth_largest(lambda part: self._tau[part].abs(), numel, kept)
+        return max(threshold, smallest)
+
+    def _note_signs(self, threshold: float) -> None:
+        def note(part: slice) -> None:
+            tau = self._tau[part]
+            packed = slice(part.start // 8, -(-part.stop // 8))
+            positive = np.packbits(compare(tau, threshold, np.greater_equal))
+            negative = np.packbits(compare(tau, -threshold, np.less_equal))
+            seen = self._positive[packed] | self._negative[packed]
+            self._twice[packed] |= seen & (positive | negative)
+            self._positive[packed] |= positive
+            self._negative[packed] |= negative
+
+        for _ in self._over(note, chunks(self._tau.numel())):
+            pass
+
+    def conflict(self) -> Conflict:
+        """Of all experts that were added."""
+        parts = [self.total[part] for part in chunks(self.total.numel())]
+        return Conflict(
+            shared=_ones(self._twice),
+            opposed=_ones(self._positive & self._negative),
+            total_mass=self._mass,
+            common_mass=sum(float(part.abs().sum()) for part in parts),
+            total_energy=self._energy,
+            common_energy=sum(_energy(part) for part in parts) / max(1, self._experts),
+        )
+
+
 def measure(
     base: Tensor,
-    experts: Sequence[Tensor],
+    experts: Iterable[Tensor],
     denoise: float,
     device: str = "cpu",
     over: Map = map,
 ) -> Conflict:
-    """The conflict of one weight.
-
-    Args:
-        base: any shape, any floating dtype.
-        experts: two or more tensors of the base's shape.
-        denoise: fraction in (0, 1] of each task vector that counts as a change for `sign`.
-        device: where the arithmetic is done, chunk by chunk; the inputs may be elsewhere.
-        over: what runs the independent parts; see `workers`.
-    """
-    base, experts = base.reshape(-1), [e.reshape(-1) for e in experts]
-    thresholds = list(over(lambda e: _denoise_threshold(base, e, denoise, device), experts))
-
-    def measure_chunk(part: slice) -> Conflict:
-        taus = task_vectors(base[part], [e[part] for e in experts], device)
-        return _measure_chunk(taus, thresholds)
-
-    return sum(over(measure_chunk, chunks(base.numel())), Conflict())
+    """The conflict of one weight between two or more experts; the arguments are those of `Accumulator`."""
+    found = Accumulator(base, denoise, device, over)
+    for expert in experts:
+        found.add(expert)
+    return found.conflict()
 
 
 def task_vectors(base: Tensor, experts: Iterable[Tensor], device: str = "cpu") -> Iterator[Tensor]:
@@ -91,54 +174,18 @@ def task_vectors(base: Tensor, experts: Iterable[Tensor], device: str = "cpu") -
         yield tau.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _measure_chunk(taus: Iterator[Tensor], thresholds: Sequence[float]) -> Conflict:
-    total = next(taus)
-    energy, absolute = _energy(total), total.abs()
-    highest = _sign(total, thresholds[0])
-    lowest, changes = highest.clone(), highest.abs().to(torch.int16)
-    for tau, threshold in zip(taus, thresholds[1:], strict=True):
-        energy += _energy(tau)
-        sign = _sign(tau, threshold)
-        total += tau
-        absolute += tau.abs_()
-        torch.maximum(highest, sign, out=highest)
-        torch.minimum(lowest, sign, out=lowest)
-        changes += sign.abs_()
-    return Conflict(
-        shared=int(torch.count_nonzero(changes > 1)),
-        opposed=int(torch.count_nonzero(highest > lowest + 1)),
-        total_mass=float(absolute.sum()),
-        common_mass=float(total.abs().sum()),
-        total_energy=energy,
-        common_energy=_energy(total) / len(thresholds),
-    )
-
-
-def _sign(tau: Tensor, threshold: float) -> Tensor:
-    """+1 or -1 (int8) where |τ| reaches the threshold, else 0.
-
-    The quotient rounds to 1 only there, and the conversion drops the fraction of all others; this
-    is several times faster than two comparisons.
-    """
-    return (tau / threshold).clamp_(-1, 1).to(torch.int8)
+def _float(values: Tensor, device: str) -> Tensor:
+    return values.to(device=device, dtype=torch.float32)
 
 
 def _energy(values: Tensor) -> float:
-    return float(values.square().sum())
+    return float(torch.dot(values, values))
 
 
-def _denoise_threshold(base: Tensor, expert: Tensor, denoise: float, device: str) -> float:
-    """The smallest |τ| that counts as a change: never 0, so that no change has no sign."""
-    smallest = float(torch.finfo(torch.float32).smallest_normal)
-    if denoise >= 1 or not base.numel():
-        return smallest
-
-    def magnitudes(part: slice) -> Tensor:
-        (tau,) = task_vectors(base[part], [expert[part]], device)
-        return tau.abs_()
-
-    threshold, _ = kth_largest(magnitudes, base.numel(), count_kept(base.numel(), denoise))
-    return max(threshold, smallest)
+def _ones(packed: NDArray[np.uint8]) -> int:
+    """How many bits are set."""
+    parts = (packed[i : i + CHUNK] for i in range(0, packed.size, CHUNK))
+    return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
 
 
 def _complement(part: float, whole: float) -> float:

@@ -1,47 +1,72 @@
 """The dense expert: the weighted mean of the task vectors on top of the base, in float32 chunk by chunk."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_mediator.threshold import chunks
-from mergekit_mediator.workers import Map
+
+
+class WeightedSum:
+    """Σ_t w_t (θ_t − θ_0) of experts that come one by one, with the largest w_t taken as 1.
+
+    Attributes:
+        total: of the experts so far, flat, float32. Where all weights are equal it is the plain sum of
+            the task vectors, which in float32 is exact for nearly all weights of 16 bits.
+    """
+
+    def __init__(self, base: Tensor, shares: Sequence[float], device: str = "cpu") -> None:
+        """
+        Args:
+            base: any shape, any floating dtype.
+            shares: w_t of the experts in the order in which they come, with a positive sum.
+            device: where the arithmetic is done.
+        """
+        self._base, self._device = base, device
+        self._shares = iter(share / max(shares) for share in shares)
+        self.total = torch.zeros(base.numel(), device=device)
+
+    def add(self, expert: Tensor) -> None:
+        """Add the next expert, of the base's shape."""
+        base, expert, share = self._base.reshape(-1), expert.reshape(-1), next(self._shares)
+        for part in chunks(base.numel()):
+            tau = expert[part].to(self._device, torch.float32)
+            tau = tau - base[part].to(self._device, torch.float32)
+            self.total[part].add_(tau, alpha=share)
+
+
+def on_base(
+    base: Tensor, total: Tensor, shares: Sequence[float], scale: float, dtype: torch.dtype
+) -> Tensor:
+    """θ_0 + λ · Σ_t w_t τ_t / Σ_t w_t, rounded once.
+
+    Args:
+        base: any shape, any floating dtype.
+        total: of a `WeightedSum`.
+        shares: w_t.
+        scale: λ; 1 gives the weighted mean of the experts.
+        dtype: of the result, which is where the base is.
+    """
+    factor = scale * max(shares) / sum(shares)
+    result = torch.empty(base.shape, dtype=dtype, device=base.device)
+    flat_base, flat_result = base.reshape(-1), result.view(-1)
+    for part in chunks(base.numel()):
+        reference = flat_base[part].to(total.device, torch.float32)
+        flat_result[part] = torch.add(reference, total[part], alpha=factor)
+    return result
 
 
 def average(
     base: Tensor,
-    experts: Sequence[Tensor],
+    experts: Iterable[Tensor],
     shares: Sequence[float],
     scale: float,
     dtype: torch.dtype,
     device: str = "cpu",
-    over: Map = map,
 ) -> Tensor:
-    """θ_0 + λ · Σ_t w_t (θ_t − θ_0) / Σ_t w_t, summed in float32 and rounded once.
-
-    Args:
-        base: any shape, any floating dtype.
-        experts: tensors of the base's shape.
-        shares: w_t, with a positive sum.
-        scale: λ; 1 gives the weighted mean of the experts.
-        dtype: of the result.
-        device: where the arithmetic is done; the result is where the base is.
-        over: what runs the independent parts; see `workers`.
-    """
-    flat_base, flat_experts = base.reshape(-1), [e.reshape(-1) for e in experts]
-    total = sum(shares)
-    result = torch.empty(base.shape, dtype=dtype, device=base.device)
-    flat_result = result.view(-1)
-
-    def average_chunk(part: slice) -> None:
-        reference = flat_base[part].to(device, torch.float32)
-        merged = reference.clone()
-        for expert, share in zip(flat_experts, shares, strict=True):
-            tau = expert[part].to(device, torch.float32) - reference
-            merged.add_(tau, alpha=scale * share / total)
-        flat_result[part] = merged.to(dtype)
-
-    for _ in over(average_chunk, chunks(base.numel())):
-        pass
-    return result
+    """The dense expert's weight of experts that are all there; see `WeightedSum` and `on_base`."""
+    weighted = WeightedSum(base, shares, device)
+    for expert in experts:
+        weighted.add(expert)
+    return on_base(base, weighted.total, shares, scale, dtype)

@@ -57,7 +57,10 @@ class ExpertWriter:
             dense: the dense expert's weight. Exact values are stored relative to it if it is given, in
                 about half the bytes, and can then be read only with it.
         """
-        stream, description = encode_bytes(stored, dense)
+        self.append(weight, *encode_bytes(stored, dense))
+
+    def append(self, weight: str, stream: Tensor, description: Description) -> None:
+        """Append one weight that is encoded already; see `encode_bytes`."""
         self._file.write(stream.numpy().data)
         self._entries[weight] = (self._end, self._end + stream.numel(), description)
         self._end += stream.numel()

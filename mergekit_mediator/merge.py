@@ -1,8 +1,8 @@
 """Streams base and experts through conflict, plan and sparse encoding into an artifact.
 
-One weight of all models is in use at a time, and experts go to their files as they are encoded, so
-memory does not depend on the number of layers. Each weight is read twice where the choice of routed
-layers depends on what is measured, else once.
+Each worker holds one weight of the base and of one expert at a time, and what is made of them goes to its
+file at once, so that memory depends neither on the number of layers nor on that of experts. The base is
+read once, or twice within `bits` and `budget`; experts are read once more for what is stored of them.
 """
 
 import shutil
@@ -11,21 +11,17 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import safetensors
-import torch
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
-from torch import Tensor
 
-from mergekit_mediator import artifact, response
+from mergekit_mediator import artifact
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.checkpoint import describe, digest_base, write_model_files
-from mergekit_mediator.conflict import Conflict, task_vectors
+from mergekit_mediator.conflict import Conflict
+from mergekit_mediator.dense_writer import DenseWriter
 from mergekit_mediator.errors import ConfigError, OutputError
 from mergekit_mediator.estimate import dense_sizes
 from mergekit_mediator.expert_file import ExpertWriter
@@ -37,7 +33,7 @@ from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for, slopes_for
 from mergekit_mediator.weights import Inputs
-from mergekit_mediator.workers import Map, workers
+from mergekit_mediator.workers import Workers, workers
 
 
 def run(
@@ -106,36 +102,46 @@ def plan_layers(
 class _Merge:
     """One merge into a staging directory."""
 
-    def __init__(self, inputs: Inputs, out: Path, allow_nonfinite: bool, over: Map) -> None:
-        self.inputs, self.out, self.over = inputs, out, over
+    def __init__(self, inputs: Inputs, out: Path, allow_nonfinite: bool, over: Workers) -> None:
+        self.inputs, self.out = inputs, out
         self.passes = Passes(inputs, over, allow_nonfinite)
 
     def run(self, merge_config: MergeConfiguration, config_source: str | None) -> Manifest:
-        inputs, config = self.inputs, self.inputs.config
+        inputs = self.inputs
         inputs.open()
         weights = inputs.weights()
         _check_space(self.out, inputs, weights)
         with ThreadPoolExecutor(1) as pool:
             base_digests = pool.submit(digest_base, inputs)
-            measured: dict[str, Measured] = {}
-            if config.selection.needs_conflict or config.needs_costs:
-                measured = self.passes.measure(weights, config.needs_costs)
-            plans = plan_layers(inputs, weights, measured)
-            storing = self._storing(weights, plans, measured)
-            conflict, parameter_count = self._write_weights(weights, plans, storing, measured)
-            plans = [
-                replace(p, conflict=sum((conflict[w] for w in p.weights), Conflict()))
-                for p in plans
-            ]
+            plans, measured, parameter_count = self._write_dense(weights)
+            routed = _routed(weights, plans)
+            self._write_experts(routed, self._storing(weights, routed, measured))
+            self._write_directions(measured)
             write_model_files(inputs, merge_config, self.out)
             return describe(
                 inputs, merge_config, config_source, plans, parameter_count, base_digests, self.out
             )
 
+    def _write_dense(
+        self, weights: list[PlannedWeight]
+    ) -> tuple[list[LayerPlan], dict[str, Measured], int]:
+        """The first pass; gives the layers with their conflict, all that was found, the parameter count."""
+        config, routed = self.inputs.config, None
+        if not config.selection.needs_conflict:
+            routed = _names(_routed(weights, plan_layers(self.inputs, weights, {})))
+        writer = DenseWriter(self.out, self.inputs.options)
+        measured = {}
+        for weight, found in self.passes.first(weights, routed, config.needs_costs):
+            writer.write(weight.info.name, found.dense)
+            measured[weight.info.name] = replace(found, dense={})
+        plans = plan_layers(self.inputs, weights, measured)
+        writer.finish(_names(_routed(weights, plans)))
+        return plans, measured, writer.parameters
+
     def _storing(
         self,
         weights: list[PlannedWeight],
-        plans: list[LayerPlan],
+        routed: list[PlannedWeight],
         measured: dict[str, Measured],
     ) -> Storing:
         config = self.inputs.config
@@ -144,78 +150,37 @@ class _Merge:
             sizes = dense_sizes(self.inputs, weights)
             slopes = slopes_for(
                 config,
-                _routed(weights, plans),
+                routed,
                 measured,
                 {name: size.numel for name, size in sizes.items()},
                 sum(size.bytes for size in sizes.values()),
             )
-        adapters = adapters_for(config, weights)
-        return Storing(config, self.passes.device, slopes, adapters)
+        return Storing(config, self.passes.device, slopes, adapters_for(config, weights))
 
-    def _write_weights(
-        self,
-        weights: list[PlannedWeight],
-        plans: list[LayerPlan],
-        storing: Storing,
-        measured: dict[str, Measured],
-    ) -> tuple[dict[str, Conflict], int]:
-        """Write dense and sparse experts; gives the conflict of all weights and the parameter count."""
-        options = self.inputs.options
-        routed = {weight.info.name for weight in _routed(weights, plans)}
-        conflict = {name: found.conflict for name, found in measured.items()}
-        directions: dict[str, Tensor] = {}
-        parameter_count = 0
-        writer = TensorWriter(
-            str(self.out),
-            max_shard_size=options.out_shard_size,
-            use_async=options.async_write,
-            max_write_threads=options.write_threads,
-        )
+    def _write_experts(self, routed: list[PlannedWeight], storing: Storing) -> None:
+        """The second pass."""
+        (self.out / artifact.EXPERTS).mkdir(parents=True)
         with ExitStack() as stack:
-            files = []
-            (self.out / artifact.EXPERTS).mkdir(parents=True)
-            for name in self.inputs.config.experts.values():
+            files = {}
+            for model, name in self.inputs.config.experts.items():
                 path = self.out / artifact.EXPERTS / f"{name}.safetensors"
-                files.append(ExpertWriter(path, name, sorted(routed)))
-                stack.callback(files[-1].abandon)
-            for weight, base, experts in self.passes.read(weights, "merge and write"):
-                name = weight.info.name
-                parameter_count += base.numel()
-                if name not in conflict:
-                    conflict[name] = self.passes.conflict(base, experts)
-                if response.is_measured(base.shape, self.inputs.hidden_size):
-                    found = self.over(partial(self._directions, base), experts)
-                    directions[name] = torch.stack(list(found))
-                dense = self.passes.dense(weight, base, experts, name in routed)
-                if name in routed and dense.is_floating_point():
-                    store = partial(_store, storing, weight, base, dense)
-                    items = zip(self.inputs.experts, files, experts, strict=True)
-                    list(self.over(store, items))
-                writer.save_tensor(name, dense, clone=options.clone_tensors)
-            writer.finalize()
-            for file in files:
+                files[model] = ExpertWriter(path, name, sorted(_names(routed)))
+                stack.callback(files[model].abandon)
+            for weight, model, stored in self.passes.second(routed, self.out, storing.encode):
+                if stored is not None:
+                    files[model].append(weight.info.name, *stored)
+            for file in files.values():
                 file.close()
+
+    def _write_directions(self, measured: dict[str, Measured]) -> None:
+        directions = {n: m.directions for n, m in measured.items() if m.directions is not None}
         if directions:
             router = ResponseRouter(tuple(self.inputs.config.experts.values()), directions)
             router.save(self.out / artifact.RESPONSE)
-        return conflict, parameter_count
-
-    def _directions(self, base: Tensor, expert: Tensor) -> Tensor:
-        (tau,) = task_vectors(base, [expert], self.passes.device)
-        return response.leading_directions(tau).cpu()
 
 
-def _store(
-    storing: Storing,
-    weight: PlannedWeight,
-    base: Tensor,
-    dense: Tensor,
-    item: tuple[ModelReference, ExpertWriter, Tensor],
-) -> None:
-    model, file, expert = item
-    stored = storing.encode(weight, model, base, dense, expert)
-    if stored is not None:
-        file.write(weight.info.name, stored, dense)
+def _names(weights: list[PlannedWeight]) -> frozenset[str]:
+    return frozenset(weight.info.name for weight in weights)
 
 
 def _routed(weights: list[PlannedWeight], plans: list[LayerPlan]) -> list[PlannedWeight]:

@@ -1,151 +1,256 @@
-"""A pass over the weights of all models: read, check, measure, and average them one by one."""
+"""The two passes over the weights of a merge, which read one expert at a time.
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+The first measures and averages. Of the experts only sums are kept, so that memory does not grow with
+their number. The second encodes what every expert keeps of the routed weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import torch
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from torch import Tensor
 from tqdm import tqdm
 
-from mergekit_mediator import budget, conflict
-from mergekit_mediator.conflict import Conflict
-from mergekit_mediator.dense import average
+from mergekit_mediator import budget, response
+from mergekit_mediator.codec import encode_bytes
+from mergekit_mediator.conflict import Accumulator, Conflict
+from mergekit_mediator.dense import WeightedSum, on_base
+from mergekit_mediator.description import Description
 from mergekit_mediator.errors import InputError
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.planner import PlannedWeight
-from mergekit_mediator.threshold import chunks
+from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.weights import Inputs
-from mergekit_mediator.workers import Map
+from mergekit_mediator.workers import Workers
+
+Load = Callable[[ModelReference], Tensor]
+Stored = tuple[PlannedWeight, ModelReference, tuple[Tensor, Description] | None]
+Encode = Callable[[PlannedWeight, ModelReference, Tensor, Load], SparseTensor | None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass finds of one weight.
+    """What the first pass finds of one weight.
 
     Attributes:
         conflict: of the experts' task vectors.
-        costs: by expert, the bits that its task vector would take at each slope; see `budget.cost`.
+        costs: by expert, what storing its task vector takes and leaves; see `budget.tradeoff`.
+        directions: `[n_experts, rank, in]` float16 for the response router, if it measures this weight.
+        dense: the dense expert's weight on the CPU, in the output dtype: if it is averaged, under False,
+            if it is routed, under True, or both as long as that is not known.
     """
 
     conflict: Conflict
     costs: tuple[Tensor, ...] = ()
+    directions: Tensor | None = None
+    dense: Mapping[bool, Tensor] = field(default_factory=dict)
 
 
 class Passes:
-    """Reads the weights of a merge, as often as it is asked to."""
+    """Reads the weights of a merge, one expert of one weight at a time on each worker."""
 
-    def __init__(self, inputs: Inputs, over: Map, allow_nonfinite: bool = False) -> None:
+    def __init__(self, inputs: Inputs, over: Workers, allow_nonfinite: bool = False) -> None:
         """
         Args:
             inputs: opened.
             over: what runs the independent parts; see `workers`.
             allow_nonfinite: accept NaN and infinity.
         """
-        self.inputs, self.over, self._allow_nonfinite = inputs, over, allow_nonfinite
+        self.inputs, self._over, self._allow_nonfinite = inputs, over, allow_nonfinite
         self.device = inputs.options.device or "cpu"
-        self._finite: set[str] = set()
 
-    def read(
-        self, weights: Iterable[PlannedWeight], description: str
-    ) -> Iterator[tuple[PlannedWeight, Tensor, list[Tensor]]]:
-        """Each weight with the base's tensor and those of all experts, under a bar that names it.
+    def first(
+        self,
+        weights: Sequence[PlannedWeight],
+        routed: frozenset[str] | None = None,
+        with_costs: bool = False,
+        only_conflict: bool = False,
+    ) -> Iterator[tuple[PlannedWeight, Measured]]:
+        """Measure and average every weight.
+
+        Args:
+            weights: in the order of the results.
+            routed: the names of the routed weights; None if that is not known yet.
+            with_costs: also find what storing would cost, where it may be asked for.
+            only_conflict: nothing else.
 
         Raises:
-            InputError: a tensor that cannot be read, that is not everywhere, or not finite.
+            InputError: a tensor that cannot be read, is not everywhere, is not finite, or holds integers
+                that differ between the models.
         """
-        weights = list(weights)
-        sizes = [self.inputs.input_bytes(weight) for weight in weights]
+        sizes = {weight.info.name: self.inputs.input_bytes(weight) for weight in weights}
+        measure = partial(self._measure, routed, with_costs, only_conflict)
+        with self._bar(
+            "measure" if only_conflict else "measure and average", sum(sizes.values())
+        ) as bar:
+            results = self._over(measure, weights, lambda weight: sizes[weight.info.name])
+            for weight, measured in zip(weights, results, strict=True):
+                bar.set_postfix_str(weight.info.name, refresh=False)
+                yield weight, measured
+                bar.update(sizes[weight.info.name])
+
+    def second(
+        self, weights: Sequence[PlannedWeight], out: Path, encode: Encode
+    ) -> Iterator[Stored]:
+        """What every expert stores of every weight, as `encode_bytes` gives it; None if nothing.
+
+        Args:
+            weights: the routed ones, in the order of the results.
+            out: the directory of the dense expert.
+            encode: given a weight, an expert, the dense weight, and what loads the weight of any model.
+        """
+        inputs, written = self.inputs, self.inputs.reader(out)
+
+        def items() -> Iterator[tuple[PlannedWeight, _Once, ModelReference]]:
+            for weight in weights:
+                base = _Once(partial(inputs.load, weight, inputs.base))
+                yield from ((weight, base, model) for model in inputs.experts)
+
+        def size(item: tuple[PlannedWeight, _Once, ModelReference]) -> int:
+            weight, _, model = item
+            return inputs.input_bytes(weight, [model])
+
+        def store(item: tuple[PlannedWeight, _Once, ModelReference]) -> Stored:
+            weight, base, model = item
+            dense = written(weight.info.name)
+            if not dense.is_floating_point():
+                return weight, model, None
+            stored = encode(
+                weight,
+                model,
+                dense,
+                lambda m: base() if m == inputs.base else inputs.load(weight, m, dense),
+            )
+            return weight, model, None if stored is None else encode_bytes(stored, dense)
+
+        with self._bar("store", sum(map(size, items()))) as bar:
+            for weight, model, stored in self._over(store, items(), size):
+                bar.set_postfix_str(f"{weight.info.name} of {model}", refresh=False)
+                yield weight, model, stored
+                bar.update(inputs.input_bytes(weight, [model]))
+
+    def _measure(
+        self,
+        routed: frozenset[str] | None,
+        with_costs: bool,
+        only_conflict: bool,
+        weight: PlannedWeight,
+    ) -> Measured:
+        inputs, name = self.inputs, weight.info.name
+        base = inputs.load(weight, inputs.base)
+        if not base.is_floating_point():
+            return Measured(Conflict(), dense=self._buffer(weight, base))
+        found = Accumulator(base, inputs.config.denoise, self.device)
+        shares = [weight.shares[model] for model in inputs.experts]
+        weighted = None
+        if self._allow_nonfinite or len(set(shares)) > 1:
+            weighted = WeightedSum(base, shares, self.device)
+        with_costs = with_costs and (routed is None or name in routed)
+        with_directions = not only_conflict and response.is_measured(base.shape, inputs.hidden_size)
+        costs: list[Tensor] = []
+        directions: list[Tensor] = []
+        dtype = base.dtype
+        for model in inputs.experts:
+            expert = inputs.load(weight, model, base)
+            dtype = torch.promote_types(dtype, expert.dtype)
+            tau = self._add(weight, found, model, base, expert)
+            if weighted is not None:
+                weighted.add(expert)
+            del expert  # before the next one is loaded
+            if with_costs:
+                costs.append(budget.tradeoff(tau.cpu()))
+            if with_directions:
+                directions.append(response.leading_directions(tau).cpu())
+        dense: dict[bool, Tensor] = {}
+        if not only_conflict:
+            total = found.total if weighted is None else weighted.total
+            dense = self._dense(weight, base, total, routed, dtype)
+        stacked = torch.stack(directions) if directions else None
+        return Measured(found.conflict(), tuple(costs), stacked, dense)
+
+    def _add(
+        self,
+        weight: PlannedWeight,
+        found: Accumulator,
+        model: ModelReference,
+        base: Tensor,
+        expert: Tensor,
+    ) -> Tensor:
+        if not expert.is_floating_point():
+            raise InputError(
+                f"{weight.info.name}: {expert.dtype} in {model}, {base.dtype} in the base"
+            )
+        tau = found.add(expert)
+        if not found.finite and not self._allow_nonfinite:
+            for owner, tensor in ((self.inputs.base, base), (model, expert)):
+                if not bool(tensor.isfinite().all()):
+                    raise InputError(
+                        f"{weight.info.name}: NaN or infinity in {owner}: mend the model, or run "
+                        "`mergekit-mediator merge --allow-nonfinite`"
+                    )
+        return tau
+
+    def _buffer(self, weight: PlannedWeight, base: Tensor) -> dict[bool, Tensor]:
+        """Integers, which must be the same in all models."""
+        try:
+            for model in self.inputs.experts:
+                expert = self.inputs.load(weight, model, base)
+                copy_non_floating_buffer([base, expert], weight.info.name)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{weight.info.name}: {first_line(error)}") from error
+        return dict.fromkeys((False, True), base.to("cpu", copy=True))
+
+    def _dense(
+        self,
+        weight: PlannedWeight,
+        base: Tensor,
+        total: Tensor,
+        routed: frozenset[str] | None,
+        widest: torch.dtype,
+    ) -> dict[bool, Tensor]:
+        """The dense expert's weight as each outcome of routing wants it; one tensor where all want the same."""
+        dtype = dtype_from_name(weight.info.force_dtype or self.inputs.out_dtype) or widest
+        shares = [weight.shares[model] for model in self.inputs.experts]
+        of_base = self.inputs.config.reference == "base"
+        scales = {False: weight.scale, True: 0.0 if of_base else 1.0}
+        if routed is not None:
+            is_routed = weight.info.name in routed
+            scales = {is_routed: scales[is_routed]}
+        made = {
+            scale: (on_base(base, total, shares, scale, dtype) if scale else base.to(dtype)).cpu()
+            for scale in set(scales.values())
+        }
+        return {is_routed: made[scale] for is_routed, scale in scales.items()}
+
+    @contextmanager
+    def _bar(self, description: str, size: int) -> "Iterator[tqdm[Any]]":
         with tqdm(
-            total=sum(sizes),
+            total=size,
             desc=description,
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
             disable=self.inputs.options.quiet,
         ) as bar:
-            for weight, size in zip(weights, sizes, strict=True):
-                bar.set_postfix_str(weight.info.name, refresh=False)
-                base, experts = self.inputs.load(weight)
-                self._check_finite(weight, [base, *experts])
-                yield weight, base, experts
-                bar.update(size)
-
-    def measure(self, weights: Iterable[PlannedWeight], with_costs: bool) -> dict[str, Measured]:
-        """The conflict of every weight by name, and what storing it would cost."""
-        measured = {}
-        for weight, base, experts in self.read(weights, "measure"):
-            costs: tuple[Tensor, ...] = ()
-            if with_costs and base.is_floating_point():
-                costs = tuple(self.over(partial(_cost, base), experts))
-            measured[weight.info.name] = Measured(self.conflict(base, experts), costs)
-        return measured
-
-    def conflict(self, base: Tensor, experts: list[Tensor]) -> Conflict:
-        """Of one weight; none for integers."""
-        if not base.is_floating_point():
-            return Conflict()
-        denoise = self.inputs.config.denoise
-        return conflict.measure(base, experts, denoise, self.device, self.over)
-
-    def dense(
-        self, weight: PlannedWeight, base: Tensor, experts: list[Tensor], routed: bool
-    ) -> Tensor:
-        """The dense expert's weight, on the CPU, in the output dtype.
-
-        Raises:
-            InputError: integers that differ between the models.
-        """
-        try:
-            buffer: Tensor | None = copy_non_floating_buffer([base, *experts], weight.info.name)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{weight.info.name}: {first_line(error)}") from error
-        if buffer is not None:
-            return buffer.cpu()
-        dtype = self._dtype(weight, base, experts)
-        if routed and self.inputs.config.reference == "base":
-            return base.to("cpu", dtype)
-        shares = [weight.shares[model] for model in self.inputs.experts]
-        scale = 1.0 if routed else weight.scale
-        return average(base, experts, shares, scale, dtype, self.device, self.over).cpu()
-
-    def _dtype(self, weight: PlannedWeight, base: Tensor, experts: list[Tensor]) -> torch.dtype:
-        named: torch.dtype | None = dtype_from_name(
-            weight.info.force_dtype or self.inputs.out_dtype
-        )
-        if named is not None:
-            return named
-        dtype = base.dtype
-        for expert in experts:
-            dtype = torch.promote_types(dtype, expert.dtype)
-        return dtype
-
-    def _check_finite(self, weight: PlannedWeight, tensors: list[Tensor]) -> None:
-        if self._allow_nonfinite or weight.info.name in self._finite:
-            return
-        finite = self.over(_is_finite, tensors)
-        for model, is_finite in zip(self.inputs.models, finite, strict=True):
-            if not is_finite:
-                raise InputError(
-                    f"{weight.info.name}: NaN or infinity in {model}: mend the model, or run "
-                    "`mergekit-mediator merge --allow-nonfinite`"
-                )
-        self._finite.add(weight.info.name)
+            yield bar
 
 
-def _cost(base: Tensor, expert: Tensor) -> Tensor:
-    (tau,) = conflict.task_vectors(base, [expert])
-    return budget.cost(tau)
+class _Once:
+    """A tensor for all workers that ask: loaded by the first, in memory while anyone may ask."""
 
+    def __init__(self, load: Callable[[], Tensor]) -> None:
+        self._load, self._lock = load, Lock()
+        self._tensor: Tensor | None = None
 
-def _is_finite(tensor: Tensor) -> bool:
-    """A sum is finite unless a term is not, or it overflows; only then does each term need a look."""
-    if not tensor.is_floating_point():
-        return True
-    flat = tensor.reshape(-1)
-    return all(
-        bool(flat[part].sum(dtype=torch.float32).isfinite()) or bool(flat[part].isfinite().all())
-        for part in chunks(flat.numel())
-    )
+    def __call__(self) -> Tensor:
+        with self._lock:
+            if self._tensor is None:
+                self._tensor = self._load()
+            return self._tensor

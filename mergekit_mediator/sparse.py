@@ -6,15 +6,17 @@ putting them in place gives its bits back; the other forms hold a difference as 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_mediator.bits import bit_patterns
 from mergekit_mediator.errors import InputError
 from mergekit_mediator.factors import Factors
-from mergekit_mediator.threshold import chunks, count_kept, kth_largest, nonzero
+from mergekit_mediator.threshold import bracket_of, chunks, compare, count_kept, kth_largest
 
 Values = Literal["exact", "int8", "int4", "sign"]
 Form = Literal["exact", "int8", "int4", "sign", "steps"]
@@ -106,19 +108,17 @@ def encode(
     flat_expert, flat_dense = expert.reshape(-1), dense.reshape(-1)
     positions = _select(flat_expert, flat_dense, density, values == "exact", device)
     kept = positions.to(flat_expert.device)
-    if values == "exact":
-        codes, scale = flat_expert[kept], 1.0
-    else:
-        delta = flat_expert[kept].to(torch.float32) - flat_dense[kept].to(torch.float32)
+    codes, scale = flat_expert.index_select(0, kept), 1.0
+    if values != "exact":
+        reference = flat_dense.index_select(0, kept).to(torch.float32)
+        delta = codes.to(torch.float32) - reference
         if not bool(delta.isfinite().all()):
             raise InputError(
                 f"{values} values need finite weights; `values: exact` keeps others too"
             )
         codes, scale = _quantise(delta, values)
-        positions, codes = positions[codes != 0], codes[codes != 0]
-    index_dtype = torch.int32 if flat_expert.numel() < 2**31 else torch.int64
-    stored = positions.to("cpu", index_dtype)
-    return SparseTensor(tuple(expert.shape), dense.dtype, values, stored, codes.cpu(), scale)
+        positions, codes = positions[codes.cpu() != 0], codes[codes != 0]
+    return SparseTensor(tuple(expert.shape), dense.dtype, values, positions, codes.cpu(), scale)
 
 
 def displace(weight: Tensor, parts: Sequence[tuple[float, SparseTensor]]) -> list[Displaced]:
@@ -196,34 +196,50 @@ def _put_(flat: Tensor, positions: Tensor | None, values: Tensor) -> None:
 
 
 def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device: str) -> Tensor:
-    """Ascending positions `[k]` int64 of the coordinates to keep."""
+    """Ascending positions `[k]` on the CPU, int32 if they fit, of the coordinates to keep."""
     numel = expert.numel()
+    kept = count_kept(numel, density)
 
     def magnitudes(part: slice) -> Tensor:
         delta = expert[part].to(device, torch.float32) - dense[part].to(device, torch.float32)
-        return delta.abs_().nan_to_num_(torch.inf, torch.inf)
+        return delta.abs_()
 
-    def differs(part: slice) -> Tensor:
-        if bitwise:  # 0 and -0 are equal and yet not the same weight
-            return bit_patterns(expert[part].to(device)) != bit_patterns(dense[part].to(device))
-        return magnitudes(part) > 0
+    def candidates(bound: float) -> tuple[Tensor, Tensor]:
+        """Positions and |Δ| of what is not below a bound; of all that differs if the bound is 0."""
+        positions, magnitude = [], []
+        for part in chunks(numel):
+            delta = magnitudes(part)
+            if bound or not bitwise:  # NaN is not below anything
+                below = compare(delta, bound, np.less if bound else np.less_equal)
+            else:  # 0 and -0 are equal and yet not the same weight
+                below = _bits(expert[part]) == _bits(dense[part])
+            found = np.logical_not(below, out=below).nonzero()[0]
+            magnitude.append(delta.cpu().numpy()[found])
+            positions.append((found + part.start).astype(np.int32 if numel < 2**31 else np.int64))
+        values = torch.from_numpy(np.concatenate(magnitude))
+        return torch.from_numpy(np.concatenate(positions)), values.nan_to_num_(torch.inf, torch.inf)
 
-    changed = [nonzero(differs(part)) + part.start for part in chunks(numel)]
-    kept = count_kept(numel, density)
-    if sum(p.numel() for p in changed) <= kept:
-        return torch.cat(changed) if changed else torch.empty(0, dtype=torch.int64)
-    threshold, larger = kth_largest(magnitudes, numel, kept)
-    ties = kept - larger if threshold > 0 else 0
-    positions = []
-    for part in chunks(numel):
-        values = magnitudes(part)
-        keep = values > threshold
-        if ties:
-            tied = nonzero(values == threshold)[:ties]
-            keep[tied] = True
-            ties -= tied.numel()
-        positions.append(nonzero(keep) + part.start)
-    return torch.cat(positions)
+    if not numel:
+        return torch.empty(0, dtype=torch.int32)
+    # a bound from a sample first, so that few more than are kept need a second look
+    bound = 0.0
+    if kept < numel:
+        bound, *_ = bracket_of(lambda part: magnitudes(part).nan_to_num_(torch.inf), numel, kept)
+    positions, values = candidates(bound)
+    if bound and len(positions) < kept:
+        positions, values = candidates(0.0)
+    if len(positions) <= kept:
+        return positions
+    threshold, larger = kth_largest(values.__getitem__, len(values), kept)
+    keep = compare(values, threshold, np.greater)
+    if threshold > 0:
+        keep[compare(values, threshold, np.equal).nonzero()[0][: kept - larger]] = True
+    return positions[torch.from_numpy(keep.nonzero()[0])]
+
+
+def _bits(weights: Tensor) -> NDArray[np.signedinteger[Any]]:
+    patterns: NDArray[np.signedinteger[Any]] = bit_patterns(weights).cpu().numpy()
+    return patterns
 
 
 def _quantise(delta: Tensor, values: Values) -> tuple[Tensor, float]:

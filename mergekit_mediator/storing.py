@@ -16,7 +16,7 @@ from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.expert_file import header_bytes
 from mergekit_mediator.factors import Factors
 from mergekit_mediator.lora import read_adapter
-from mergekit_mediator.passes import Measured
+from mergekit_mediator.passes import Load, Measured
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.sparse import SparseTensor
 
@@ -45,21 +45,15 @@ class Storing:
         self._slopes, self._adapters = slopes, adapters
 
     def encode(
-        self,
-        weight: PlannedWeight,
-        model: ModelReference,
-        base: Tensor,
-        dense: Tensor,
-        expert: Tensor,
+        self, weight: PlannedWeight, model: ModelReference, dense: Tensor, load: Load
     ) -> SparseTensor | None:
         """What one expert keeps of a routed weight; None where it is the dense expert's.
 
         Args:
             weight: which one.
             model: which expert.
-            base: the base's weight.
-            dense: the dense expert's, in the output dtype.
-            expert: the expert's, all of one shape.
+            dense: the dense expert's weight, in the output dtype.
+            load: gives the weight of the base or of an expert; called for what is needed only.
         """
         share = weight.shares[model] / sum(weight.shares.values())
         share = 0.0 if self._config.reference == "base" else share
@@ -70,10 +64,10 @@ class Storing:
             return SparseTensor.of_factors(tuple(dense.shape), dense.dtype, factors, share)
         if self._slopes:
             # a task vector is of lower rank than the difference from the mean of all experts
-            (tau,) = task_vectors(base, [expert])
+            (tau,) = task_vectors(load(self._config.base_model), [load(model)])
             return approximate(tau, self._slopes[model], dense.dtype, share)
         density, values = weight.densities[model], self._config.values
-        return sparse.encode(expert.to(dense.dtype), dense, density, values, self._device)
+        return sparse.encode(load(model).to(dense.dtype), dense, density, values, self._device)
 
 
 def slopes_for(
@@ -103,7 +97,7 @@ def slopes_for(
     if not numel or (config.bits is None and config.budget is None):
         return {}
     costs = [
-        torch.stack([measured[name].costs[i] for name in names]).sum(dim=0)
+        torch.stack([measured[name].costs[i][0] for name in names]).sum(dim=0)
         for i in range(len(models))
     ]
     if config.bits is not None:

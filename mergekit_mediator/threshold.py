@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-# Small enough for a processor's cache, large enough to hide the cost of calling torch.
-CHUNK = 1 << 18
-_SAMPLE = 1 << 14
+# Small enough for a processor's cache, large enough to hide the cost of calling torch; a multiple of 8.
+CHUNK = 1 << 17
+# The bracket is sought in one of so many values, but in this many at least and at most.
+_SAMPLED = 64
+_LEAST_SAMPLE, _MOST_SAMPLE = 1 << 11, 1 << 16
 _FEW = 4
 
 
@@ -35,8 +38,8 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
         numel: how many values there are.
         k: from 1 to `numel`.
     """
-    if numel > 8 * _SAMPLE:
-        bracket = _bracket(magnitudes, numel, k)
+    if numel > 8 * _LEAST_SAMPLE:
+        bracket = bracket_of(magnitudes, numel, k)
         if len(bracket) <= _FEW:
             found = _among(bracket, magnitudes, numel, k)
             if found is not None:
@@ -54,6 +57,12 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
     return _kth_largest_of(torch.cat([magnitudes(part) for part in chunks(numel)]), k)
 
 
+def compare(values: Tensor, limit: float, how: np.ufunc) -> NDArray[np.bool_]:
+    """Where float32 values compare so with a limit; in numpy, which is faster than torch at this on a CPU."""
+    result: NDArray[np.bool_] = how(values.cpu().numpy(), np.float32(limit))
+    return result
+
+
 def nonzero(mask: Tensor) -> Tensor:
     """Ascending positions `[k]` int64 of the true entries of a mask `[n]`.
 
@@ -64,16 +73,24 @@ def nonzero(mask: Tensor) -> Tensor:
     return mask.nonzero().reshape(-1)
 
 
-def _bracket(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> list[float]:
-    """The sampled values, ascending and each once, among which the answer most likely is."""
+def bracket_of(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> list[float]:
+    """Values, ascending and each once, between the first and last of which the k-th largest most likely is.
+
+    Args:
+        magnitudes: as for `kth_largest`; slices may have a step.
+        numel: how many values there are, at least 1.
+        k: from 1 to `numel`.
+    """
+    size = min(max(numel // _SAMPLED, _LEAST_SAMPLE), _MOST_SAMPLE)
     # an odd stride does not walk down a single column of a matrix
-    sample = magnitudes(slice(0, numel, (numel // _SAMPLE) | 1)).sort(descending=True).values
+    sample = np.sort(magnitudes(slice(0, numel, (numel // size) | 1)).cpu().numpy())
     share = k / numel
-    rank = share * sample.numel()
+    rank = share * sample.size
     slack = 4 * math.sqrt(rank * (1 - share)) + 4
-    first = max(0, math.floor(rank - slack))
-    last = min(sample.numel() - 1, math.ceil(rank + slack))
-    return sorted(set(sample[first : last + 1].tolist()))
+    first = max(0, math.floor(sample.size - 1 - rank - slack))
+    last = min(sample.size - 1, math.ceil(sample.size - 1 - rank + slack))
+    found: list[float] = np.unique(sample[first : last + 1]).tolist()
+    return found
 
 
 def _among(
@@ -87,27 +104,21 @@ def _among(
     for part in chunks(numel):
         chunk = magnitudes(part)
         for index, value in enumerate(values):
-            above[index] += _count(chunk, value, np.greater)
-            equal[index] += _count(chunk, value, np.equal)
+            above[index] += int(np.count_nonzero(compare(chunk, value, np.greater)))
+            equal[index] += int(np.count_nonzero(compare(chunk, value, np.equal)))
     for value, larger, ties in zip(values, above, equal, strict=True):
         if larger < k <= larger + ties:
             return value, larger
     return None
 
 
-def _count(values: Tensor, value: float, compare: np.ufunc) -> int:
-    """How many values compare so; in numpy, which is faster than torch at this on a CPU."""
-    matches = compare(values.cpu().numpy(), np.float32(value))
-    return int(np.count_nonzero(matches))
-
-
 def _split(values: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """How many values are above `high`, and those from `low` to `high`; in numpy on a CPU, for speed."""
     if values.device.type != "cpu":
         return int((values > high).sum()), values[(values >= low) & (values <= high)]
-    array = values.numpy()
-    between = array[((array >= low) & (array <= high)).nonzero()[0]]
-    return int(np.count_nonzero(array > high)), torch.from_numpy(between)
+    array, larger = values.numpy(), compare(values, high, np.greater)
+    between = array[(compare(values, low, np.greater_equal) ^ larger).nonzero()[0]]
+    return int(np.count_nonzero(larger)), torch.from_numpy(between)
 
 
 def _kth_largest_of(values: Tensor, k: int) -> tuple[float, int]:

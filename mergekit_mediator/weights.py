@@ -1,5 +1,8 @@
 """The models of a merge: their configurations, headers and tensors, through mergekit's loaders."""
 
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -9,11 +12,13 @@ from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_c
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
-from mergekit.io.tasks import LoaderCache
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.tasks import GatherTensors, LoaderCache
 from mergekit.merge import _model_out_config
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_mediator.config import MediatorConfig
@@ -32,6 +37,8 @@ _UNREADABLE = (
     UnpicklingError,
     SafetensorError,
 )
+# Of mapped files, so much may be in memory before they are closed and opened anew.
+_MAPPED_BYTES = 1 << 28
 Headers = dict[ModelReference, dict[str, TensorHeader]]
 
 
@@ -60,6 +67,10 @@ class Inputs:
         self.tokenizer: TokenizerInfo | None = None
         self._tokenizer_task: BuildTokenizer | None = None
         self._headers: Headers = {}
+        self._mapping, self._aligning = threading.Lock(), threading.Lock()
+        self._mapped = 0
+        self._written: list[LazyTensorLoader] = []
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def open(self) -> None:
         """Open all models with mergekit's loaders, which download and merge adapters as needed.
@@ -106,9 +117,11 @@ class Inputs:
             LoaderCache().loaders[model] = _HeaderLoader(headers[model])
 
     def close(self) -> None:
-        """Let go of the models' files."""
+        """Let go of the models' files, and of what was aligned."""
         for model in self.models:
             LoaderCache().loaders.pop(model, None)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def weights(self) -> list[PlannedWeight]:
         """All weights, in the model's order, checked against the headers.
@@ -136,26 +149,71 @@ class Inputs:
             self._check_shapes(weight)
         return planner.planned
 
-    def load(self, weight: PlannedWeight) -> tuple[Tensor, list[Tensor]]:
-        """The tensor of the base and those of all experts, in order, aligned to one vocabulary.
+    def load(
+        self, weight: PlannedWeight, model: ModelReference, like: Tensor | None = None
+    ) -> Tensor:
+        """One model's tensor, aligned to one vocabulary. Safe to call from several threads.
+
+        Args:
+            weight: which one.
+            model: whose.
+            like: the base's, whose shape it must have.
 
         Raises:
-            InputError: it cannot be read, or some models lack it.
+            InputError: it cannot be read, the model lacks it, or it is of another shape.
         """
         try:
-            tensors = self._run(weight.inputs)
+            tensor = self._load(weight, model)
         except _UNREADABLE as error:
             raise InputError(f"{weight.info.name}: cannot be read: {first_line(error)}") from error
-        for model in self.models:
-            if tensors.get(model) is None:
-                raise InputError(
-                    f"{weight.info.name}: missing from {model}, but not from the others"
-                )
-        base, experts = tensors[self.base], [tensors[model] for model in self.experts]
-        for model, tensor in zip(self.experts, experts, strict=True):
-            if tensor.shape != base.shape:
-                raise _shape_error(weight.info, model, tuple(tensor.shape), tuple(base.shape))
-        return base, experts
+        if tensor is None:
+            raise InputError(f"{weight.info.name}: missing from {model}, but not from the others")
+        if like is not None and tensor.shape != like.shape:
+            raise _shape_error(weight.info, model, tuple(tensor.shape), tuple(like.shape))
+        return tensor
+
+    def _load(self, weight: PlannedWeight, model: ModelReference) -> Tensor | None:
+        if not isinstance(weight.inputs, GatherTensors):
+            return self._load_aligned(weight, model)
+        info = weight.names[model]
+        tensor: Tensor | None = self._run(weight.inputs.arguments()[f"{model}:{info.name}"])
+        if tensor is not None:
+            self._note_mapped(tensor)
+        return tensor
+
+    def _note_mapped(self, tensor: Tensor) -> None:
+        """A mapped file stays in memory as far as it was read, until it is closed."""
+        with self._mapping:
+            self._mapped += tensor.nbytes
+            if self._mapped > _MAPPED_BYTES:
+                self._mapped = 0
+                for loader in (*LoaderCache().loaders.values(), *self._written):
+                    if loader.index.is_safetensors:
+                        loader.flush()
+
+    def _load_aligned(self, weight: PlannedWeight, model: ModelReference) -> Tensor | None:
+        """mergekit aligns the vocabularies of all models at once: done once, and kept on disk."""
+        with self._aligning:
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory()
+            path = Path(self._scratch.name, f"{weight.info.name}.safetensors")
+            if not path.exists():
+                tensors = {str(m): t.contiguous() for m, t in self._run(weight.inputs).items()}
+                save_file(tensors, path)
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(str(model)) if str(model) in file.keys() else None  # noqa: SIM118
+
+    def reader(self, directory: Path) -> Callable[[str], Tensor]:
+        """Gives the weights of a checkpoint that was written here, by name. Safe to call from several threads."""
+        loader = LazyTensorLoader.from_disk(str(directory))
+        self._written.append(loader)
+
+        def read(name: str) -> Tensor:
+            tensor: Tensor = loader.get_tensor(name)
+            self._note_mapped(tensor)
+            return tensor
+
+        return read
 
     def build_tokenizer(self) -> TokenizerInfo | None:
         """The tokenizer that the configuration asks for, or None if it asks for none."""
@@ -165,9 +223,11 @@ class Inputs:
         """A weight's header in one model; None where a checkpoint has no safetensors header."""
         return _find(weight.names[model], self._headers.get(model, {}))
 
-    def input_bytes(self, weight: PlannedWeight) -> int:
-        """The bytes that one weight takes in all models together."""
-        found = (self.header(weight, model) for model in self.models)
+    def input_bytes(
+        self, weight: PlannedWeight, models: Sequence[ModelReference] | None = None
+    ) -> int:
+        """The bytes that one weight takes in some models together, or in all of them."""
+        found = (self.header(weight, m) for m in (self.models if models is None else models))
         return sum(header.bytes for header in found if header)
 
     @property

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_mediator import MediatorModel, merge
 from mergekit_mediator.artifact import read_manifest
 from mergekit_mediator.expert_file import ExpertWriter
-from mergekit_mediator.passes import Passes
+from mergekit_mediator.weights import Inputs
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_unknown_and_contradictory_parameters(family, refused, settings, parts):
 def test_wrong_parameters_are_refused_before_any_weight_is_read(
     family, refused, monkeypatch, settings
 ):
-    monkeypatch.delattr(Passes, "read")
+    monkeypatch.delattr(Inputs, "load")
     assert next(iter(settings)) in refused(family.config(**settings))
 
 
@@ -325,13 +325,13 @@ def test_an_output_directory_that_holds_a_model(family, mergekit_yaml, merged, t
 def test_a_disk_that_is_too_small_is_noticed_before_weights_are_read(family, refused, monkeypatch):
     usage = type(shutil.disk_usage("/"))(10**9, 10**9 - 100, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(Passes, "read", None)
+    monkeypatch.setattr(Inputs, "load", None)
     message = refused(family.config())
     assert "disk full" in message
     assert "100 free" in message
 
 
-@pytest.mark.parametrize("place", ["write", "close"])
+@pytest.mark.parametrize("place", ["append", "close"])
 def test_a_disk_that_fills_up_while_experts_are_written(family, refused, monkeypatch, place):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -133,7 +133,7 @@ def test_a_tensor_of_many_chunks_is_measured_like_one_of_a_single_chunk(monkeypa
     base = torch.randn(40, 50, generator=generator).to(dtype)
     experts = [(base + torch.randn(40, 50, generator=generator) * 0.1).to(dtype) for _ in range(3)]
     whole = measure(base, experts, 0.2)
-    monkeypatch.setattr(threshold, "CHUNK", 77)
+    monkeypatch.setattr(threshold, "CHUNK", 72)
     parts = measure(base, experts, 0.2)
     assert (parts.shared, parts.opposed) == (whole.shared, whole.opposed)
     for metric in METRICS:

@@ -1,5 +1,8 @@
+import functools
+import threading
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import pico
 import pytest
@@ -124,46 +127,82 @@ def test_quantised_experts_come_close(family, merged, read):
             )
 
 
-def test_no_weight_of_any_model_is_read_more_than_twice(family, merged, monkeypatch):
-    reads = Counter()
+def reads_by_model(family, merged, monkeypatch, name, **settings):
+    """How often each tensor of each model is read, by the model's directory."""
+    reads = {}
     stock = LazyTensorLoader.get_tensor
 
     def counting(self, key, *args, **kwargs):
-        reads[self.index.base_path, key] += 1
+        reads.setdefault(Path(self.index.base_path).name, Counter())[key] += 1
         return stock(self, key, *args, **kwargs)
 
-    monkeypatch.setattr(LazyTensorLoader, "get_tensor", counting)
-    merged(family.config())
-    assert len({model for model, _ in reads}) == 4
-    assert set(reads.values()) == {2}
-    reads.clear()
-    merged(family.config(route="all"), name="second")
-    assert set(reads.values()) == {1}
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyTensorLoader, "get_tensor", counting)
+        merged(family.config(**settings), name=name)
+    return {model: reads[model] for model in ("base", *family.experts)}
 
 
-def most_inputs_at_once(family, out, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"route": "all"},
+        {"route": "all", "bits": 4.0},
+        {"lambda": 0.5, "reference": "base"},
+        {"lambda": 0.5, "tokenizer": {"source": "base"}},
+    ],
+    ids=str,
+)
+def test_no_weight_of_any_model_is_read_more_than_twice(family, merged, monkeypatch, settings):
+    for reads in reads_by_model(family, merged, monkeypatch, "out", **settings).values():
+        assert set(reads.values()) <= {1, 2}
+
+
+def test_only_what_is_stored_is_read_a_second_time(family, merged, monkeypatch):
+    reads = reads_by_model(family, merged, monkeypatch, "out", **ONE_LAYER)
+    assert set(reads.pop("base").values()) == {1}
+    for counts in reads.values():
+        assert {key for key, times in counts.items() if times == 2} == {
+            key for key in counts if ".layers.1." in key
+        }
+
+
+def most_inputs_at_once(family, out, monkeypatch, **settings):
     """The largest number of the inputs' tensors that are in memory when another one is loaded."""
-    alive, most = set(), 0
+    alive, most, lock = set(), 0, threading.Lock()
     stock = Inputs.load
 
-    def watching(self, weight):
+    def watching(self, *args):
         nonlocal most
-        base, experts = stock(self, weight)
-        alive.update(weakref.ref(tensor, alive.discard) for tensor in (base, *experts))
-        most = max(most, len(alive))
-        return base, experts
+        tensor = stock(self, *args)
+        with lock:
+            alive.add(weakref.ref(tensor, alive.discard))
+            most = max(most, len(alive))
+        return tensor
 
+    config = family.config(route="all", density=0.5, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(Inputs, "load", watching)
-        run(MergeConfiguration.model_validate(family.config()), str(out), MergeOptions(quiet=True))
+        run(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True))
     return most
 
 
 def test_the_inputs_in_memory_do_not_depend_on_the_number_of_layers(make, tmp_path, monkeypatch):
     few, many = make(), make(lambda: pico.llama(num_hidden_layers=9))
     most = most_inputs_at_once(few, tmp_path / "few", monkeypatch)
-    assert 0 < most <= 3 * 4
+    assert most == 2  # the base and one expert, on one worker
     assert most_inputs_at_once(many, tmp_path / "many", monkeypatch) == most
+
+
+@pytest.mark.parametrize("settings", [{}, {"values": "int4"}, {"conflict": "sign"}], ids=str)
+def test_the_inputs_in_memory_do_not_depend_on_the_number_of_experts(
+    make, tmp_path, monkeypatch, settings
+):
+    wide = functools.partial(pico.llama, num_hidden_layers=1, vocab_size=4096)
+    names = [f"e{i}" for i in range(32)]
+    few, many = make(wide, experts=tuple(names[:4])), make(wide, experts=tuple(names))
+    most = most_inputs_at_once(few, tmp_path / "few", monkeypatch, **settings)
+    assert most_inputs_at_once(many, tmp_path / "many", monkeypatch, **settings) == most == 2
 
 
 def test_adapters_are_merged_into_their_base(family, merged, tmp_path):

@@ -37,7 +37,7 @@ def test_the_stock_command_knows_the_method(family, tmp_path):
     config = write(family.config(route="all"), tmp_path / "config.yml")
     result = run([*CONSOLE, config, str(tmp_path / "out")])
     assert result.returncode == 0, result.stderr
-    assert "merge and write" in result.stderr
+    assert "measure and average" in result.stderr
     MediatorModel.from_pretrained(tmp_path / "out")
 
 
