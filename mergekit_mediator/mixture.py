@@ -42,7 +42,7 @@ class Mixer:
         Args:
             model: holding the dense expert.
             experts: the stored experts.
-            layers: the routed weights of each layer, which are brought to a device together; each
+            layers: the weights of each routed layer, which are brought to a device together; each
                 weight alone unless given.
 
         Raises:
@@ -56,7 +56,8 @@ class Mixer:
             for name, stored in file.weights.items():
                 self._shapes[name] = stored.shape
                 self._changing.setdefault(name, []).append((expert, bool(stored.share)))
-        self._layers = list(layers or ([name] for name in self._shapes))
+        layers = layers or [[name] for name in self._shapes]
+        self._layers = [[name for name in layer if name in self._shapes] for layer in layers]
         self.lock = RLock()
         self.rows: tuple[Mixture, ...] | None = None
         self._owner: int | None = None

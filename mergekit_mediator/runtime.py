@@ -16,39 +16,28 @@ from mergekit_mediator.batches import Batches, pad_left
 from mergekit_mediator.contexts import Contexts, RouteOn, without_padding
 from mergekit_mediator.errors import MixtureError, RoutingError
 from mergekit_mediator.loading import DenseCheckpoint, load_tokenizer, local_directory
-from mergekit_mediator.mixture import Mixer, Mixture
+from mergekit_mediator.mixture import Mixer
+from mergekit_mediator.requests import Named, Requests, Settings
 from mergekit_mediator.residency import Experts, Residency
 from mergekit_mediator.routed import route_calls
-from mergekit_mediator.router import OodAction, Policy, RoutingDecision, apply_policy
+from mergekit_mediator.router import RoutingDecision
 from mergekit_mediator.routers import Router, Routers, pad_token
 from mergekit_mediator.serving import Apply, Serving
 
 _QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
-# An expert's name, `dense`, or weights by expert.
-Named = str | Mapping[str, float]
 
-
-class MediatorModel:
+class MediatorModel(Settings):
     """A dense expert, its sparse experts, and a router.
 
-    Threads may share it: one request runs at a time, with its own mixture, and the others wait.
+    Threads may share it: one request runs at a time, with its own mixture, and the others wait. How
+    requests are answered is set by the attributes of `requests.Settings`.
 
     Attributes:
         model: the transformers model, routed: `model.model(...)` and `model.model.generate(...)` are
             `forward` and `generate` below; inside `mixture` they are the model's own.
         tokenizer: of the artifact, or None if it has none.
         manifest: of the artifact.
-        policy: how probabilities become a mixture; see `router.apply_policy`.
-        entropy_threshold: of the policy `auto`, as a fraction of log(number of experts); None is the
-            calibrated one, or 0.5 without calibration.
-        ood_threshold: requests beyond it count as out of distribution; None is the calibrated one.
-        fallback: what answers a request that is out of distribution or has no text to route by: an
-            expert's name or `dense`; None blends the former and refuses the latter.
-        route_on: what routing looks at: the whole `prompt`, or the `last_user` turn of a chat.
-        apply: how a batch whose rows need different mixtures is run: `rows`, all at once (see
-            `rows`), `merge`, the rows of each mixture together, or `auto`: `rows` where the model's
-            layers allow it.
     """
 
     def __init__(
@@ -61,20 +50,16 @@ class MediatorModel:
         expert_budget: int | None = None,
     ) -> None:
         """Use `from_pretrained`."""
+        super().__init__()
         self.root, self.manifest, self.model, self.tokenizer = root, manifest, model, tokenizer
-        self.policy: Policy = "auto"
-        self.entropy_threshold: float | None = None
-        self.ood_threshold: float | None = None
-        self.fallback: str | None = None
-        self.route_on: RouteOn = "prompt"
-        self.apply: Apply = "auto"
         files = {entry.name: artifact.open_expert(root, entry) for entry in manifest.experts}
         experts = Experts(files, DenseCheckpoint(root).weight, residency, expert_budget)
-        self._mixer = Mixer(model, experts)
+        self._mixer = Mixer(model, experts, [layer.weights for layer in manifest.routed_layers])
         self._contexts = Contexts(tokenizer)
         self._batches = Batches(root, model, tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
-        self._routers = Routers(root, model, self._serving.forward, self._mixer, self._contexts)
+        routers = Routers(root, model, self._serving.forward, self._mixer, self._contexts)
+        self._requests = Requests(self, self._mixer, routers, self._contexts)
 
     @classmethod
     def from_pretrained(
@@ -163,7 +148,7 @@ class MediatorModel:
         """A key for caches of what is computed with a mixture, or with one for each row of a batch:
         32 hexadecimal digits that differ between artifacts and between mixtures."""
         rows = [mixture] if isinstance(mixture, str | Mapping) else mixture
-        return caches.digest(self._identity, tuple(self._named(row) for row in rows))
+        return caches.digest(self._identity, tuple(self._requests.named(row) for row in rows))
 
     def route(
         self,
@@ -193,23 +178,12 @@ class MediatorModel:
             MixtureError: a mixture is in place.
         """
         ids, mask = self._batches.tokens(prompts, attention_mask)
-        return self._decide(ids, mask, router, temperature, route_on)
+        return self._requests.decide(ids, mask, router, temperature, route_on)
 
     def mixtures(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
         """The mixtures that a decision leads to, `[batch, n_experts]` float32, by the policy,
         thresholds and fallback of this model."""
-        entropy, ood = self._routers.thresholds(router)
-        action: OodAction = "blend"
-        if self.fallback is not None:
-            action = "dense" if self.fallback == "dense" else "fallback"
-        return apply_policy(
-            decision,
-            self.policy,
-            self.entropy_threshold if self.entropy_threshold is not None else entropy or 0.5,
-            ood_threshold=self.ood_threshold if self.ood_threshold is not None else ood,
-            ood_action=action,
-            fallback=self.fallback,
-        )
+        return self._requests.weights(decision, router)
 
     @torch.no_grad()
     def generate(
@@ -254,7 +228,7 @@ class MediatorModel:
             ids, mask = self._batches.tokens(ids, attention_mask)
             if not caches.is_filled(cache):
                 ids, mask = pad_left(ids, mask)
-            rows = self._mixtures(ids, mask, mixture, cache, route_on)
+            rows = self._requests.mixtures(ids, mask, mixture, cache, route_on)
             if kwargs.get("streamer") is not None and len(ids) > 1:
                 raise MixtureError(f"a streamer takes one row at a time, got {len(ids)}")
             given = {"inputs": ids, "attention_mask": mask, **kwargs}
@@ -303,7 +277,7 @@ class MediatorModel:
                     attention_mask = without_padding(input_ids, {0, pad_token(self.model)})
                 ids, mask = self._batches.tokens(input_ids, attention_mask)
                 context = self._contexts.before_answer(ids, mask, labels)
-            rows = self._mixtures(input_ids, context, mixture, cache, route_on)
+            rows = self._requests.mixtures(input_ids, context, mixture, cache, route_on)
             return self._serving.run(rows, apply or self.apply, given)
 
     __call__ = forward
@@ -315,78 +289,6 @@ class MediatorModel:
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask `[batch, length]` of rows of any lengths, padded on the left."""
         return self._batches.pad(rows)
-
-    def _decide(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        router: Router | None = None,
-        temperature: float | None = None,
-        route_on: RouteOn | None = None,
-    ) -> RoutingDecision:
-        if not bool(mask.any(dim=1).all()):
-            raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
-        if self._mixer.inside:
-            raise MixtureError("routing needs the dense expert: leave the mixture first")
-        counted = self._contexts.counted(ids, mask, route_on or self.route_on)
-        with self._mixer.lock:
-            return self._routers.decide(ids, mask, counted, router, temperature)
-
-    def _mixtures(
-        self,
-        ids: Tensor,
-        context: Tensor,
-        wanted: Named | Sequence[Named | None] | None,
-        cache: Any,
-        route_on: RouteOn | None,
-    ) -> tuple[Mixture, ...]:
-        """The mixture of each row: as its cache has it, as it is named, or as it is routed.
-
-        Args:
-            ids: `[batch, length]`; not looked at where nothing has to be routed.
-            context: `[batch, length]`, 1 for the tokens to route by.
-        """
-        batch = len(context)
-        named: list[Mixture | None] = [None] * batch
-        if wanted is not None:
-            each = [wanted] * batch if isinstance(wanted, str | Mapping) else list(wanted)
-            if len(each) != batch:
-                raise MixtureError(f"mixture: {batch} rows, but {len(each)} mixtures are given")
-            named = [None if name is None else self._named(name) for name in each]
-        if caches.is_filled(cache):
-            known = caches.rows_of(cache)
-            known = known * batch if len(known) == 1 else known
-            found = tuple(n if n is not None else k for n, k in zip(named, known, strict=False))
-            caches.check(cache, caches.joined(found))
-            return found
-        if self.fallback is not None:
-            empty = self._named(self.fallback)
-            lacking = (~context.bool().any(dim=1)).tolist()
-            named = [
-                empty if lacks and name is None else name
-                for lacks, name in zip(lacking, named, strict=True)
-            ]
-        asked = [row for row, name in enumerate(named) if name is None]
-        if asked:
-            if ids is None:
-                raise RoutingError("inputs_embeds cannot be routed: give input_ids, or a mixture")
-            decision = self._decide(ids[asked], context[asked], route_on=route_on)
-            for row, values in zip(asked, self.mixtures(decision).tolist(), strict=True):
-                named[row] = tuple(
-                    (name, p) for name, p in zip(self.experts, values, strict=True) if p > 0
-                )
-        return tuple(name for name in named if name is not None)
-
-    def _named(self, mixture: Named) -> Mixture:
-        """A mixture from an expert's name, `dense` or weights.
-
-        Raises:
-            MixtureError: see `mixture.Mixer.mixture`.
-        """
-        if isinstance(mixture, str):
-            is_dense = mixture == "dense" and "dense" not in self.experts
-            mixture = {} if is_dense else {mixture: 1.0}
-        return self._mixer.check(mixture)
 
     @cached_property
     def _identity(self) -> str:

@@ -17,7 +17,7 @@ TENSORS_ONLY = {
 }
 MERGING = {"plugin", "config", "planner", "weights", "passes", "storing", "checkpoint", "merge"}
 MERGING |= {"estimate", "cli_merge", "demo", "dense_writer", "rivals"}
-SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving"}
+SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
 
 
 def imports(module, at_import_only=False):

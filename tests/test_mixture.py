@@ -41,7 +41,7 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("experts")
     for seed, name in enumerate(NAMES):
         generator = torch.Generator().manual_seed(seed)
-        writer = ExpertWriter(root / f"{name}.safetensors", name, list(dense))
+        writer = ExpertWriter(root / f"{name}.safetensors", name)
         for weight, value in dense.items():
             change = 0.1 * torch.randn(value.shape, generator=generator)
             expert = (value.float() + change).to(value.dtype)
@@ -168,7 +168,10 @@ def test_layers_that_are_read_ahead_are_put_in_place_alike(files, mixer, monkeyp
     resident_model, resident = mixer
     model, _ = make_mixer(files)
     dense = {name: weight.clone() for name, weight in model.state_dict().items()}
-    before, layers = bits(model), (["one.weight"], ["two.weight", "two.bias"])
+    before, layers = (
+        bits(model),
+        (["one.weight", "a norm that none changes"], ["two.weight", "two.bias"]),
+    )
     other = Mixer(model, Experts(files, dense.__getitem__, "cpu"), layers)
     monkeypatch.setattr(Mixer, "_on_cpu", False)  # as on CUDA, but for the streams
     for weights in ({"a": 1.0}, {"b": 0.4, "c": 0.6}):

@@ -45,7 +45,7 @@ def out(make, tmp_path_factory):
 @pytest.mark.parametrize("library", [torchao_config, bitsandbytes_config, quanto_config])
 def test_a_quantised_model_is_refused_with_the_reason(out, library, bits):
     config = library(bits)
-    with pytest.raises(MixtureError, match="quantization_config: .* load the model in bfloat16"):
+    with pytest.raises(MixtureError, match=r"quantization_config: .* load the model in bfloat16"):
         MediatorModel.from_pretrained(out, quantization_config=config)
     dense = AutoModelForCausalLM.from_pretrained(
         out, quantization_config=config, dtype=torch.bfloat16
@@ -57,5 +57,5 @@ def test_a_quantised_model_is_refused_with_the_reason(out, library, bits):
 
 
 def test_remote_code_refuses_quantization_too(out):
-    with pytest.raises(MixtureError, match="load_in_8bit: .* leave it out"):
+    with pytest.raises(MixtureError, match=r"load_in_8bit: .* leave it out"):
         AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, load_in_8bit=True)

@@ -52,7 +52,7 @@ def batch():
 
 def by_hand(model, row, mask, mixture, **kwargs):
     """One row alone, by the model's own generate inside a mixture."""
-    weights = model._named(mixture)
+    weights = model._requests.named(mixture)
     ids = row[mask.bool()][None]
     with torch.no_grad(), model.mixture(dict(weights)) as mixed:
         return mixed.generate(ids, **{**GREEDY, **kwargs})[:, ids.shape[1] :]
@@ -253,7 +253,7 @@ def test_a_fallback_answers_what_cannot_be_routed(model, batch):
     with pytest.raises(RoutingError, match="an empty prompt cannot be routed"):
         model.forward(ids, mask)
     model.fallback = "chat"
-    rows = model._mixtures(ids, mask, None, None, None)
+    rows = model._requests.mixtures(ids, mask, None, None, None)
     assert rows[1] == (("chat", 1.0),)
     model.ood_threshold = -1e9
     assert model.mixtures(model.route(*batch)).tolist() == [[0, 0, 1]] * 5

@@ -1,0 +1,156 @@
+"""Which mixture each row of a batch gets: as its cache has it, as it is named, or as it is routed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergekit_mediator import caches
+from mergekit_mediator.contexts import Contexts, RouteOn
+from mergekit_mediator.errors import MixtureError, RoutingError
+from mergekit_mediator.mixture import Mixer, Mixture
+from mergekit_mediator.router import OodAction, Policy, RoutingDecision, apply_policy
+from mergekit_mediator.routers import Router, Routers
+from mergekit_mediator.serving import Apply
+
+# An expert's name, `dense`, or weights by expert.
+Named = str | Mapping[str, float]
+
+
+@dataclass(eq=False)
+class Settings:
+    """How requests are answered; may be changed between them.
+
+    Attributes:
+        policy: how probabilities become a mixture; see `router.apply_policy`.
+        entropy_threshold: of the policy `auto`, as a fraction of log(number of experts); None is the
+            calibrated one, or 0.5 without calibration.
+        ood_threshold: requests beyond it count as out of distribution; None is the calibrated one.
+        fallback: what answers a request that is out of distribution or has no text to route by: an
+            expert's name or `dense`; None blends the former and refuses the latter.
+        route_on: what routing looks at: the whole `prompt`, or the `last_user` turn of a chat.
+        apply: `merge` puts a mixture into the weights, and rows that need different ones are run one
+            mixture after the other; `rows` gives every row its own without touching the weights (see
+            `rows`); `auto` is `rows` for rows that differ, where the model's layers allow it, and
+            where experts are factors alone and few tokens are computed; else `merge`.
+    """
+
+    policy: Policy = "auto"
+    entropy_threshold: float | None = None
+    ood_threshold: float | None = None
+    fallback: str | None = None
+    route_on: RouteOn = "prompt"
+    apply: Apply = "auto"
+
+
+class Requests:
+    """Finds the mixtures of requests."""
+
+    def __init__(
+        self, settings: Settings, mixer: Mixer, routers: Routers, contexts: Contexts
+    ) -> None:
+        self._settings, self._mixer = settings, mixer
+        self._routers, self._contexts = routers, contexts
+
+    def decide(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        router: Router | None = None,
+        temperature: float | None = None,
+        route_on: RouteOn | None = None,
+    ) -> RoutingDecision:
+        """Which experts each row `[batch, length]` needs; see `MediatorModel.route`.
+
+        Raises:
+            RoutingError: a row without any text.
+            MixtureError: a mixture is in place.
+        """
+        if not bool(mask.any(dim=1).all()):
+            raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
+        if self._mixer.inside:
+            raise MixtureError("routing needs the dense expert: leave the mixture first")
+        counted = self._contexts.counted(ids, mask, route_on or self._settings.route_on)
+        with self._mixer.lock:
+            return self._routers.decide(ids, mask, counted, router, temperature)
+
+    def weights(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
+        """The mixtures that a decision leads to, `[batch, n_experts]` float32."""
+        own = self._settings
+        entropy, ood = self._routers.thresholds(router)
+        action: OodAction = "blend"
+        if own.fallback is not None:
+            action = "dense" if own.fallback == "dense" else "fallback"
+        return apply_policy(
+            decision,
+            own.policy,
+            own.entropy_threshold if own.entropy_threshold is not None else entropy or 0.5,
+            ood_threshold=own.ood_threshold if own.ood_threshold is not None else ood,
+            ood_action=action,
+            fallback=own.fallback,
+        )
+
+    def named(self, mixture: Named) -> Mixture:
+        """A mixture from an expert's name, `dense` or weights.
+
+        Raises:
+            MixtureError: see `mixture.Mixer.mixture`.
+        """
+        if isinstance(mixture, str):
+            is_dense = mixture == "dense" and "dense" not in self._mixer.experts.files
+            mixture = {} if is_dense else {mixture: 1.0}
+        return self._mixer.check(mixture)
+
+    def mixtures(
+        self,
+        ids: Tensor | None,
+        context: Tensor,
+        wanted: Named | Sequence[Named | None] | None,
+        cache: object,
+        route_on: RouteOn | None,
+    ) -> tuple[Mixture, ...]:
+        """The mixture of each row.
+
+        Args:
+            ids: `[batch, length]`; not looked at where nothing has to be routed.
+            context: `[batch, length]`, 1 for the tokens to route by.
+            wanted: one for all rows or one for each; None in the place of a row routes it.
+            cache: `past_key_values`, or None.
+            route_on: instead of the setting.
+
+        Raises:
+            MixtureError: an unknown expert, another number of mixtures than rows, or a cache that was
+                filled under another mixture than is wanted.
+            RoutingError: a row that must be routed and cannot be.
+        """
+        batch = len(context)
+        rows: list[Mixture | None] = [None] * batch
+        if wanted is not None:
+            each = [wanted] * batch if isinstance(wanted, str | Mapping) else list(wanted)
+            if len(each) != batch:
+                raise MixtureError(f"mixture: {batch} rows, but {len(each)} mixtures are given")
+            rows = [None if name is None else self.named(name) for name in each]
+        if caches.is_filled(cache):
+            known = caches.rows_of(cache)
+            known = known * batch if len(known) == 1 else known
+            found = tuple(r if r is not None else k for r, k in zip(rows, known, strict=False))
+            caches.check(cache, caches.joined(found))
+            return found
+        if self._settings.fallback is not None:
+            fallback = self.named(self._settings.fallback)
+            empty = (~context.bool().any(dim=1)).tolist()
+            rows = [
+                fallback if is_empty and row is None else row
+                for is_empty, row in zip(empty, rows, strict=True)
+            ]
+        asked = [place for place, row in enumerate(rows) if row is None]
+        if asked:
+            if ids is None:
+                raise RoutingError("inputs_embeds cannot be routed: give input_ids, or a mixture")
+            decision = self.decide(ids[asked], context[asked], route_on=route_on)
+            experts = self._mixer.experts.files
+            for place, values in zip(asked, self.weights(decision).tolist(), strict=True):
+                rows[place] = tuple(
+                    (name, p) for name, p in zip(experts, values, strict=True) if p > 0
+                )
+        return tuple(row for row in rows if row is not None)
