@@ -54,13 +54,23 @@ def routing_accuracy(routing: Mapping[str, Routing]) -> float:
 
 
 def mediator_systems(
-    model: MediatorModel, scorer: Scorer, tasks: Tasks, routing: Mapping[str, Routing]
+    model: MediatorModel,
+    scorer: Scorer,
+    tasks: Tasks,
+    routing: Mapping[str, Routing] | None = None,
 ) -> list[SystemResult]:
     """An artifact without experts, with each task's own, and routed; the figures are ratios to the base.
+
+    Args:
+        model: the artifact.
+        scorer: of everything.
+        tasks: by the name of the expert that they belong to.
+        routing: of the artifact on the tasks, if it is known.
 
     Raises:
         MediatorError: see `Scorer.score`.
     """
+    routing = routing if routing is not None else route(model, tasks)
     base = base_bytes(model)
     dense = sum(p.numel() * p.element_size() for p in model.model.parameters())
     for name in model.experts:

@@ -1,0 +1,143 @@
+"""What does each part of the method do?
+
+    python tests/benchmarks/train_experts.py --family strong4 --out experts
+    python tests/benchmarks/ablations.py --family strong4 --experts experts
+
+One table on the same prompts, each task with its own expert unless a row says otherwise: Mediator within
+a budget, the same without one part at a time, selections of layers by each metric with their controls,
+and each way of storing. Scores and merges in the work folder are used again. Writes
+results/ablations.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from bench import artifact, source, tasks_of
+from train_experts import FAMILIES, REPORT_SEED
+
+from mergekit_mediator import MediatorModel
+from mergekit_mediator.compare import base_system, expert_systems, mediator_systems
+from mergekit_mediator.results import SystemResult, to_json
+from mergekit_mediator.rivals import Rivals
+from mergekit_mediator.scorer import Scorer, Tasks
+
+BUDGET = {"budget": "1.06x"}
+METRICS = ("sign", "mass", "dispersion")
+RANDOM_CHOICES = 2
+DENSE, OWN, ROUTED = range(3)  # in the order of `mediator_systems`
+# What experts keep of routed layers where layers are compared.
+PLAIN = {"density": 0.1, "values": "exact"}
+STORED: dict[str, dict[str, Any]] = {
+    "exact, density 0.1": {"density": 0.1, "values": "exact"},
+    "exact, density 1 (without sparsity)": {"density": 1.0, "values": "exact"},
+    "int8, density 0.1": {"density": 0.1, "values": "int8"},
+    "int4, density 0.1": {"density": 0.1, "values": "int4"},
+    "sign, density 1": {"density": 1.0, "values": "sign"},
+    "bits: 0.1": {"bits": 0.1},
+    "bits: 0.5": {"bits": 0.5},
+}
+
+
+class Ablations:
+    """Rows of the table, scored as they are asked for."""
+
+    def __init__(self, made: Rivals, scorer: Scorer, tasks: Tasks) -> None:
+        self.made, self.scorer, self.tasks = made, scorer, tasks
+        self.results: list[SystemResult] = [
+            base_system(scorer, tasks, made.base),
+            *expert_systems(scorer, tasks, made.experts, each=False),
+        ]
+
+    def add(self, part: str, name: str, parameters: dict[str, Any]) -> None:
+        """One merge, each task with its own expert."""
+        model, _ = artifact(self.made, "-".join(map(str, parameters.values())), parameters)
+        self.add_of(model, part, name, parameters, OWN)
+
+    def add_of(
+        self, model: MediatorModel, part: str, name: str, parameters: dict[str, Any], which: int
+    ) -> None:
+        """An artifact; `which` of its systems."""
+        found = mediator_systems(model, self.scorer, self.tasks)[which]
+        layers = sum(layer.routed for layer in model.manifest.layers)
+        figures = {"part": part, "parameters": parameters, "routed_layers": layers}
+        self.results.append(SystemResult(name, found.scores, {**found.figures, **figures}))
+
+    def parts(self) -> None:
+        """Mediator, and without one part at a time."""
+        model, _ = artifact(self.made, "mediator", BUDGET)
+        part = "parts"
+        self.add_of(model, part, "mediator", BUDGET, ROUTED)
+        self.add_of(model, part, "with the task's own expert", BUDGET, OWN)
+        for policy in ("hard", "soft"):
+            model.policy = policy
+            self.add_of(model, part, f"policy {policy}", BUDGET, ROUTED)
+        self.add_of(model, part, "without routing: the dense expert", BUDGET, DENSE)
+        self.add(part, "without averaging: relative to the base", {**BUDGET, "reference": "base"})
+
+    def layers(self) -> None:
+        """Which layers: as `auto` finds; and a third of the blocks, of most or least conflict or at random.
+
+        Blocks are of one size, so that every third of them costs the same bytes.
+        """
+        for metric in METRICS:
+            parameters = {"route": "auto", "conflict": metric, **PLAIN}
+            self.add("layers", f"route: auto by {metric}", parameters)
+        model, _ = artifact(self.made, "mediator", BUDGET)
+        blocks = {x.name: x.conflict for x in model.manifest.layers if x.name.isdigit()}
+        third = round(len(blocks) / 3)
+        for metric in METRICS:
+            ordered = sorted(blocks, key=lambda name, m=metric: -blocks[name][m])
+            self._explicit(f"{third} blocks of most {metric}", ordered[:third])
+            self._explicit(f"{third} blocks of least {metric}", ordered[-third:])
+        for seed in range(RANDOM_CHOICES):
+            chosen = random.Random(seed).sample(sorted(blocks), third)
+            self._explicit(f"{third} blocks at random, seed {seed}", chosen)
+
+    def _explicit(self, name: str, layers: list[str]) -> None:
+        chosen = ",".join(sorted(layers, key=int))
+        self.add("layers", name, {"routed_layers": chosen, **PLAIN})
+
+    def stored(self) -> None:
+        """All layers routed, each way of storing."""
+        for name, parameters in STORED.items():
+            self.add("stored", name, {"route": "all", **parameters})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What does each part of the method do?")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="strong4")
+    parser.add_argument("--tasks", help="these experts instead, separated by commas")
+    parser.add_argument(
+        "--experts", type=Path, default=Path("experts"), help="train_experts' --out"
+    )
+    parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
+    parser.add_argument("--work", type=Path, help="where merges and scores are kept")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts a task")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    names = args.tasks.split(",") if args.tasks else FAMILIES[args.family]
+    base = args.base or args.experts / "base"
+    folders = {name: args.experts / name for name in names}
+    work = args.work or args.experts / "work" / f"{len(names)}"
+    made = Rivals(str(base), {n: source(base, folder) for n, folder in folders.items()}, work)
+    model, _ = artifact(made, "mediator", BUDGET)
+    scorer = Scorer(model.tokenizer, work / "scores.json")
+    table = Ablations(made, scorer, tasks_of(folders, args.prompts, REPORT_SEED))
+    for fill in (table.parts, table.layers, table.stored):
+        fill()
+        rows = to_json(table.results)
+        path = record.write(
+            "ablations", {"prompts": args.prompts, "rows": rows}, {"report": REPORT_SEED}
+        )
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
