@@ -65,9 +65,9 @@ def of_activations(
     over the layer's linears and norms (diagonal linears); the embedding's are the rows of its
     tokens, and as the tied head it counts too. `output error` sums, over experts, the error of the
     whole layer's output over the squared norm of that output, per token; the first token of a
-    text, whose states are huge, does not count. `last state` asks the whole model, without answers:
-    what part of the error of the state that the first answer token is read from goes when the
-    layer alone is the expert's.
+    text, whose states are huge, does not count. `last state`, of experts that read their own texts,
+    asks the whole model, without answers: what part of the error of the state that the first
+    answer token is read from goes when the layer alone is the expert's.
 
     Args:
         source: the model that reads the texts; None where each expert reads its own.
@@ -87,8 +87,9 @@ def of_activations(
                 states = reader(torch.tensor([ids]), output_hidden_states=True).hidden_states
             for layer, error in _output_errors(states[:-1], average, expert, ids).items():
                 output[layer] += error / tokens
-            for layer, part in _last_state(Patchwork(average, expert), ids).items():
-                last[layer] += part / len(texts[name])
+            if source is None:
+                for layer, part in _last_state(Patchwork(average, expert), ids).items():
+                    last[layer] += part / len(texts[name])
         for weight, total in squares.items():
             delta = (own[weight].float() - averaged[weight].float()).square()
             columns = delta.sum(0) if delta.ndim == 2 else delta
@@ -96,7 +97,8 @@ def of_activations(
         delta = (own["model.embed_tokens.weight"] - averaged["model.embed_tokens.weight"]).float()
         for ids in texts[name]:
             linear["embed"] += float(delta[ids].square().sum()) / tokens
-    return {"linear error": linear, "output error": output, "last state": last}
+    found = {"linear error": linear, "output error": output}
+    return found if source else found | {"last state": last}
 
 
 @contextmanager
