@@ -37,8 +37,10 @@ def route(model: MediatorModel, tasks: Tasks) -> dict[str, Routing]:
     """Route every example by its prompt alone.
 
     Raises:
-        TaskError: a task that is named after no expert.
+        TaskError: a task that is named after no expert, or an artifact without a tokenizer.
     """
+    if model.tokenizer is None:
+        raise TaskError(f"{model.root}: has no tokenizer, without which no task can be read")
     for name in tasks:
         if name not in model.experts:
             raise TaskError(

@@ -87,17 +87,78 @@ def merge_cost() -> str:
     return table(head, rows)
 
 
+def experts(name: str) -> str:
+    """The systems of one comparison, with the picture."""
+    head = ["system", "mean, %", "worst, %", "likelihood regained, %", "bytes / one model"]
+    head += ["memory / one model", "merge, s"]
+    forms = {
+        "normalized_mean": ".1f",
+        "normalized_worst": ".1f",
+        "recovered_mean": ".1f",
+        "total_bytes_over_base": ".3f",
+        "resident_bytes_over_base": ".2f",
+        "merge_seconds": ".0f",
+    }
+    rows = [
+        [system, *("" if row.get(k) is None else format(row[k], f) for k, f in forms.items())]
+        for system, row in load(name)["systems"].items()
+    ]
+    picture = f"![Quality against bytes](tests/benchmarks/results/{name}.png)"
+    return f"{table(head, rows)}\n\n{picture}"
+
+
 def experts_4() -> str:
+    return experts("experts-4")
+
+
+def experts_8() -> str:
+    return experts("experts-8")
+
+
+def ablations() -> str:
     rows = [
         [
             name,
             f"{row['normalized_mean']:.1f}",
             f"{row['normalized_worst']:.1f}",
+            f"{row['recovered_mean']:.1f}",
             f"{row['total_bytes_over_base']:.3f}",
         ]
-        for name, row in load("experts-4")["systems"].items()
+        for name, row in load("ablations")["rows"].items()
     ]
-    return table(["system", "mean, %", "worst, %", "bytes / one model"], rows)
+    head = ["", "mean, %", "worst, %", "likelihood regained, %", "bytes / one model"]
+    return table(head, rows)
+
+
+def scale_memory() -> str:
+    figures = load("scale")["memory"]
+    counts = list(next(iter(figures["merges"].values())))
+    rows = [
+        [
+            f"`{name}`",
+            *(f"{row[n]['peak_anonymous_bytes'] / 1e6:.0f}" for n in counts),
+            *(f"{row[n]['seconds']:.0f}" for n in counts),
+        ]
+        for name, row in figures["merges"].items()
+    ]
+    head = ["", *(f"MB, {n} experts" for n in counts), *(f"s, {n}" for n in counts)]
+    return table(head, rows)
+
+
+def scale() -> str:
+    figures = load("scale")["quality"]
+    rows = []
+    for count, systems in figures.items():
+        if not count.isdigit():
+            continue
+        for name, row in systems.items():
+            cells = [count, name, f"{row['normalized_mean']:.1f}", f"{row['normalized_worst']:.1f}"]
+            cells.append(f"{row['total_bytes_over_base']:.2f}")
+            cells.append("" if "merge_seconds" not in row else f"{row['merge_seconds']:.1f}")
+            right = row.get("routing_accuracy")
+            rows.append([*cells, "" if right is None else f"{100 * right:.1f}"])
+    head = ["experts", "system", "mean, %", "worst, %", "bytes / one model", "merge, s"]
+    return table([*head, "routed right, %"], rows)
 
 
 def runtime() -> str:
