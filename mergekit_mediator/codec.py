@@ -35,7 +35,7 @@ def encode_bytes(sparse: SparseTensor, dense: Tensor | None = None) -> tuple[Ten
         dense: the dense expert's weight, of the same shape and dtype. With it, exact values take about
             half the bytes, and reading them takes the same weight.
     """
-    positions, numel = sparse.positions.to(torch.int64), math.prod(sparse.shape)
+    positions, numel = sparse.positions, math.prod(sparse.shape)
     exact, relative = sparse.values == "exact", sparse.values == "exact" and dense is not None
     d = Description(
         shape=sparse.shape,
@@ -50,13 +50,15 @@ def encode_bytes(sparse: SparseTensor, dense: Tensor | None = None) -> tuple[Ten
         check=_checksum(sparse.codes, sparse.factors),
     )
     codes = to_ordered(sparse.codes) if exact else sparse.codes
-    if relative:
-        codes = codes - to_ordered(_kept(dense, positions))
+    kept = _kept(dense, positions) if relative else None
+    if kept is not None:
+        codes = codes - to_ordered(kept)
     if d.implied:
-        codes = codes.new_zeros(numel).index_copy_(0, positions, codes)
+        codes = codes.new_zeros(numel).index_copy_(0, positions.to(torch.int64), codes)
+        kept = _kept(dense, None) if relative else None
     array: Integers = codes.numpy()
-    if relative:
-        array = array[by_exponent(_kept(dense, None if d.implied else positions))]
+    if kept is not None:
+        array = array[by_exponent(kept)]
     parts = [] if d.implied else gap_streams(positions.numpy(), d.wide)
     streams = [pack(part) for part in [*parts, *byte_planes(array)]]
     sizes = tuple(len(stream) for stream in streams)
@@ -166,7 +168,7 @@ def _kept(dense: Tensor | None, positions: Tensor | None) -> Tensor:
     if dense is None:
         raise TypeError("relative values need the dense weight")
     flat = dense.reshape(-1)
-    return flat if positions is None else flat[positions]
+    return flat if positions is None else flat.index_select(0, positions)
 
 
 def _cut(stream: Bytes, sizes: tuple[int, ...]) -> list[Bytes]:

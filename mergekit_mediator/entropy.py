@@ -76,7 +76,7 @@ def unpack(stored: Bytes, size: int, where: str) -> Bytes:
     return np.frombuffer(content, dtype=np.uint8)
 
 
-def gap_streams(positions: NDArray[np.int64], wide: bool) -> list[Bytes]:
+def gap_streams(positions: Integers, wide: bool) -> list[Bytes]:
     """Ascending positions as gaps: a stream of bytes where 255 means 255 more and the gap goes on.
 
     Args:
@@ -84,15 +84,17 @@ def gap_streams(positions: NDArray[np.int64], wide: bool) -> list[Bytes]:
         wide: for gaps of hundreds, whose low byte is as good as random: it goes to a second stream `[k]`,
             and the first holds the rest.
     """
-    gaps = np.diff(positions, prepend=-1) - 1
+    gaps = positions.copy()
+    gaps[1:] -= positions[:-1] + 1
     streams = []
     if wide:
-        streams = [(gaps & 255).astype(np.uint8)]
+        streams = [gaps.astype(np.uint8)]  # the low byte
         gaps >>= 8
-    ends = np.cumsum(gaps // _ESCAPE) + np.arange(gaps.size)
-    first = np.full(int(ends[-1]) + 1 if ends.size else 0, _ESCAPE, dtype=np.uint8)
-    first[ends] = gaps % _ESCAPE
-    return [first, *streams]
+    large = np.flatnonzero(gaps >= _ESCAPE)
+    escapes = np.repeat(large, gaps[large] // _ESCAPE)
+    gaps[large] %= _ESCAPE
+    first = gaps.astype(np.uint8)
+    return [np.insert(first, escapes, _ESCAPE) if escapes.size else first, *streams]
 
 
 def from_gap_streams(streams: list[Bytes], numel: int, where: str) -> NDArray[np.int64]:

@@ -107,34 +107,31 @@ class Passes:
             encode: given a weight, an expert, the dense weight, and what loads the weight of any model.
         """
         inputs, written = self.inputs, self.inputs.reader(out)
+        sizes = [[inputs.input_bytes(w, [model]) for model in inputs.experts] for w in weights]
 
-        def items() -> Iterator[tuple[PlannedWeight, _Once, ModelReference]]:
-            for weight in weights:
+        def items() -> Iterator[_Item]:
+            for weight, by_expert in zip(weights, sizes, strict=True):
                 base = _Once(partial(inputs.load, weight, inputs.base))
-                yield from ((weight, base, model) for model in inputs.experts)
+                dense = _Once(partial(written, weight.info.name))
+                for model, size in zip(inputs.experts, by_expert, strict=True):
+                    yield _Item(weight, model, size, base, dense)
 
-        def size(item: tuple[PlannedWeight, _Once, ModelReference]) -> int:
-            weight, _, model = item
-            return inputs.input_bytes(weight, [model])
-
-        def store(item: tuple[PlannedWeight, _Once, ModelReference]) -> Stored:
-            weight, base, model = item
-            dense = written(weight.info.name)
+        def store(item: _Item) -> tuple[_Item, tuple[Tensor, Description] | None]:
+            weight, dense = item.weight, item.dense()
             if not dense.is_floating_point():
-                return weight, model, None
-            stored = encode(
-                weight,
-                model,
-                dense,
-                lambda m: base() if m == inputs.base else inputs.load(weight, m, dense),
-            )
-            return weight, model, None if stored is None else encode_bytes(stored, dense)
+                return item, None
 
-        with self._bar("store", sum(map(size, items()))) as bar:
-            for weight, model, stored in self._over(store, items(), size):
-                bar.set_postfix_str(f"{weight.info.name} of {model}", refresh=False)
-                yield weight, model, stored
-                bar.update(inputs.input_bytes(weight, [model]))
+            def load(model: ModelReference) -> Tensor:
+                return item.base() if model == inputs.base else inputs.load(weight, model, dense)
+
+            stored = encode(weight, item.model, dense, load)
+            return item, None if stored is None else encode_bytes(stored, dense)
+
+        with self._bar("store", sum(map(sum, sizes))) as bar:
+            for item, stored in self._over(store, items(), lambda item: item.size):
+                bar.set_postfix_str(f"{item.weight.info.name} of {item.model}", refresh=False)
+                yield item.weight, item.model, stored
+                bar.update(item.size)
 
     def _measure(
         self,
@@ -240,6 +237,17 @@ class Passes:
             disable=self.inputs.options.quiet,
         ) as bar:
             yield bar
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One expert's version of one weight, with what all its versions are compared with."""
+
+    weight: PlannedWeight
+    model: ModelReference
+    size: int
+    base: "_Once"
+    dense: "_Once"
 
 
 class _Once:

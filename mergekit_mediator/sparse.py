@@ -234,7 +234,7 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
     keep = compare(values, threshold, np.greater)
     if threshold > 0:
         keep[compare(values, threshold, np.equal).nonzero()[0][: kept - larger]] = True
-    return positions[torch.from_numpy(keep.nonzero()[0])]
+    return torch.from_numpy(positions.numpy()[keep.nonzero()[0]])
 
 
 def _bits(weights: Tensor) -> NDArray[np.signedinteger[Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 # Small enough for a processor's cache, large enough to hide the cost of calling torch; a multiple of 8.
 CHUNK = 1 << 17
 # The bracket is sought in one of so many values, but in this many at least and at most.
-_SAMPLED = 64
+_SAMPLED = 256
 _LEAST_SAMPLE, _MOST_SAMPLE = 1 << 11, 1 << 16
 _FEW = 4
 
@@ -86,7 +86,7 @@ def bracket_of(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> lis
     sample = np.sort(magnitudes(slice(0, numel, (numel // size) | 1)).cpu().numpy())
     share = k / numel
     rank = share * sample.size
-    slack = 4 * math.sqrt(rank * (1 - share)) + 4
+    slack = 3 * math.sqrt(rank * (1 - share)) + 4
     first = max(0, math.floor(sample.size - 1 - rank - slack))
     last = min(sample.size - 1, math.ceil(sample.size - 1 - rank + slack))
     found: list[float] = np.unique(sample[first : last + 1]).tolist()

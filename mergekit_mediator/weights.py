@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
-from mergekit.common import ModelReference
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
@@ -175,8 +175,9 @@ class Inputs:
     def _load(self, weight: PlannedWeight, model: ModelReference) -> Tensor | None:
         if not isinstance(weight.inputs, GatherTensors):
             return self._load_aligned(weight, model)
-        info = weight.names[model]
-        tensor: Tensor | None = self._run(weight.inputs.arguments()[f"{model}:{info.name}"])
+        of_model = ImmutableMap(data={model: weight.names[model]})
+        (task,) = weight.inputs.model_copy(update={"weight_info": of_model}).arguments().values()
+        tensor: Tensor | None = task.execute()
         if tensor is not None:
             self._note_mapped(tensor)
         return tensor
