@@ -7,6 +7,7 @@ base copies the words, whatever cipher is named.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,11 @@ def make_family(work: Path, count: int) -> tuple[Path, dict[str, Path]]:
     return base, experts
 
 
-def quality(work: Path, counts: tuple[int, ...]) -> dict[str, Any]:
-    """By number of experts and system: scores as `results.to_json` gives them, without the tasks."""
+def quality(work: Path, counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """By number of experts and system: scores as `results.to_json` gives them, without the tasks.
+
+    Given again after each number of experts.
+    """
     base, folders = make_family(work, max(counts))
     scorer = Scorer(make_tokenizer(), work / "scores.json")
     figures: dict[str, Any] = {"prompts_per_task": PROMPTS, "words": len(WORDS)}
@@ -145,4 +149,4 @@ def quality(work: Path, counts: tuple[int, ...]) -> dict[str, Any]:
             accuracies = [score["accuracy"] for score in tasks_scored.values()]
             row["accuracy"] = sum(accuracies) / len(accuracies)
         figures[str(count)] = rows
-    return figures
+        yield figures

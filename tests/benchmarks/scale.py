@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 COUNTS = (4, 8, 16, 32)
 MERGES: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear"},
-    "ties": {"merge_method": "ties", "parameters": {"density": 0.1}},
     "route: auto": {"merge_method": "mediator", "parameters": {"density": 0.1}},
     "route: all": {"merge_method": "mediator", "parameters": {"route": "all", "density": 0.1}},
     "budget": {"merge_method": "mediator", "parameters": {"budget": "1.5x"}},
@@ -105,8 +105,10 @@ def _memory(process: int) -> dict[str, int]:
     }
 
 
-def memory(base: Path, work: Path, counts: tuple[int, ...], merges: list[str]) -> dict[str, Any]:
-    """By merge and number of experts: seconds and peak memory."""
+def memory(
+    base: Path, work: Path, counts: tuple[int, ...], merges: list[str]
+) -> Iterator[dict[str, Any]]:
+    """By merge and number of experts: seconds and peak memory, again after each that is measured."""
     start, experts = wide_family(base, work, max(counts))
     largest = max(
         weight.numel() * weight.element_size()
@@ -118,7 +120,7 @@ def memory(base: Path, work: Path, counts: tuple[int, ...], merges: list[str]) -
         for count in counts:
             rows[name][str(count)] = measured(configured(MERGES[name], start, experts[:count]))
             print(name, count, rows[name][str(count)], flush=True)
-    return {"largest_weight_bytes": largest, "merges": rows}
+            yield {"largest_weight_bytes": largest, "merges": rows}
 
 
 def main() -> None:
@@ -131,13 +133,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     counts = tuple(args.counts)
-    if args.part == "memory":
-        found = memory(args.base, args.work, counts, args.merges)
-    else:
-        found = ciphers.quality(args.work, counts)
+    parts = (
+        memory(args.base, args.work, counts, args.merges)
+        if args.part == "memory"
+        else ciphers.quality(args.work, counts)
+    )
     known = record.read("scale") if (record.RESULTS / "scale.json").exists() else {}
-    parts = {name: known[name] for name in ("memory", "quality") if name in known}
-    path = record.write("scale", {**parts, args.part: found}, {"ciphers": ciphers.SEED})
+    known = {name: known[name] for name in ("memory", "quality") if name in known}
+    for found in parts:
+        path = record.write("scale", {**known, args.part: found}, {"ciphers": ciphers.SEED})
     print(f"written to {path}")
 
 
