@@ -1,9 +1,11 @@
 """The prompts that a router is calibrated on: files of them, and their features."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.prompts import Prompt
 
 MIN_PROMPTS = 5
+_FROM_DATASET = 200  # rows: more cost time and help little
 
 
 def embedding_features(
@@ -42,20 +45,28 @@ def shared_tokens(prompts: Mapping[str, Sequence[Sequence[int]]]) -> Tensor:
     return torch.tensor(sorted(set.intersection(*sets)) if sets else [], dtype=torch.int64)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(source: Path) -> list[Prompt]:
     """Lines of `{"prompt": "..."}` or `{"messages": [{"role": ..., "content": ...}]}`.
 
+    Args:
+        source: a file of such lines; or else a dataset as `datasets.load_dataset` takes it, a
+            directory or a name on the Hub, of whose split `train` the first rows are used.
+
     Raises:
-        RoutingError: the file cannot be read, is empty, or a line is not of that form.
+        RoutingError: the source cannot be read, is empty, or a line is not of that form.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RoutingError(f"cannot read calibration data {path}: {error}") from error
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    prompts = [_parse(line, f"{path} line {i}") for i, line in lines]
+    if source.is_file() or source.suffix:
+        try:
+            text = source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RoutingError(f"cannot read calibration data {source}: {error}") from error
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        prompts = [_parse(line, f"{source} line {i}") for i, line in lines]
+    else:
+        rows = enumerate(_dataset_rows(str(source)), start=1)
+        prompts = [_prompt(row, f"{source} row {i}") for i, row in rows]
     if len(prompts) < MIN_PROMPTS:
-        raise RoutingError(f"{path}: at least {MIN_PROMPTS} prompts required, got {len(prompts)}")
+        raise RoutingError(f"{source}: at least {MIN_PROMPTS} prompts required, got {len(prompts)}")
     return prompts
 
 
@@ -70,6 +81,10 @@ def _parse(line: str, where: str) -> Prompt:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise RoutingError(f"{where} is no JSON: {error.msg}") from error
+    return _prompt(record, where)
+
+
+def _prompt(record: Any, where: str) -> Prompt:
     if not isinstance(record, dict):
         raise RoutingError(f"{where}: an object required, got {type(record).__name__}")
     prompt, messages = record.get("prompt"), record.get("messages")
@@ -82,3 +97,18 @@ def _parse(line: str, where: str) -> Prompt:
                 raise RoutingError(f"{where}: every message needs the texts `role` and `content`")
         return tuple(messages)
     raise RoutingError(f'{where}: either a text "prompt" or a list "messages" required')
+
+
+def _dataset_rows(name: str) -> list[Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise RoutingError(
+            f"{name}: no file, and a dataset needs `pip install datasets`"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        return list(itertools.islice(rows, _FROM_DATASET))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RoutingError(f"{name}: no file, and no dataset that can be read: {reason}") from error

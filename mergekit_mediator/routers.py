@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_mediator import artifact
-from mergekit_mediator.calibrated import CalibratedRouter, mean_embedding
+from mergekit_mediator.calibrated import CalibratedRouter, Kind, mean_embedding
 from mergekit_mediator.contexts import Contexts
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.hidden import hidden_features
@@ -18,11 +18,15 @@ from mergekit_mediator.mixture import Mixer
 from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
 
-Router = Literal["calibrated", "response", "likelihood"]
+Router = Literal["calibrated", "hidden", "embedding", "response", "likelihood"]
+_CALIBRATED = ("calibrated", *get_args(Kind))
 
 
 class Routers:
-    """Routes requests by `calibrated`, `response` or `likelihood`, the first that there is by default."""
+    """Routes requests by `calibrated`, `response` or `likelihood`, the first that there is by default.
+
+    `hidden` and `embedding` are `calibrated` by name of the features that it was calibrated with.
+    """
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class Routers:
 
     def thresholds(self, router: Router | None) -> tuple[float | None, float | None]:
         """Calibrated thresholds of normalised entropy and of the out-of-distribution score, if any."""
-        if (router or self.default) != "calibrated" or self._calibrated is None:
+        if (router or self.default) not in _CALIBRATED or self._calibrated is None:
             return None, None
         numbers = self._calibrated.numbers
         return numbers["entropy_threshold"], numbers["ood_threshold"]
@@ -84,8 +88,8 @@ class Routers:
         given = {} if temperature is None else {"temperature": temperature}
         if chosen == "likelihood":
             return self._by_likelihood(ids, mask, counted, **given)
-        if chosen == "calibrated":
-            return self._by_calibration(ids, mask, counted, temperature)
+        if chosen in _CALIBRATED:
+            return self._by_calibration(ids, mask, counted, chosen, temperature)
         responses, response = self._responses(ids, mask, counted)
         return response.decide(responses, self._reference, **given)
 
@@ -113,12 +117,17 @@ class Routers:
         return responses
 
     def _by_calibration(
-        self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float | None
+        self, ids: Tensor, mask: Tensor, counted: Tensor, name: Router, temperature: float | None
     ) -> RoutingDecision:
         router = self._calibrated
         if router is None:
             raise RoutingError(
                 f"{self._root}: has no calibrated router: run `mergekit-mediator calibrate`"
+            )
+        if name not in ("calibrated", router.kind):
+            raise RoutingError(
+                f"{self._root}: is calibrated with {router.kind} features: run `mergekit-mediator "
+                f"calibrate --features {name}` to route by {name}"
             )
         if router.kind == "embedding":
             embedding: Any = self._model.get_input_embeddings()

@@ -2,8 +2,10 @@
 
 import json
 
+import pico
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mergekit_mediator import artifact
 from mergekit_mediator.artifact import read_manifest, verify_files
@@ -50,6 +52,15 @@ def test_a_calibrated_artifact_routes_prompts_like_those_given(out, data, kind):
         assert model.experts[int(decision.weights.argmax())] == name
 
 
+def test_a_calibrated_router_goes_by_the_name_of_its_features(out, data):
+    calibrate(out, data, kind="embedding")
+    model = MediatorModel.from_pretrained(out)
+    named = model.route(["w1 w2"], router="embedding")
+    assert torch.equal(named.weights, model.route(["w1 w2"]).weights)
+    with pytest.raises(RoutingError, match="calibrate --features hidden` to route by hidden"):
+        model.route(["w1 w2"], router="hidden")
+
+
 def test_the_same_data_and_seed_give_the_same_router(out, data):
     calibrate(out, data, seed=3)
     first = (out / artifact.ROUTER).read_bytes()
@@ -70,13 +81,65 @@ def test_the_data_of_one_expert_can_be_replaced_alone(out, data):
     verify_files(out, read_manifest(out))
 
 
-def test_bad_data_leaves_the_old_router_as_it_was(out, data):
+LINE = '{"prompt": "w1"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"math\.jsonl: at least 5 prompts required, got 0"),
+        (4 * LINE, r"math\.jsonl: at least 5 prompts required, got 4"),
+        (LINE + "nothing", r"math\.jsonl line 2 is no JSON"),
+        (LINE + '{"text": "w1"}', r"math\.jsonl line 2: either a text"),
+        (LINE + '{"messages": [{"role": "user"}]}', r"math\.jsonl line 2: every message needs"),
+        (None, r"cannot read calibration data .*math\.jsonl"),
+        (b"\xff\xfe", r"cannot read calibration data .*math\.jsonl"),
+    ],
+)
+def test_bad_data_leaves_the_old_router_as_it_was(out, data, text, message):
+    calibrate(out, data, kind="embedding")
+    before = {path: path.read_bytes() for path in (out / "mediator").iterdir() if path.is_file()}
+    if text is None:
+        data["math"].unlink()
+    elif isinstance(text, bytes):
+        data["math"].write_bytes(text)
+    else:
+        data["math"].write_text(text)
+    with pytest.raises(RoutingError, match=message):
+        calibrate(out, data, kind="embedding")
+    assert before == {p: p.read_bytes() for p in (out / "mediator").iterdir() if p.is_file()}
+
+
+def test_features_that_are_not_finite_leave_the_old_router_as_it_was(out, data):
     calibrate(out, data)
     before = (out / artifact.ROUTER).read_bytes(), (out / artifact.MANIFEST).read_bytes()
-    data["math"].write_text('{"prompt": "w1"}\nnothing')
-    with pytest.raises(RoutingError, match=r"math\.jsonl line 2 is no JSON"):
-        calibrate(out, data)
+    model = MediatorModel.from_pretrained(out)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(RoutingError, match="expert 'math': features that are not finite"):
+        calibrate_artifact(out, model.model, model.tokenizer, data)
     assert before == ((out / artifact.ROUTER).read_bytes(), (out / artifact.MANIFEST).read_bytes())
+
+
+def test_two_experts_with_the_same_data_are_warned_about_with_the_confusion(out, data):
+    data["code"].write_text(data["math"].read_text())
+    result = calibrate(out, data)
+    assert any("of 'code' are taken for 'math'" in line for line in result.warnings)
+    assert result.figures["confusion"][1][0] > 0
+
+
+def test_conversations_are_put_through_the_chat_template(out, data):
+    for path in data.values():
+        lines = [json.loads(line) for line in path.read_text().split("\n")]
+        path.with_suffix(".chat").write_text(
+            "\n".join(
+                json.dumps({"messages": [{"role": "user", "content": line["prompt"]}]})
+                for line in lines
+            )
+        )
+    texts = calibrate(out, data).router
+    chats = calibrate(out, {name: path.with_suffix(".chat") for name, path in data.items()}).router
+    assert all(torch.equal(texts.features[name], chats.features[name]) for name in data)
 
 
 def test_experts_that_are_not_there_are_refused(out, data):
@@ -115,3 +178,27 @@ def test_hidden_features_do_not_depend_on_padding(out, side):
     want = hidden_features(model, alone, everything, everything.bool(), summary, 6, (1, 2))
     got = hidden_features(model, ids, mask, mask.bool(), summary, 6, (1, 2))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_sixty_four_experts_are_told_apart_and_each_answers_as_if_alone(make, merged, tmp_path):
+    names = tuple(f"e{i:02d}" for i in range(64))
+    family = make(make=lambda: pico.llama(hidden_size=64, num_hidden_layers=1), experts=names)
+    out = merged(family.config(route="all", density=1.0))
+    data = {}
+    for i, name in enumerate(names):
+        pair = f"w{i % 60}", f"w{(i + 7 + i // 60) % 60}"
+        texts = [" ".join(pair[(n >> k) & 1] for k in range(4)) for n in range(5, 11)]
+        data[name] = tmp_path / f"{name}.jsonl"
+        data[name].write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    calibrate(out, data, kind="embedding", head="mahalanobis")
+    model = MediatorModel.from_pretrained(out)
+    asked = [f"w{i % 60} w{(i + 7 + i // 60) % 60}" for i in range(64)]
+    decision = model.route(asked)
+    assert decision.weights.argmax(dim=1).tolist() == list(range(64))
+    model.policy = "hard"
+    for i in (0, 31, 63):
+        ids, mask = model.tokenize([asked[i]])
+        alone = AutoModelForCausalLM.from_pretrained(family.experts[names[i]])
+        want = alone.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        model.ood_threshold = float("inf")
+        assert torch.equal(model.generate(ids, mask, max_new_tokens=4, do_sample=False), want)

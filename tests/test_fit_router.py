@@ -128,6 +128,22 @@ def test_removing_an_expert_equals_calibrating_without() -> None:
     assert torch.equal(fewer.router.weight, router("a", "b").weight)
 
 
+def test_adding_and_removing_one_of_many_leaves_what_is_known_of_the_others_and_their_routes() -> (
+    None
+):
+    names = [f"e{i:02d}" for i in range(64)]
+    with_all = fit(clouds(*names), "embedding").router
+    without = remove(with_all, "e63").router
+    again = add(without, "e63", with_all.features["e63"]).router
+    asked = torch.cat([x for name, x in clouds(*names, seed=1).items() if name != "e63"])
+    routes = torch.arange(63).repeat_interleave(20)
+    for changed in (with_all, without, again):
+        assert all(torch.equal(changed.features[n], with_all.features[n]) for n in names[:63])
+        assert torch.equal(changed.decide(asked).weights.argmax(dim=1), routes)
+    assert torch.equal(again.weight, with_all.weight)
+    assert again.numbers == with_all.numbers
+
+
 def test_removing_what_is_not_there_or_all_but_one_is_refused() -> None:
     with pytest.raises(RoutingError, match="no expert 'z'"):
         remove(router("a", "b"), "z")
@@ -327,6 +343,16 @@ def test_unusable_files_are_refused_by_line(tmp_path: Path, text: str, message: 
     path.write_text(text)
     with pytest.raises(RoutingError, match=message):
         read_prompts(path)
+
+
+def test_prompts_are_read_from_a_dataset(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", *[{"prompt": f"p{i}"} for i in range(6)])
+    assert read_prompts(tmp_path) == [f"p{i}" for i in range(6)]
+    lines(tmp_path / "train.jsonl", *[{"text": f"p{i}"} for i in range(6)])
+    with pytest.raises(RoutingError, match="row 1: either a text"):
+        read_prompts(tmp_path)
+    with pytest.raises(RoutingError, match="no file, and no dataset that can be read"):
+        read_prompts(tmp_path / "missing")
 
 
 def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:

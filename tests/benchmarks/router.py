@@ -1,12 +1,11 @@
 """Which router: accuracy, calibration, out of distribution and time, on reasoning-gym prompts.
 
-    python tests/benchmarks/router.py BASE_DIR [--adapters DIR] [--cache DIR]
+    python tests/benchmarks/router.py BASE_DIR [--cache DIR]
 
 BASE_DIR is the model that the experts come from and stands for the dense expert. `easy` are four
 tasks in their own wording; `hard` are 25 tasks, calibrated on four wordings each and tested on two
-others (`new`) and on the same four (`familiar`). `--adapters` holds a LoRA adapter for each easy
-task: with it the routers that need no data are measured too, on a dense expert that is the experts'
-mean. Everything that had to be chosen was chosen by router_choice.py on other tasks.
+others (`new`) and on the same four (`familiar`). Everything that had to be chosen was chosen on the
+tasks of router_development.py. router_dataless.py measures the routers that need no data.
 """
 
 import argparse
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import record
-import router_dataless
 import router_plots
 import router_prompts as prompts
 import torch
@@ -179,7 +177,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base", type=Path)
-    parser.add_argument("--adapters", type=Path)
     parser.add_argument("--cache", type=Path, help="keeps hidden states, for the next time")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -221,10 +218,6 @@ def main() -> None:
         "embedding_hard_new_accuracy_by_prompts": bench.more_prompts(),
         "time": {"embedding": embedding, "prefill": time_prefill, "hidden": time_hidden},
     }
-    if arguments.adapters:
-        easy = prompts.easy(25, REPORT_SEED)
-        away = {"near": prompts.near(2, REPORT_SEED), "far": prompts.far(30, REPORT_SEED)}
-        figures["no_data"] = router_dataless.measure(arguments.base, arguments.adapters, easy, away)
     path = record.write("router", figures, {"calibration": CALIBRATION_SEED, "report": REPORT_SEED})
     made, _ = bench.features("hidden", "hard")
     decided = {

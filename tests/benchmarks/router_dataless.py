@@ -1,10 +1,18 @@
-"""The routers that need no data, on LoRA experts of the easy tasks and a dense expert, their mean."""
+"""The routers that need no data, on LoRA experts of the easy tasks and a dense expert, their mean.
 
+    python tests/benchmarks/router_dataless.py BASE_DIR --adapters DIR
+
+DIR holds a LoRA adapter for each task, under the task's name. Writes results/router-no-data.json.
+"""
+
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import record
+import router_prompts as prompts
 import torch
 from router_features import Model
 from safetensors.torch import load_file
@@ -13,6 +21,7 @@ from torch import Tensor
 from mergekit_mediator.response import ResponseRouter, is_measured, leading_directions
 from mergekit_mediator.router import decide_from_scores
 
+REPORT_SEED = 100_007
 TaskVectors = dict[str, Tensor]
 
 
@@ -107,3 +116,22 @@ def measure(
     weights = decide_from_scores(torch.stack(scores, dim=1), tuple(known)).weights
     likelihood = {"accuracy": float((weights.argmax(dim=1) == truth).double().mean())}
     return {"prompts": len(asked), "response": response, "likelihood": likelihood}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--adapters", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    easy = prompts.easy(15, REPORT_SEED)
+    away = {"near": prompts.near(2, REPORT_SEED), "far": prompts.far(30, REPORT_SEED)}
+    figures = measure(arguments.base, arguments.adapters, easy, away)
+    record.write("router-no-data", figures, {"report": REPORT_SEED})
+
+
+if __name__ == "__main__":
+    main()
