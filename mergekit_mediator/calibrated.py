@@ -118,7 +118,8 @@ class CalibratedRouter:
 
         The out-of-distribution score is the mean of two misfits in deviations from their means: how
         little any class claims the prompt, and how far it is from the nearest class. Above
-        `numbers["ood_threshold"]` it is farther than 95% of the held-out calibration prompts.
+        `numbers["ood_threshold"]` it is farther than 85% of the held-out calibration prompts, whose
+        wordings were held out too.
 
         Raises:
             RoutingError: features of another width, or not finite.

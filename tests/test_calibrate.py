@@ -5,11 +5,13 @@ import json
 import pico
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from mergekit_mediator import artifact
 from mergekit_mediator.artifact import read_manifest, verify_files
 from mergekit_mediator.calibrate import calibrate_artifact
+from mergekit_mediator.cli import main
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.hidden import hidden_features
 from mergekit_mediator.runtime import MediatorModel
@@ -140,6 +142,39 @@ def test_conversations_are_put_through_the_chat_template(out, data):
     texts = calibrate(out, data).router
     chats = calibrate(out, {name: path.with_suffix(".chat") for name, path in data.items()}).router
     assert all(torch.equal(texts.features[name], chats.features[name]) for name in data)
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
+
+
+def given(option, data):
+    return [text for name, path in data.items() for text in (option, f"{name}={path}")]
+
+
+def test_the_command_calibrates_and_shows_the_confusion(out, data):
+    result = command(out, *given("--data", data), "--features", "embedding")
+    assert result.exit_code == 0, result.output
+    assert "held-out prompts of each expert (rows) routed to each expert" in result.output
+    result = command(out, *given("--add", {"code": data["code"]}), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["prompts"] == {"math": 10, "code": 10, "chat": 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --data for all experts, or --add for some"),
+        (["--data", "math"], "'math': NAME=FILE.jsonl required"),
+        (["--data", "math=gone.jsonl"], "no data for code, chat: give it, or use --add"),
+        (["--add", "math=gone.jsonl"], "cannot read calibration data gone.jsonl"),
+    ],
+)
+def test_the_command_says_what_it_lacks(out, arguments, message):
+    result = command(out, *arguments)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert not (out / artifact.ROUTER).exists()
 
 
 def test_experts_that_are_not_there_are_refused(out, data):
