@@ -37,7 +37,8 @@ class MediatorConfig(BaseModel):
     Attributes:
         conflict: the metric that the selection of layers looks at.
         denoise: fraction of each task vector, largest first, that counts as a change for `sign`.
-        route: which layers are routed, unless one of the next three says it.
+        route: which layers are routed, unless one of the next three says it. `auto` becomes `all` for
+            adapters that keep their own factors: these are small, and conflict says nothing of them.
         conflict_threshold, routed_fraction, routed_layers: see `plan.Selection`.
         values: how sparse experts store their values.
         bits: per parameter of the routed weights and per expert, instead of `density` and `values`:
@@ -85,6 +86,14 @@ class MediatorConfig(BaseModel):
     def needs_costs(self) -> bool:
         """Whether what is stored depends on what storing it costs."""
         return self.bits is not None or self.budget is not None
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether all experts are adapters of the base, and nothing says how to store them."""
+        return not self.storage_given and all(
+            model.lora is not None and model.model == self.base_model.model
+            for model in self.experts
+        )
 
     def budget_bytes(self, dense_bytes: int) -> int:
         """The budget in bytes, given the dense expert's."""
@@ -139,9 +148,12 @@ class MediatorConfig(BaseModel):
             raise ConfigError(f"parameters: {' and '.join(sorted(given))} contradict each other")
         own["storage_given"] = bool(given)
         try:
-            return cls(**own, base_model=config.base_model, experts=_experts(config))
+            parsed = cls(**own, base_model=config.base_model, experts=_experts(config))
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error
+        if parsed.route == "auto" and parsed.keeps_factors:
+            return parsed.model_copy(update={"route": "all"})
+        return parsed
 
 
 def _experts(config: MergeConfiguration) -> dict[ModelReference, str]:

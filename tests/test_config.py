@@ -64,6 +64,27 @@ def test_every_way_of_choosing_layers_is_understood(parameters, selection):
     assert parse(parameters).selection == selection
 
 
+ADAPTERS = [{"model": f"org/base+org/{name}"} for name in "ab"]
+
+
+def test_auto_routes_all_layers_of_adapters_which_keep_their_own_factors():
+    assert parse(models=ADAPTERS).selection == Selection("all")
+    assert parse({"route": "none"}, models=ADAPTERS).selection == Selection("none")
+    assert parse({"routed_layers": "1"}, models=ADAPTERS).selection.layers == "1"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "models"),
+    [
+        ({"density": 0.1}, ADAPTERS),
+        ({}, [*ADAPTERS, MODELS[1]]),
+        ({}, [ADAPTERS[0], {"model": "org/other+org/b"}]),
+    ],
+)
+def test_auto_looks_at_conflict_where_experts_are_not_their_own_factors(parameters, models):
+    assert parse(parameters, models=models).selection == Selection("auto")
+
+
 @pytest.mark.parametrize(
     ("parameters", "parts"),
     [
