@@ -101,7 +101,7 @@ def evaluate(
             results += systems.score(names, ranks)
             moved = {source: experts[name] for name, source in from_manifest.items()}
             _, seconds = made.again(model.root / "mergekit_config.yml", moved)
-            mine = [replace(m, figures={**m.figures, "merge_seconds": seconds}) for m in mine]
+            mine = [replace(m, figures={**m.figures, "merge_cpu_seconds": seconds}) for m in mine]
         rows = to_json([*results, *mine])
         figures = {
             "prompts_per_task": {name: len(task.examples) for name, task in reported.items()},

@@ -54,7 +54,7 @@ class Score:
 class SystemResult:
     """One system: its score on every task, and what else was measured of it.
 
-    figures: by name, such as `total_bytes_over_base` or `merge_seconds`.
+    figures: by name, such as `total_bytes_over_base` or `merge_cpu_seconds`.
     """
 
     name: str
@@ -133,7 +133,7 @@ _COLUMNS = {
     "recovered_mean": ("likelihood regained", ".1f"),
     "total_bytes_over_base": ("bytes / model", ".3f"),
     "resident_bytes_over_base": ("memory / model", ".3f"),
-    "merge_seconds": ("merge, s", ".0f"),
+    "merge_cpu_seconds": ("merge, CPU s", ".0f"),
     "routing_accuracy": ("routed right", ".3f"),
 }
 

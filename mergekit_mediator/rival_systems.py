@@ -75,7 +75,7 @@ class RivalSystems:
             figures = {
                 "total_bytes_over_base": size,
                 "resident_bytes_over_base": size,
-                "merge_seconds": seconds,
+                "merge_cpu_seconds": seconds,
                 "coefficients": label,
                 "tuning_mean": mean,
                 "tried": len(tried),
@@ -105,7 +105,7 @@ class RivalSystems:
             sources = {expert: adapted(reference, adapter) for expert, adapter in cut.items()}
             routed = {t: [sources[e] for e in r.likeliest] for t, r in self._routing.items()}
             scores = self._scorer.score(system, self._tasks, routed)
-            figures = {**self._routed(size), "merge_seconds": seconds}
+            figures = {**self._routed(size), "merge_cpu_seconds": seconds}
             results.append(SystemResult(system, scores, figures))
         return results
 

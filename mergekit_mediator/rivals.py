@@ -67,7 +67,7 @@ class Rivals:
         )
 
     def static(self, method: str, coefficients: Mapping[str, Any]) -> tuple[Path, float]:
-        """A merge of all experts by one of `STATIC`; gives its folder, and the seconds it took."""
+        """A merge of all experts by one of `STATIC`; gives its folder, and the CPU seconds it took."""
         config: dict[str, Any] = {
             "merge_method": STATIC[method][0],
             "models": [{"model": expert} for expert in self.experts.values()],
@@ -80,7 +80,7 @@ class Rivals:
         return self.merged(config, described(method, coefficients).replace(" ", "-"))
 
     def again(self, config: Path, models: Mapping[str, str]) -> tuple[Path, float]:
-        """The merge of an artifact's own configuration; gives its folder, and the seconds it took.
+        """The merge of an artifact's own configuration; gives its folder, and the CPU seconds it took.
 
         models: where models are that are no longer where the configuration says.
         """
@@ -91,7 +91,7 @@ class Rivals:
         return self.merged(parsed, "mediator")
 
     def merged(self, config: Mapping[str, Any], label: str) -> tuple[Path, float]:
-        """The merge of a configuration; gives its folder, and the seconds it took."""
+        """The merge of a configuration; gives its folder, and the CPU seconds it took."""
 
         def merge(out: Path) -> None:
             plugin.install()
@@ -103,7 +103,7 @@ class Rivals:
     def adapter(self, expert: str, reference: str, rank: int, label: str) -> tuple[Path, float]:
         """`mergekit-extract-lora` of an expert from a reference, embeddings too.
 
-        Gives the adapter's folder, and the seconds it took.
+        Gives the adapter's folder, and the CPU seconds it took.
         """
 
         def extract(out: Path) -> None:
@@ -120,12 +120,13 @@ class Rivals:
     def _made(self, label: str, make: Callable[[Path], None]) -> tuple[Path, float]:
         out, note = self._work / label, self._work / f"{label}.json"
         if not note.exists():
-            began = time.perf_counter()
+            # of the processor: that other programs run on the machine too does not change it
+            began = time.process_time()
             try:
                 make(out)
             except (OSError, RuntimeError, ValueError, KeyError) as error:
                 raise InputError(f"rival {label}: mergekit: {first_line(error)}") from error
-            note.write_text(json.dumps({"seconds": time.perf_counter() - began}))
+            note.write_text(json.dumps({"seconds": time.process_time() - began}))
         return out, float(json.loads(note.read_text())["seconds"])
 
 

@@ -54,7 +54,7 @@ def test_an_expert_that_answers_nothing_is_refused():
 RESULTS = [
     SystemResult("base", BASE, {"total_bytes_over_base": 1.0}),
     SystemResult("experts", EXPERTS, {"total_bytes_over_base": 2.0}),
-    SystemResult("ties", MERGED, {"merge_seconds": 3.4, "coefficients": "density 0.2"}),
+    SystemResult("ties", MERGED, {"merge_cpu_seconds": 3.4, "coefficients": "density 0.2"}),
 ]
 
 
@@ -83,7 +83,7 @@ def test_an_expert_that_answers_nothing_leaves_figures_undefined():
 def test_markdown_has_a_row_a_system_and_a_dash_for_what_it_lacks():
     assert to_markdown(to_json(RESULTS)) == (
         "| exact match, % | sums | words | mean of expert | worst of expert | likelihood regained "
-        "| bytes / model | merge, s |\n"
+        "| bytes / model | merge, CPU s |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| base | 0.0 | 10.0 | 5.0 | 0.0 | 0.0 | 1.000 | - |\n"
         "| experts | 80.0 | 100.0 | 100.0 | 100.0 | 100.0 | 2.000 | - |\n"

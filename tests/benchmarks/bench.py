@@ -39,7 +39,7 @@ def source(base: Path, folder: Path) -> str:
 
 
 def artifact(made: Rivals, label: str, parameters: dict[str, Any]) -> tuple[MediatorModel, float]:
-    """Our merge of all experts with these parameters, and the seconds it took."""
+    """Our merge of all experts with these parameters, and the CPU seconds it took."""
     config = {
         "merge_method": "mediator",
         "base_model": made.base,
@@ -62,10 +62,10 @@ def artifact_systems(
     parameters: dict[str, Any],
     routing: dict[str, Routing] | None = None,
 ) -> list[SystemResult]:
-    """`mediator_systems` of our merge, with the seconds it took; routed as it routes unless told otherwise."""
+    """`mediator_systems` of our merge, with the CPU seconds it took; routed as it routes unless told otherwise."""
     model, seconds = artifact(made, label, parameters)
     results = mediator_systems(model, scorer, tasks, routing)
-    taken = {"merge_seconds": seconds, "parameters": parameters}
+    taken = {"merge_cpu_seconds": seconds, "parameters": parameters}
     return [replace(r, figures={**r.figures, **taken}) for r in results]
 
 

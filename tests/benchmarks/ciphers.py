@@ -136,7 +136,7 @@ def quality(work: Path, counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         tasks = {n: Task(n, tuple(examples(n, PROMPTS, "report"))) for n in experts}
         made = Rivals(str(base), experts, work / f"merges-{count}")
         folder, seconds = made.static(rivals.AVERAGE, {"weight": 1.0})
-        averaged = {"total_bytes_over_base": 1.0, "merge_seconds": seconds}
+        averaged = {"total_bytes_over_base": 1.0, "merge_cpu_seconds": seconds}
         results = expert_systems(scorer, tasks, experts, each=False)
         scores = scorer.alike("average", tasks, checkpoint(folder))
         results.append(SystemResult("average", scores, averaged))

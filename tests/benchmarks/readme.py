@@ -90,14 +90,14 @@ def merge_cost() -> str:
 def experts(name: str) -> str:
     """The systems of one comparison, with the picture."""
     head = ["system", "mean, %", "worst, %", "likelihood regained, %", "bytes / one model"]
-    head += ["memory / one model", "merge, s"]
+    head += ["memory / one model", "merge, CPU s"]
     forms = {
         "normalized_mean": ".1f",
         "normalized_worst": ".1f",
         "recovered_mean": ".1f",
         "total_bytes_over_base": ".3f",
         "resident_bytes_over_base": ".2f",
-        "merge_seconds": ".0f",
+        "merge_cpu_seconds": ".0f",
     }
     rows = [
         [system, *("" if row.get(k) is None else format(row[k], f) for k, f in forms.items())]
@@ -154,10 +154,12 @@ def scale() -> str:
         for name, row in systems.items():
             cells = [count, name, f"{row['normalized_mean']:.1f}", f"{row['normalized_worst']:.1f}"]
             cells.append(f"{row['total_bytes_over_base']:.2f}")
-            cells.append("" if "merge_seconds" not in row else f"{row['merge_seconds']:.1f}")
+            cells.append(
+                "" if "merge_cpu_seconds" not in row else f"{row['merge_cpu_seconds']:.1f}"
+            )
             right = row.get("routing_accuracy")
             rows.append([*cells, "" if right is None else f"{100 * right:.1f}"])
-    head = ["experts", "system", "mean, %", "worst, %", "bytes / one model", "merge, s"]
+    head = ["experts", "system", "mean, %", "worst, %", "bytes / one model", "merge, CPU s"]
     return table([*head, "routed right, %"], rows)
 
 
