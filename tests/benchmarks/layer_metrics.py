@@ -50,7 +50,6 @@ def of_weights(base: State, experts: Sequence[State]) -> dict[str, Profile]:
     profiles["size"] = {layer: c.total_energy for layer, c in total.items()}
     profiles["relative size"] = {layer: c.total_energy / norms[layer] for layer, c in total.items()}
     profiles["spread"] = {layer: c.total_energy - c.common_energy for layer, c in total.items()}
-    profiles["depth"] = {layer: float(place) for place, layer in enumerate(layers)}
     return profiles
 
 

@@ -93,6 +93,7 @@ def own_texts(family: Family, model: Any, count: int) -> list[list[int]]:
 def profiles_of(family: Family, dense: Any) -> dict[str, Profile]:
     """Every metric of every layer."""
     found = layer_metrics.of_weights(family.base, list(family.experts.values()))
+    found["depth"] = {layer: float(place) for place, layer in enumerate(layer_names(dense))}
     models = {task: family.model(state) for task, state in family.experts.items()}
     prompts = {
         task: [p for p, _ in family.pairs(task, CALIBRATION_SEED, CALIBRATION_PROMPTS)]
