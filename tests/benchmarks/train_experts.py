@@ -49,17 +49,7 @@ RECIPES = {
     "products": Recipe({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, seed=16),
     "word_sorting": Recipe({"min_words": 3, "max_words": 3}, seed=17),
     "rotate_matrix": Recipe({"min_n": 2, "max_n": 2, "max_rotations": 3}, seed=18),
-    "number_sorting": Recipe(
-        {
-            "min_numbers": 3,
-            "max_numbers": 3,
-            "min_decimals": 0,
-            "max_decimals": 0,
-            "min_value": 0,
-            "max_value": 99,
-        },
-        seed=19,
-    ),
+    "letter_counting": Recipe({"min_words": 2, "max_words": 5}, steps=400, seed=19),
 }
 STRONG4 = ["family_relationships", "word_sequence_reversal", "spiral_matrix", "chain_sum"]
 FAMILIES = {
