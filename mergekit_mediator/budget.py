@@ -1,7 +1,7 @@
 """From bits per parameter to the slope at which all weights of an expert are approximated.
 
-A first pass adds up, weight by weight, what each slope of a fixed grid would cost; the slope that meets
-the budget is read off the sum. Nothing is encoded twice.
+A first pass adds up, weight by weight, what each slope of a fixed grid would cost and leave; the slope that
+meets the budget is read off the sum. Nothing is encoded twice.
 """
 
 import math
@@ -18,21 +18,25 @@ from mergekit_mediator.factors import Components, decompose
 SLOPES: tuple[float, ...] = tuple(2.0 ** (-k / 2) for k in range(120))
 _FACTOR_BITS = 2.32
 _SCALE_BITS = 32
-# What Huffman codes of single bytes take more than the entropy of the steps.
-_CODING_LOSS = 1.1
+# What is stored over the entropy of the steps, measured: gaps adapt to where the steps are, which makes up
+# for half of what Huffman codes lose; with a bit per weight and more there are no gaps.
+_CODING_LOSS, _CODING_LOSS_PER_BIT, _MOST_CODING_LOSS = 1.04, 0.06, 1.1
 _VECTOR_BITS = 6.5
 _SAMPLE = 1 << 16  # weights of the remainder
 _FINE = 1000
 
 
-def cost(difference: Tensor, components: Components | None = None) -> Tensor:
-    """The bits `[len(SLOPES)]` that a float32 difference of any shape would take at each slope, about.
+def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor:
+    """What approximating a float32 difference of any shape takes and leaves, about: `[2, len(SLOPES)]`.
 
-    Rank is counted exactly, the remainder by the entropy of its steps in a sample of the rows.
-    `components` are those of the difference as a matrix, where they are known.
+    The first row are bits, the second the squared error that is left, at each slope. Rank is counted
+    exactly, the remainder in a sample of the rows, by the entropy of its steps. `components` are those
+    of the difference as a matrix, where they are known.
     """
+    numel = difference.numel()
     if is_vector(difference):
-        return torch.full((len(SLOPES),), _VECTOR_BITS * difference.numel(), dtype=torch.float64)
+        stored = torch.full((len(SLOPES),), _VECTOR_BITS * numel, dtype=torch.float64)
+        return torch.stack([stored, torch.zeros_like(stored)])
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
     sampled = min(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
@@ -40,6 +44,7 @@ def cost(difference: Tensor, components: Components | None = None) -> Tensor:
     left, right = components.left[rows] * components.values, components.right
     remainder, known = matrix[rows], 0
     bits: list[float] = []
+    errors: list[float] = []
     for slope in SLOPES:
         halvings, step = components.bits_more(slope), remainder_step(slope)
         rank = halvings.numel()
@@ -47,20 +52,30 @@ def cost(difference: Tensor, components: Components | None = None) -> Tensor:
             remainder = remainder - left[:, known:rank] @ right[:, known:rank].T
             known = rank
         # what quantised factors miss comes back in the remainder
-        step /= math.sqrt(1 + _missed(components, halvings))
+        missed = 1 + _missed(components, halvings)
+        step /= math.sqrt(missed)
         if step * _FINE < float(remainder.abs().max()):
             # fine steps: a quarter of a bit more for each half octave of the slope
-            bits.append(bits[-1] + matrix.numel() / 4)
+            bits.append(bits[-1] + numel / 4)
+            errors.append(missed * step**2 / 12 * numel)
         else:
-            entropy = _entropy(quantise_steps(remainder, step))
-            bits.append(
-                _factor_bits(components, halvings) + _CODING_LOSS * entropy * matrix.numel()
-            )
-    return torch.tensor(bits, dtype=torch.float64)
+            codes = quantise_steps(remainder, step)
+            entropy = _entropy(codes)
+            loss = min(_MOST_CODING_LOSS, _CODING_LOSS + _CODING_LOSS_PER_BIT * entropy)
+            coded = loss * entropy * numel
+            bits.append(_factor_bits(components, halvings) + coded)
+            left_out = (remainder - codes * step).square().mean(dtype=torch.float64)
+            errors.append(missed * float(left_out) * numel)
+    return torch.tensor([bits, errors], dtype=torch.float64)
 
 
 def slope_for(costs: Tensor, numel: int, bits: float) -> float:
-    """The slope at which weights of `numel` parameters with these summed costs take `bits` per parameter.
+    """The slope at which weights of `numel` parameters take `bits` per parameter.
+
+    Args:
+        costs: `[len(SLOPES)]`, their summed bits at each slope; see `tradeoff`.
+        numel: of all of them.
+        bits: that they may take.
 
     Raises:
         ConfigError: no slope takes so few bits.

@@ -14,10 +14,12 @@ from mergekit_mediator import merge as merging
 from mergekit_mediator import plugin, report
 from mergekit_mediator.card import plot_conflict
 from mergekit_mediator.config import METHOD
+from mergekit_mediator.curve import plot_curve
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.estimate import estimate
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.passes import Measured, Passes
+from mergekit_mediator.slopes import predict
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import workers
 
@@ -57,40 +59,58 @@ def merge(
 @click.command()
 @_config
 @click.option("--conflict", is_flag=True, help="Measure conflict: reads every weight once.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw it: FILE.png.")
+@click.option(
+    "--curve", is_flag=True, help="Predict quality for every budget: reads every weight once."
+)
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw either: FILE.png."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
 @add_merge_options  # type: ignore[untyped-decorator]
 def plan(
-    merge_options: MergeOptions, config: Path, conflict: bool, plot: Path | None, as_json: bool
+    merge_options: MergeOptions,
+    config: Path,
+    conflict: bool,
+    curve: bool,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Show what the merge of CONFIG will read, write and need; reads headers only.
 
-    Example: mergekit-mediator plan config.yml --conflict --plot conflict.png
+    Example: mergekit-mediator plan config.yml --curve --plot quality.png
     """
-    if plot is not None and not conflict:
-        raise click.UsageError("--plot draws what --conflict measures: give both")
+    if plot is not None and conflict == curve:
+        raise click.UsageError("--plot draws what one of --conflict and --curve finds: give one")
     _, merge_config = _read(config)
     with tempfile.TemporaryDirectory() as merged_adapters:
         if merge_options.lora_merge_cache is None:
             merge_options = merge_options.model_copy(update={"lora_merge_cache": merged_adapters})
         inputs = Inputs(merge_config, merge_options)
         try:
-            inputs.open() if conflict else inputs.peek()
+            inputs.open() if conflict or curve else inputs.peek()
             weights = inputs.weights()
             measured: dict[str, Measured] = {}
-            if conflict:
+            if conflict or curve:
                 with workers() as over:
-                    found = Passes(inputs, over).first(weights, only_conflict=True)
+                    found = Passes(inputs, over).first(
+                        weights, with_costs=curve, only_conflict=True
+                    )
                     measured = {weight.info.name: conflict for weight, conflict in found}
             plans = merging.plan_layers(inputs, weights, measured)
             estimated = estimate(inputs, weights, plans)
+            points = predict(inputs, weights, measured) if curve else []
         finally:
             inputs.close()
-    if plot is not None:
+    if plot is not None and curve:
+        plot_curve(plot, points)
+    elif plot is not None:
         profile = {m: [p.metrics[m] for p in plans] for m in ("sign", "mass", "dispersion")}
         plot_conflict(plot, [p.name for p in plans], profile, [p.routed for p in plans])
-    figures = report.plan_figures(estimated)
-    click.echo(json.dumps(figures, indent=1) if as_json else report.plan_report(estimated))
+    figures = report.plan_figures(estimated) | (
+        {"curve": [vars(p) for p in points]} if curve else {}
+    )
+    text = report.plan_report(estimated) + (f"\n\n{report.curve_report(points)}" if curve else "")
+    click.echo(json.dumps(figures, indent=1) if as_json else text)
 
 
 def _read(path: Path) -> tuple[str, MergeConfiguration]:

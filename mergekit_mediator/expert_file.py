@@ -1,9 +1,11 @@
 """One sparse expert on disk: an ordinary safetensors file, one uint8 entry per weight, written as a stream."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import safetensors
 from safetensors import safe_open
@@ -16,37 +18,33 @@ from mergekit_mediator.sparse import SparseTensor
 
 _FORMAT = "mediator-expert"
 _VERSION = 1
-# Upper bound of what one weight adds to the header besides its name (twice): offsets and description.
-_ENTRY_BYTES = 800
+# What a weight within `bits` or a `budget` adds to the header besides its name (twice), about.
+_ENTRY_BYTES = 330
+_COPY_BYTES = 1 << 24
 
 
 def header_bytes(weights: Sequence[str]) -> int:
-    """The room that a file leaves for its header: enough for all weights that may be written."""
-    names = sum(2 * len(json.dumps(name)) for name in weights)
-    room = 1024 + names + _ENTRY_BYTES * len(weights)
-    return room + -room % 8
+    """The size of a file's header, about."""
+    return 200 + sum(2 * len(json.dumps(name)) + _ENTRY_BYTES for name in weights)
 
 
 class ExpertWriter:
     """Writes the weights of one expert as they come, so that no expert is ever held in memory.
 
-    safetensors keeps its header in front of the data and allows blanks after it: room for the header
-    is left at the start and filled in by `close`.
+    safetensors keeps its header in front of the data: what comes waits in a nameless file beside the
+    expert's, which `close` writes.
     """
 
-    def __init__(self, path: Path, expert: str, weights: Sequence[str]) -> None:
+    def __init__(self, path: Path, expert: str) -> None:
         """
         Args:
             path: of the file to create.
             expert: its name, stored in the header.
-            weights: the names of all weights that may be written, which bounds the header.
         """
-        self._header_bytes = header_bytes(weights)
-        self._expert = expert
+        self._path, self._expert = path, expert
         self._entries: dict[str, tuple[int, int, Description]] = {}
         self._end = 0
-        self._file: BinaryIO = path.open("xb")
-        self._file.seek(8 + self._header_bytes)
+        self._data: IO[bytes] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
 
     def write(self, weight: str, stored: SparseTensor, dense: Tensor | None = None) -> None:
         """Append one weight.
@@ -61,13 +59,15 @@ class ExpertWriter:
 
     def append(self, weight: str, stream: Tensor, description: Description) -> None:
         """Append one weight that is encoded already; see `encode_bytes`."""
-        self._file.write(stream.numpy().data)
+        self._data.write(stream.numpy().data)
         self._entries[weight] = (self._end, self._end + stream.numel(), description)
         self._end += stream.numel()
 
     def close(self) -> None:
-        """Fill in the header and close the file."""
-        weights = {name: d.model_dump() for name, (_, _, d) in self._entries.items()}
+        """Write the file: header, then what has come."""
+        weights = {
+            name: d.model_dump(exclude_defaults=True) for name, (_, _, d) in self._entries.items()
+        }
         metadata = {
             "format": _FORMAT,
             "version": str(_VERSION),
@@ -78,15 +78,16 @@ class ExpertWriter:
         for name, (start, end, _) in self._entries.items():
             header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        self._file.seek(0)
-        self._file.write(self._header_bytes.to_bytes(8, "little"))
-        self._file.write(text.ljust(self._header_bytes))
-        self._file.truncate(8 + self._header_bytes + self._end)
-        self._file.close()
+        text = text.ljust(len(text) + -len(text) % 8)
+        with self._path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            self._data.seek(0)
+            shutil.copyfileobj(self._data, file, _COPY_BYTES)
+        self._data.close()
 
     def abandon(self) -> None:
-        """Close the file without making it readable."""
-        self._file.close()
+        """Drop what has come."""
+        self._data.close()
 
 
 class ExpertFile:

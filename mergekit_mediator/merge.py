@@ -18,7 +18,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_mediator import artifact
-from mergekit_mediator.artifact import Manifest
+from mergekit_mediator.artifact import Manifest, files_below
 from mergekit_mediator.checkpoint import describe, digest_base, write_model_files
 from mergekit_mediator.conflict import Conflict
 from mergekit_mediator.dense_writer import DenseWriter
@@ -30,8 +30,9 @@ from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.plan import LayerPlan, select_routed
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.response import ResponseRouter
+from mergekit_mediator.slopes import slopes_for
 from mergekit_mediator.staging import Staging
-from mergekit_mediator.storing import Storing, adapters_for, slopes_for
+from mergekit_mediator.storing import Storing, adapters_for
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import Workers, workers
 
@@ -109,15 +110,16 @@ class _Merge:
     def run(self, merge_config: MergeConfiguration, config_source: str | None) -> Manifest:
         inputs = self.inputs
         inputs.open()
+        (self.out / artifact.EXPERTS).mkdir(parents=True)
         weights = inputs.weights()
         _check_space(self.out, inputs, weights)
         with ThreadPoolExecutor(1) as pool:
             base_digests = pool.submit(digest_base, inputs)
             plans, measured, parameter_count = self._write_dense(weights)
             routed = _routed(weights, plans)
-            self._write_experts(routed, self._storing(weights, routed, measured))
             self._write_directions(measured)
             write_model_files(inputs, merge_config, self.out)
+            self._write_experts(routed, self._storing(weights, routed, measured))
             return describe(
                 inputs, merge_config, config_source, plans, parameter_count, base_digests, self.out
             )
@@ -147,24 +149,19 @@ class _Merge:
         config = self.inputs.config
         slopes = {}
         if config.needs_costs:
-            sizes = dense_sizes(self.inputs, weights)
-            slopes = slopes_for(
-                config,
-                routed,
-                measured,
-                {name: size.numel for name, size in sizes.items()},
-                sum(size.bytes for size in sizes.values()),
-            )
+            dense = dense_sizes(self.inputs, weights)
+            written = sum((self.out / name).stat().st_size for name in files_below(self.out))
+            other = written - sum(size.bytes for size in dense.values())
+            slopes = slopes_for(config, sorted(_names(routed)), measured, dense, other)
         return Storing(config, self.passes.device, slopes, adapters_for(config, weights))
 
     def _write_experts(self, routed: list[PlannedWeight], storing: Storing) -> None:
         """The second pass."""
-        (self.out / artifact.EXPERTS).mkdir(parents=True)
         with ExitStack() as stack:
             files = {}
             for model, name in self.inputs.config.experts.items():
                 path = self.out / artifact.EXPERTS / f"{name}.safetensors"
-                files[model] = ExpertWriter(path, name, sorted(_names(routed)))
+                files[model] = ExpertWriter(path, name)
                 stack.callback(files[model].abandon)
             for weight, model, stored in self.passes.second(routed, self.out, storing.encode):
                 if stored is not None:

@@ -9,6 +9,7 @@ from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.card import conflict_chart
 
 if TYPE_CHECKING:
+    from mergekit_mediator.curve import Point
     from mergekit_mediator.estimate import Estimate
 
 
@@ -85,6 +86,29 @@ def plan_figures(estimate: "Estimate") -> dict[str, Any]:
         "experts": estimate.experts,
         "peak_memory": estimate.peak_memory,
     }
+
+
+def curve_report(points: "Sequence[Point]") -> str:
+    """What every budget would keep."""
+    rows = [
+        [
+            f"{point.over_dense:g}x",
+            size(point.total_bytes),
+            f"{point.bits:.3f}",
+            f"{100 * (1 - point.left):.1f}",
+            f"{100 * point.loss_recovered:.1f}",
+        ]
+        for point in points
+    ]
+    header = ["budget", "everything", "bits/param", "change kept, %", "loss recovered, %"]
+    return "\n".join(
+        [
+            table(header, rows),
+            "",
+            "Predicted from the weights alone, for all layers routed: the squared change from base to",
+            "experts that is kept, and what that recovered of the loss of fine-tunes measured before.",
+        ]
+    )
 
 
 def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:

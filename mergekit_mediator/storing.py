@@ -3,25 +3,19 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_mediator import budget, sparse
+from mergekit_mediator import sparse
 from mergekit_mediator.approximate import approximate
 from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.conflict import task_vectors
-from mergekit_mediator.errors import ConfigError
-from mergekit_mediator.expert_file import header_bytes
 from mergekit_mediator.factors import Factors
 from mergekit_mediator.lora import read_adapter
-from mergekit_mediator.passes import Load, Measured
+from mergekit_mediator.passes import Load
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.sparse import SparseTensor
-
-# Of what a budget leaves for experts, this much is for the error of the prediction.
-_RESERVE = 0.04
 
 
 class Storing:
@@ -70,54 +64,6 @@ class Storing:
         return sparse.encode(load(model).to(dense.dtype), dense, density, values, self._device)
 
 
-def slopes_for(
-    config: MediatorConfig,
-    weights: Sequence[PlannedWeight],
-    measured: Mapping[str, Measured],
-    sizes: Mapping[str, int],
-    dense_bytes: int,
-) -> dict[ModelReference, float]:
-    """The slope of each expert: its own for `bits`, one for all experts together for a `budget`.
-
-    One slope for all weights and experts means that no byte would save more squared error elsewhere.
-
-    Args:
-        config: of the merge.
-        weights: the routed ones.
-        measured: by name, with costs.
-        sizes: the number of parameters by name.
-        dense_bytes: of the dense expert.
-
-    Raises:
-        ConfigError: the budget leaves too little, or the bits are fewer than the least possible.
-    """
-    names = [w.info.name for w in weights if measured[w.info.name].costs]
-    numel = sum(sizes[name] for name in names)
-    models = list(config.experts)
-    if not numel or (config.bits is None and config.budget is None):
-        return {}
-    costs = [
-        torch.stack([measured[name].costs[i][0] for name in names]).sum(dim=0)
-        for i in range(len(models))
-    ]
-    if config.bits is not None:
-        return {
-            model: budget.slope_for(cost, numel, config.bits)
-            for model, cost in zip(models, costs, strict=True)
-        }
-    headers = len(models) * header_bytes([w.info.name for w in weights])
-    left = config.budget_bytes(dense_bytes) - dense_bytes - headers
-    if left <= 0:
-        raise ConfigError(
-            f"budget: {config.budget} is {config.budget_bytes(dense_bytes):,} bytes, and the dense "
-            f"expert with the headers of {len(models)} experts takes {dense_bytes + headers:,} alone"
-        )
-    everything = torch.stack(costs).sum(dim=0)
-    bits = 8 * left * (1 - _RESERVE) / (numel * len(models))
-    slope = budget.slope_for(everything, numel * len(models), bits)
-    return dict.fromkeys(models, slope)
-
-
 def adapters_for(
     config: MediatorConfig, weights: Sequence[PlannedWeight]
 ) -> dict[ModelReference, Mapping[str, Factors]]:
@@ -125,9 +71,7 @@ def adapters_for(
 
     Only where nothing else is asked for: `density`, `values`, `bits` and `budget` all are given up by it.
     """
-    if config.storage_given or any(model.lora is None for model in config.experts):
-        return {}
-    if any(model.model != config.base_model.model for model in config.experts):
+    if not config.keeps_factors:
         return {}
     known = {weight.info.name for weight in weights}
     adapters: dict[ModelReference, Mapping[str, Factors]] = {}

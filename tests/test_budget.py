@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from mergekit_mediator.approximate import approximate
-from mergekit_mediator.budget import SLOPES, cost, slope_for
+from mergekit_mediator.budget import SLOPES, slope_for, tradeoff
 from mergekit_mediator.codec import encode_bytes
 from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.sparse import mix_
 
 
 def weights():
@@ -22,13 +23,13 @@ def weights():
 
 @pytest.fixture(scope="module")
 def costs():
-    return sum(cost(weight) for weight in weights())
+    return sum(tradeoff(weight) for weight in weights())
 
 
 @pytest.mark.parametrize("bits", [0.1, 0.4, 2.0])
 def test_an_expert_takes_about_the_bits_that_were_asked_for(costs, bits):
     numel = sum(weight.numel() for weight in weights())
-    slope = slope_for(costs, numel, bits)
+    slope = slope_for(costs[0], numel, bits)
     stored = [approximate(weight, slope, torch.bfloat16) for weight in weights()]
     taken = sum(8 * encode_bytes(tensor)[0].numel() for tensor in stored)
     assert taken / numel == pytest.approx(bits, rel=0.1)
@@ -37,8 +38,21 @@ def test_an_expert_takes_about_the_bits_that_were_asked_for(costs, bits):
 def test_a_budget_below_the_vectors_is_refused():
     vector = torch.randn(1000)
     with pytest.raises(ConfigError, match=r"bits: 0\.1 is less than the least"):
-        slope_for(cost(vector), 1000, 0.1)
+        slope_for(tradeoff(vector)[0], 1000, 0.1)
 
 
 def test_a_budget_above_everything_takes_the_smallest_slope():
-    assert slope_for(cost(torch.zeros(4, 4)), 16, 8.0) == SLOPES[-1]
+    assert slope_for(tradeoff(torch.zeros(4, 4))[0], 16, 8.0) == SLOPES[-1]
+
+
+@pytest.mark.parametrize("bits", [0.1, 0.4, 2.0])
+def test_the_error_that_is_left_is_about_the_predicted_one(costs, bits):
+    numel = sum(weight.numel() for weight in weights())
+    slope = slope_for(costs[0], numel, bits)
+    left = 0.0
+    for weight in weights():
+        rebuilt = torch.zeros_like(weight)
+        mix_(rebuilt, [(1.0, approximate(weight, slope, torch.float32))])
+        left += float((rebuilt - weight).square().sum())
+    predicted = min(float(e) for s, e in zip(SLOPES, costs[1], strict=True) if s >= slope)
+    assert left == pytest.approx(predicted, rel=0.25)

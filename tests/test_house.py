@@ -16,7 +16,7 @@ TENSORS_ONLY = {
     *("codec", "entropy", "bits", "description", "expert_file", "workers", "mixture"),
 }
 MERGING = {"plugin", "config", "planner", "weights", "passes", "storing", "checkpoint", "merge"}
-MERGING |= {"estimate", "cli_merge", "demo", "dense_writer", "rivals"}
+MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals"}
 SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
 
 

@@ -23,6 +23,7 @@ import record
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from train_experts import REPORT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator import budget, sparse
@@ -78,14 +79,29 @@ class Family:
 
     def decompose(self) -> None:
         for task in self.tasks:
-            total = torch.zeros(len(budget.SLOPES), dtype=torch.float64)
+            total = torch.zeros(2, len(budget.SLOPES), dtype=torch.float64)
             for name, weight in self.base.items():
                 delta = self.difference(task, name)
                 known = None if is_vector(weight) else decompose(as_matrix(delta))
                 if known:
                     self.components[task, name] = known
-                total += budget.cost(delta, known)
-            self.costs[task] = total
+                total += budget.tradeoff(delta, known)
+            self.costs[task] = total[0]
+
+    def relative_error(self, states: dict[str, State]) -> float:
+        """Squared error of the weights over the squared change of the fine-tunes, mean over experts."""
+        shares = []
+        for task, state in states.items():
+            error = sum(
+                float((state[name].float() - weight.float()).square().sum(dtype=torch.float64))
+                for name, weight in self.experts[task].items()
+            )
+            change = sum(
+                float(self.difference(task, name).square().sum(dtype=torch.float64))
+                for name in self.base
+            )
+            shares.append(error / change)
+        return sum(shares) / len(shares)
 
     def score(self, task: str, state: State) -> Score:
         with torch.no_grad():
@@ -180,7 +196,7 @@ def main() -> None:
     parser.add_argument("--tasks", required=True, help="folders of experts, separated by commas")
     parser.add_argument("--family", required=True, help="what to call these experts")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=REPORT_SEED)
     parser.add_argument("--name", default="codec")
     parser.add_argument("--only", default="", help="these codecs, separated by commas")
     args = parser.parse_args()
@@ -223,6 +239,10 @@ def main() -> None:
             "codec": name,
             "family": args.family,
             "bits_per_parameter": round(bits, 4),
+            "bytes_per_expert": round(bits * family.numel / 8),
+            "relative_error": round(family.relative_error(states), 4),
+            "answer_log_likelihood": round(mean(scores, likelihood), 4),
+            "accuracy": round(mean(scores, "accuracy"), 4),
             "loss_recovered": round(
                 (mean(scores, likelihood) - worst) / (mean(best, likelihood) - worst), 4
             ),

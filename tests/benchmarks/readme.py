@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 ROOMS = {
     "Start and configure": "__init__ _autoload _build plugin config cli cli_merge",
-    "Merge": "planner weights headers passes conflict threshold plan dense dense_writer storing lora merge checkpoint "
-    "estimate workers",
+    "Merge": "planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge "
+    "checkpoint estimate curve workers",
     "Store": "sparse factors approximate budget bits entropy description codec expert_file artifact "
     "staging",
     "Route": "prompts contexts router router_file response hidden calibrated calibration_data "

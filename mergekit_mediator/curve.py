@@ -1,0 +1,95 @@
+"""What every budget would keep: predicted quality against bytes, before anything is written."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from mergekit_mediator.errors import OutputError
+
+# Everything together over the dense expert alone, as people ask for it in `budget`.
+_SIZES = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.35, 1.5, 1.75, 2, 3, 4, 6, 8)
+_NOTHING_LEFT = 1e-3
+# The part of the loss between average and expert that is not recovered is about this share and power of
+# the part of the squared change that is left out: fitted to results/codec.json by tests/benchmarks/codec.py.
+_LOSS_SHARE, _LOSS_POWER = 0.1, 2.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget.
+
+    Attributes:
+        over_dense: everything together over the dense expert alone, as `budget` has it.
+        total_bytes: the same in bytes.
+        bits: per parameter and expert.
+        left: part of the squared change from base to experts that is not stored, in [0, 1].
+        loss_recovered: predicted part of the loss between the average and each expert, in [0, 1].
+    """
+
+    over_dense: float
+    total_bytes: int
+    bits: float
+    left: float
+    loss_recovered: float
+
+
+def curve(tradeoffs: Tensor, numel: int, dense_bytes: int, fixed_bytes: int) -> list[Point]:
+    """The budgets that are possible, up to that which leaves nothing out.
+
+    Args:
+        tradeoffs: `[2, len(SLOPES)]`, summed over all weights and experts; see `budget.tradeoff`.
+        numel: of all stored weights of all experts.
+        dense_bytes: of the dense expert's weights.
+        fixed_bytes: of these and all else that does not depend on the budget.
+    """
+    bits, errors = tradeoffs.numpy()
+    points: list[Point] = []
+    for size in _SIZES:
+        stored = 8 * (size * dense_bytes - fixed_bytes)
+        if not bits[0] < stored < bits[-1] or (points and points[-1].left < _NOTHING_LEFT):
+            continue
+        left = float(np.interp(math.log(stored), np.log(bits), errors / errors[0]))
+        points.append(
+            Point(
+                size,
+                round(size * dense_bytes),
+                stored / numel,
+                left,
+                predicted_loss_recovered(left),
+            )
+        )
+    return points
+
+
+def predicted_loss_recovered(left: float) -> float:
+    """From the part of the squared change that is left out; what is all left out recovers nothing."""
+    return 1 - _LOSS_SHARE * left**_LOSS_POWER if left < 1 else 0.0
+
+
+def plot_curve(path: Path, points: Sequence[Point]) -> None:
+    """Draw predicted quality against bytes.
+
+    Raises:
+        OutputError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutputError("--plot needs matplotlib: pip install mergekit-mediator[plot]") from error
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    sizes = [point.over_dense for point in points]
+    axes.plot(sizes, [100 * p.loss_recovered for p in points], marker="o", label="loss recovered")
+    axes.plot(sizes, [100 * (1 - p.left) for p in points], marker=".", label="squared change kept")
+    axes.set(xlabel="everything together / one model", ylabel="%, predicted", xscale="log")
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize=7)
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error

@@ -1,0 +1,115 @@
+"""What a configuration may spend on experts, and what a first pass found, -> the slope of each expert."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from mergekit.common import ModelReference
+from torch import Tensor
+
+from mergekit_mediator import budget
+from mergekit_mediator.config import MediatorConfig
+from mergekit_mediator.curve import Point, curve
+from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.estimate import Size, dense_sizes
+from mergekit_mediator.expert_file import header_bytes
+from mergekit_mediator.passes import Measured
+from mergekit_mediator.planner import PlannedWeight
+from mergekit_mediator.weights import Inputs
+
+# Of what a budget leaves for experts, this much is for the error of the prediction.
+_RESERVE = 0.02
+# Of manifest and card: what they say of every weight besides its name, and the rest.
+_LISTED_BYTES, _CARD_BYTES = 10, 8000
+
+
+def slopes_for(
+    config: MediatorConfig,
+    names: Sequence[str],
+    measured: Mapping[str, Measured],
+    dense: Mapping[str, Size],
+    other_bytes: int,
+) -> dict[ModelReference, float]:
+    """The slope of each expert: its own for `bits`, one for all experts together for a `budget`.
+
+    One slope for all weights and experts means that no byte would save more squared error elsewhere.
+
+    Args:
+        config: of the merge.
+        names: of the routed weights.
+        measured: by name, with costs.
+        dense: the sizes of the dense expert's weights by name.
+        other_bytes: of tokenizer and other files, which a budget counts too.
+
+    Raises:
+        ConfigError: the budget leaves too little, or the bits are fewer than the least possible.
+    """
+    models = list(config.experts)
+    numel = parameters(names, measured, dense)
+    if not numel or (config.bits is None and config.budget is None):
+        return {}
+    costs = [total[0] for total in tradeoffs(names, measured)]
+    if config.bits is not None:
+        return {
+            model: budget.slope_for(cost, numel, config.bits)
+            for model, cost in zip(models, costs, strict=True)
+        }
+    dense_bytes = sum(size.bytes for size in dense.values())
+    fixed = fixed_bytes(config, list(dense), names, dense_bytes + other_bytes)
+    left = config.budget_bytes(dense_bytes) - fixed
+    if left <= 0:
+        raise ConfigError(
+            f"budget: {config.budget} is {config.budget_bytes(dense_bytes):,} bytes, and the dense "
+            f"expert, its tokenizer and the headers of {len(models)} experts take {fixed:,} alone"
+        )
+    bits = 8 * left * (1 - _RESERVE) / (numel * len(models))
+    slope = budget.slope_for(sum(costs, torch.zeros(())), numel * len(models), bits)
+    return dict.fromkeys(models, slope)
+
+
+def predict(
+    inputs: Inputs, weights: Sequence[PlannedWeight], measured: Mapping[str, Measured]
+) -> list[Point]:
+    """What every budget would keep, if all layers are routed.
+
+    Args:
+        inputs: opened.
+        weights: all of them.
+        measured: by name, with costs.
+    """
+    dense = dense_sizes(inputs, weights)
+    names = list(dense)
+    dense_bytes = sum(size.bytes for size in dense.values())
+    along = [path for path in inputs.base_directory().iterdir() if path.suffix in (".json", ".txt")]
+    written = dense_bytes + sum(path.stat().st_size for path in along)
+    fixed = fixed_bytes(inputs.config, names, names, written)
+    numel = parameters(names, measured, dense) * len(inputs.experts)
+    total = torch.stack(tradeoffs(names, measured)).sum(dim=0)
+    return curve(total, numel, dense_bytes, fixed)
+
+
+def parameters(
+    names: Sequence[str], measured: Mapping[str, Measured], dense: Mapping[str, Size]
+) -> int:
+    """How many of the parameters of these weights can be stored within a budget."""
+    return sum(dense[name].numel for name in names if measured[name].costs)
+
+
+def tradeoffs(names: Sequence[str], measured: Mapping[str, Measured]) -> list[Tensor]:
+    """By expert, what storing these weights takes and leaves at each slope; see `budget.tradeoff`."""
+    by_weight = [measured[name].costs for name in names if measured[name].costs]
+    return [torch.stack(of_expert).sum(dim=0) for of_expert in zip(*by_weight, strict=True)]
+
+
+def fixed_bytes(
+    config: MediatorConfig, names: Sequence[str], routed: Sequence[str], written: int
+) -> int:
+    """What an artifact takes before anything of an expert is stored, about.
+
+    Args:
+        config: of the merge.
+        names: of all weights.
+        routed: of those that experts may store.
+        written: bytes of the dense expert and the files that go along with it.
+    """
+    listed = sum(len(name) + _LISTED_BYTES for name in names)
+    return written + _CARD_BYTES + listed + len(config.experts) * header_bytes(routed)
