@@ -17,7 +17,7 @@ from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.locate import fingerprint, locate_weights
 from mergekit_mediator.prefetch import read_ahead, side_streams
 from mergekit_mediator.residency import Experts, tensor_bytes
-from mergekit_mediator.sparse import Displaced, SparseTensor, displace, mix_, restore_
+from mergekit_mediator.sparse import Displaced, SparseTensor, displace, mix_, overwriting, restore_
 
 # The experts of a mixture that have a weight above 0, in the artifact's order; none is the dense expert.
 Mixture = tuple[tuple[str, float], ...]
@@ -182,7 +182,17 @@ class Mixer:
         if not mixture:
             return
         if self._on_cpu:
-            self._over(lambda name: self._put(name, self.parts(name, mixture)), weights)
+            alone = mixture[0][0] if len(mixture) == 1 and mixture[0][1] == 1.0 else ""
+
+            def put(name: str) -> None:
+                ready = self._ready.get((alone, name))
+                if ready is None:
+                    self._put(name, self.parts(name, mixture))
+                else:
+                    self._displaced[name], overwrite = ready
+                    overwrite()
+
+            self._over(put, weights)
             return
 
         def read(layer: Sequence[str]) -> list[list[tuple[str, float, SparseTensor]]]:
@@ -210,6 +220,16 @@ class Mixer:
             ]
         self._displaced[name] = saved
         mix_(weight, parts, saved)
+        if len(found) == 1 and self._unbounded:
+            expert, _, stored = found[0]
+            overwrite = overwriting(weight, stored)
+            if overwrite is not None:
+                self._ready[expert, name] = saved, overwrite
+
+    @property
+    def _unbounded(self) -> bool:
+        """Whether memory may be taken to enter mixtures faster."""
+        return self.experts.residency == "device" and self.experts.budget is None
 
     def remember(self, key: tuple[str, ...], of: object, make: Callable[[], T]) -> T:
         """What `make` gives of something; kept as long as that and the dense weights are, unless
@@ -219,7 +239,7 @@ class Mixer:
             result: T = known[1]
             return result
         result = make()
-        if self.experts.residency == "device" and self.experts.budget is None:
+        if self._unbounded:
             self._memory[key] = (of, result)
         return result
 
@@ -279,4 +299,6 @@ class Mixer:
     def _locate(self) -> None:
         self._weights = locate_weights(self._model, self._shapes, self._shapes)
         self._memory: dict[tuple[str, ...], tuple[object, Any]] = {}
+        # by expert and weight: what it displaces when it is alone, and what puts it there
+        self._ready: dict[tuple[str, str], tuple[Sequence[Displaced], Callable[[], None]]] = {}
         self._fingerprint = fingerprint(self._model)

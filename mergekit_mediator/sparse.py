@@ -4,7 +4,7 @@ In general a low-rank part plus a sparse part. Exact sparse values are the exper
 putting them in place gives its bits back; the other forms hold a difference as codes times a scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -178,6 +178,20 @@ def _add_products_(matrix: Tensor, factored: Sequence[tuple[float, Factors]]) ->
     left = torch.cat([f.left.to(torch.float32) * (c * f.scales) for c, f in factored], dim=1)
     right = torch.cat([f.right.to(matrix.dtype) for _, f in factored], dim=1)
     matrix.addmm_(left.to(matrix.dtype), right.T)
+
+
+def overwriting(weight: Tensor, stored: SparseTensor) -> Callable[[], None] | None:
+    """What puts a single expert with weight 1 in place as `mix_` does, with nothing left to prepare; None
+    where that takes arithmetic."""
+    if stored.values != "exact" or stored.share or stored.codes.dtype != weight.dtype:
+        return None
+    flat, positions = bit_patterns(weight.view(-1)), stored.positions
+    values = bit_patterns(stored.codes)
+
+    def put() -> None:
+        flat.scatter_(0, positions.to(torch.int64), values)
+
+    return put
 
 
 def restore_(weight: Tensor, displaced: Sequence[Displaced]) -> None:
