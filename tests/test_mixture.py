@@ -11,9 +11,10 @@ from torch import nn
 from mergekit_mediator import mixture as mixture_module
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.expert_file import ExpertFile, ExpertWriter
+from mergekit_mediator.factors import Factors
 from mergekit_mediator.mixture import Mixer
 from mergekit_mediator.residency import Experts
-from mergekit_mediator.sparse import encode
+from mergekit_mediator.sparse import SparseTensor, encode
 
 NAMES = ("a", "b", "c")
 
@@ -267,6 +268,21 @@ def test_nothing_is_decoded_before_it_is_used_and_nothing_kept_on_disk(files):
     assert mixer.experts.resident_bytes == 0
     _, mixer = make_mixer(files)
     assert mixer.experts.resident_bytes == 0
+
+
+def test_experts_in_host_memory_stay_there_when_they_are_copied_to_a_device(tmp_path):
+    dense, device = torch.zeros(6, 8), torch.device("meta")  # the only other device that all have
+    factors = Factors(torch.ones(6, 2), torch.ones(8, 2), torch.ones(2))
+    writer = ExpertWriter(tmp_path / "a.safetensors", "a")
+    writer.write("w", SparseTensor.of_factors((6, 8), torch.float32, factors))
+    writer.close()
+    experts = Experts({"a": ExpertFile(tmp_path / "a.safetensors")}, lambda _: dense, "cpu")
+    for _ in range(2):
+        copied = experts.read("a", "w", device)
+        parts = (copied.factors.left, copied.factors.right, copied.factors.scales)
+        assert {tensor.device for tensor in (copied.positions, copied.codes, *parts)} == {device}
+        assert experts.resident_bytes > 0
+    assert experts.read("a", "w", dense.device).factors.left.device.type == "cpu"
 
 
 @pytest.mark.parametrize(

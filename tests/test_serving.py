@@ -11,7 +11,9 @@ from transformers.generation import StoppingCriteria
 from mergekit_mediator import MediatorModel
 from mergekit_mediator import rows as rows_module
 from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.factors import Factors
 from mergekit_mediator.merge import run
+from mergekit_mediator.sparse import SparseTensor, mix_, restore_
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 A, B = (("a", 1.0),), (("b", 1.0),)
@@ -95,6 +97,22 @@ def test_both_forms_of_factors_give_the_same_answer(factored, ids):
             for apply in ("rows", "merge")
         ]
         assert torch.equal(*generated)
+
+
+def test_factors_in_a_bfloat16_weight_are_rounded_once_but_for_their_own_rounding():
+    torch.manual_seed(0)
+    dense, stored = torch.randn(48, 32).bfloat16(), []
+    exact = dense.double()
+    for p in (0.3, 1.2):
+        factors = Factors(torch.randn(48, 3) / 9, torch.randn(32, 3) / 9, torch.ones(3))
+        stored.append((p, SparseTensor.of_factors((48, 32), torch.bfloat16, factors)))
+        exact += p * factors.product().double()
+    weight = dense.clone()
+    saved = mix_(weight, stored)
+    step = 2**-8 * exact.abs().max()
+    assert float((weight.double() - exact).abs().max()) < 0.75 * step
+    restore_(weight, saved)
+    assert torch.equal(weight, dense)
 
 
 def test_a_chat_may_go_on_in_another_form_with_its_cache(factored, ids, monkeypatch):
