@@ -8,6 +8,7 @@ import pico
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_lora import train
 
 from mergekit_mediator import rivals, scorer
 from mergekit_mediator.cli import main
@@ -198,3 +199,19 @@ def test_what_mergekit_refuses_is_one_line(family, tmp_path):
     made = Rivals(str(family.base), {n: str(p) for n, p in family.experts.items()}, tmp_path)
     with pytest.raises(InputError, match="rival other: mergekit: "):
         made.merged({"merge_method": "ties", "models": [{"model": made.base}]}, "other")
+
+
+def test_adapters_are_merged_into_their_base_to_be_compared(family, merged, tasks, tmp_path):
+    for seed, name in enumerate(family.experts):
+        train(family.base, tmp_path / name, seed)
+    models = [{"model": f"{family.base}+{tmp_path / name}"} for name in family.experts]
+    out = merged(family.config(models=models, route="all"))
+    options = ["--rivals", "average,extract_lora,best_expert", "--rank", 4, "--limit", 4]
+    result = call("evaluate", out, *tasks, *options, "--tune", 4, "--json")
+    assert result.exit_code == 0, result.output
+    systems = json.loads(result.stdout)["systems"]
+    for task, score in systems["experts"]["tasks"].items():
+        own = systems["mediator_oracle"]["tasks"][task]
+        likelihood = score["answer_log_likelihood"]
+        assert own["answer_log_likelihood"] == pytest.approx(likelihood, abs=0.05)
+        assert likelihood != systems["base"]["tasks"][task]["answer_log_likelihood"]
