@@ -9,10 +9,16 @@ from mergekit.common import dtype_from_name
 from mergekit_mediator.plan import LayerPlan
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.threshold import count_kept
-from mergekit_mediator.weights import Inputs
+from mergekit_mediator.weights import MAPPED_BYTES, Inputs
+from mergekit_mediator.workers import count_workers
 
 # Python with torch, transformers and mergekit loaded, measured.
 _PROCESS_BYTES = 700_000_000
+# Bytes for each parameter of a weight: of the sums and the task vector while it is measured; while it is
+# encoded, for each that is kept, or for all within `bits` or a `budget`. Measured on a large embedding.
+_MEASURING_BYTES = 9
+_KEPT_BYTES = 30
+_APPROXIMATING_BYTES = 20
 _CODE_BITS = {"int8": 8, "int4": 4, "sign": 1}
 
 
@@ -23,7 +29,7 @@ class LayerEstimate:
     Attributes:
         plan: its weights, its conflict if measured, and the decision if made.
         parameters: the number of its parameters.
-        read: of all models together, in one pass.
+        read: of all models together, and of the experts once more if they may be stored.
         dense: of the dense expert's checkpoint.
         experts: of all sparse experts together, about; 0 if averaged or undecided.
     """
@@ -41,8 +47,8 @@ class Estimate:
 
     Attributes:
         layers: in order.
-        passes: how often each input is read: 2 if what is routed depends on what is measured.
-        peak_memory: predicted, without the pages of input files that the system maps and can drop.
+        passes: 2 where experts' weights may be read once more, to store them.
+        peak_memory: predicted. It does not depend on the number of layers and experts.
     """
 
     layers: tuple[LayerEstimate, ...]
@@ -51,8 +57,8 @@ class Estimate:
 
     @property
     def read(self) -> int:
-        """Bytes read in all passes."""
-        return self.passes * sum(layer.read for layer in self.layers)
+        """Bytes read in both passes, if layers that are undecided are routed."""
+        return sum(layer.read for layer in self.layers)
 
     @property
     def dense(self) -> int:
@@ -82,12 +88,23 @@ def estimate(
     routed = {plan.name for plan in plans if plan.routed}
     rate = _bits_per_parameter(inputs, dense, [w for w in weights if w.layer in routed])
     layers = tuple(_layer(inputs, by_layer[plan.name], plan, rate) for plan in plans)
+    stored = any(plan.routed is not False for plan in plans)
+    return Estimate(layers, 2 if stored else 1, _peak_memory(inputs, weights, dense))
+
+
+def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int) -> int:
+    """Every worker has a weight of its own, and results of as many may wait for their turn."""
+    config, workers = inputs.config, count_workers()
+    sizes = sorted((_parameters(inputs, weight) for weight in weights), reverse=True)
     largest = max((_dense_bytes(inputs, weight) for weight in weights), default=0)
-    # the shard that is being filled, and of the largest weight the result and what encoding it needs
-    peak = _PROCESS_BYTES + min(inputs.options.out_shard_size, dense) + 3 * largest
-    config = inputs.config
-    passes = 2 if config.selection.needs_conflict or config.needs_costs else 1
-    return Estimate(layers, passes, peak)
+    measuring = _MEASURING_BYTES * sum(sizes[:workers]) + workers * largest
+    density = max((max(w.densities.values()) for w in weights), default=0.0)
+    encoding = _APPROXIMATING_BYTES if config.needs_costs else _KEPT_BYTES * density
+    storing = round(encoding * sum(sizes[:1])) * workers
+    mapped = min(MAPPED_BYTES, sum(inputs.input_bytes(weight) for weight in weights))
+    shard = min(inputs.options.out_shard_size, dense)
+    peak: int = _PROCESS_BYTES + mapped + shard + max(measuring, storing)
+    return peak
 
 
 @dataclass(frozen=True)
@@ -120,10 +137,11 @@ def _bits_per_parameter(
 def _layer(
     inputs: Inputs, weights: list[PlannedWeight], plan: LayerPlan, rate: float | None
 ) -> LayerEstimate:
+    models = inputs.models if plan.routed is False else (*inputs.models, *inputs.experts)
     return LayerEstimate(
         plan=plan,
         parameters=sum(_parameters(inputs, weight) for weight in weights),
-        read=sum(inputs.input_bytes(weight) for weight in weights),
+        read=sum(inputs.input_bytes(weight, models) for weight in weights),
         dense=sum(_dense_bytes(inputs, weight) for weight in weights),
         experts=sum(_expert_bytes(inputs, w, rate) for w in weights) if plan.routed else 0,
     )

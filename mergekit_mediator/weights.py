@@ -38,7 +38,7 @@ _UNREADABLE = (
     SafetensorError,
 )
 # Of mapped files, so much may be in memory before they are closed and opened anew.
-_MAPPED_BYTES = 1 << 28
+MAPPED_BYTES = 1 << 27
 Headers = dict[ModelReference, dict[str, TensorHeader]]
 
 
@@ -186,7 +186,7 @@ class Inputs:
         """A mapped file stays in memory as far as it was read, until it is closed."""
         with self._mapping:
             self._mapped += tensor.nbytes
-            if self._mapped > _MAPPED_BYTES:
+            if self._mapped > MAPPED_BYTES:
                 self._mapped = 0
                 for loader in (*LoaderCache().loaders.values(), *self._written):
                     if loader.index.is_safetensors:
