@@ -62,16 +62,18 @@ def test_a_plan_reads_headers_only(family, tmp_path, monkeypatch):
     planned = figures("plan", config)
     assert [layer["name"] for layer in planned["layers"]] == ["embed", "0", "1", "2", "final"]
     assert all(layer["routed"] for layer in planned["layers"])
-    assert planned["passes"] == 1
+    assert planned["passes"] == 2
     assert planned["peak_memory"] > 0
 
 
 def test_a_plan_counts_the_bytes_of_all_inputs(family, read, tmp_path):
     planned = figures("plan", write(family.config(route="none"), tmp_path / "config.yml"))
     size = sum(w.numel() * w.element_size() for w in read(family.base).values())
-    assert planned["read"] == 4 * size
+    assert (planned["passes"], planned["read"]) == (1, 4 * size)
     assert planned["dense"] == size
     assert planned["experts"] == 0
+    planned = figures("plan", write(family.config(route="all"), tmp_path / "config.yml"))
+    assert (planned["passes"], planned["read"]) == (2, 7 * size)
 
 
 def test_a_plan_leaves_open_what_conflict_decides(family, tmp_path):
@@ -100,7 +102,7 @@ def test_a_plan_of_adapters_merges_nothing(family, tmp_path, monkeypatch):
     monkeypatch.setattr(ModelReference, "merged", None)
     models = [{"model": f"{family.base}+{tmp_path / name}"} for name in ("a", "b")]
     config = write(family.config(models=models, route="all"), tmp_path / "config.yml")
-    assert figures("plan", config)["passes"] == 1
+    assert all(layer["routed"] for layer in figures("plan", config)["layers"])
 
 
 def test_a_picture_needs_what_it_shows(family, tmp_path):
