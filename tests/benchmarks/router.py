@@ -173,6 +173,7 @@ def quantiles(times: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
+    prompts.same_every_time()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

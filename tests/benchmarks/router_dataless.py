@@ -119,6 +119,7 @@ def measure(
 
 
 def main() -> None:
+    prompts.same_every_time()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -40,6 +40,7 @@ def milliseconds(
 
 
 def main() -> None:
+    prompts.same_every_time()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

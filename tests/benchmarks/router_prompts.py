@@ -4,7 +4,9 @@ The first four wordings of a task are for calibration and for choosing between r
 two are for the report only. Contents come from reasoning-gym, by seed.
 """
 
+import os
 import random
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -286,6 +288,13 @@ def _fields(task: str, item: Mapping[str, Any]) -> dict[str, str]:
     if task == "rotate_matrix":
         fields["degrees"] = 90 * about["num_rotations"]
     return {k: str(v) for k, v in fields.items()}
+
+
+def same_every_time() -> None:
+    """Start Python again where its hashes differ between runs: some tasks draw from sets."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        command = [sys.executable, *sys.argv]
+        os.execve(sys.executable, command, {**os.environ, "PYTHONHASHSEED": "0"})
 
 
 def easy(per_task: int, seed: int) -> dict[str, list[str]]:
