@@ -6,21 +6,25 @@ base copies the words, whatever cipher is named.
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import artifact_systems
+from bench import artifact, artifact_systems
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mergekit_mediator import rivals
-from mergekit_mediator.compare import expert_systems
+from mergekit_mediator import MediatorModel, rivals
+from mergekit_mediator.calibrate import calibrate_artifact
+from mergekit_mediator.compare import expert_systems, mediator_systems
 from mergekit_mediator.contenders import checkpoint
+from mergekit_mediator.loading import load_plain
 from mergekit_mediator.results import SystemResult, to_json
 from mergekit_mediator.rivals import Rivals
 from mergekit_mediator.scorer import Scorer
@@ -36,6 +40,7 @@ VOCABULARY = [*SPECIAL, *NAMES, *WORDS]
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s> {% endfor %}<s>"
 LENGTH = 4
 MEDIATORS = {"bits: 1": {"route": "all", "bits": 1.0}, "budget: 2x": {"budget": "2x"}}
+CALIBRATED = "bits: 1"
 
 
 def make_tokenizer() -> Any:
@@ -123,6 +128,20 @@ def make_family(work: Path, count: int) -> tuple[Path, dict[str, Path]]:
     return base, experts
 
 
+def calibrated(made: Rivals, names: list[str], out: Path) -> Path:
+    """The artifact of `CALIBRATED` with a router that knows 20 other prompts of each cipher."""
+    if not out.exists():
+        model, _ = artifact(made, CALIBRATED, MEDIATORS[CALIBRATED])
+        shutil.copytree(model.root, out)
+        data = {}
+        for name in names:
+            data[name] = out.parent / f"{name}.jsonl"
+            lines = [json.dumps({"prompt": e.prompt}) for e in examples(name, 20, "calibration")]
+            data[name].write_text("\n".join(lines))
+        calibrate_artifact(out, load_plain(out), model.tokenizer, data)
+    return out
+
+
 def quality(work: Path, counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """By number of experts and system: scores as `results.to_json` gives them, without the tasks.
 
@@ -143,6 +162,9 @@ def quality(work: Path, counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         for label, parameters in MEDIATORS.items():
             own = artifact_systems(made, scorer, tasks, label, parameters)
             results += [replace(result, name=f"{result.name}, {label}") for result in own]
+        folder = calibrated(made, list(experts), work / f"calibrated-{count}")
+        *_, routed = mediator_systems(MediatorModel.from_pretrained(folder), scorer, tasks)
+        results.append(replace(routed, name=f"mediator, {CALIBRATED}, calibrated"))
         rows = to_json(results)
         for row in rows.values():
             tasks_scored = row.pop("tasks")
