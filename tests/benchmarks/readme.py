@@ -23,7 +23,7 @@ ROOMS = {
     "fit_router calibrate routers",
     "Run": "loading batches locate prefetch residency mixture rows row_modules caches serving requests routed runtime remote remote_code",
     "Report": "tasks task_options evaluate contenders scorer results quality_plot compare rivals "
-    "rival_systems cli_evaluate answer card report demo errors",
+    "rival_systems cli_evaluate answer card report inspection demo errors",
 }
 
 
@@ -167,7 +167,15 @@ def runtime() -> str:
     figures = load("runtime")
     names = {
         "entering a mixture / dense in-place add": ("enter", "enter_over_dense_add"),
-        "loading the expert's checkpoint / entering": ("enter", "enter_speedup_over_load"),
+        "leaving it / dense in-place add": ("enter", "leave_over_dense_add"),
+        "loading a checkpoint, and reading it once / entering": (
+            "enter",
+            "enter_speedup_over_load",
+        ),
+        "`from_pretrained` alone / entering": (
+            "enter",
+            "enter_speedup_over_from_pretrained_alone",
+        ),
         "entering / PEFT set_adapter + merge_adapter": ("enter", "enter_over_peft"),
         "decoding speed / plain dense model": ("decode", "decode_over_dense"),
         "8 rows over 4 experts, rows / merge": ("batch", "mixed_batch_speedup"),
@@ -181,6 +189,12 @@ def runtime() -> str:
             figures[kind]["memory"][index]["resident_bytes"] for kind in ("sparse", "low_rank")
         ]
         rows.append([f"resident MB of {count} experts", *[f"{size / 1e6:.0f}" for size in sizes]])
+    for sparse, low in zip(
+        *(figures[kind]["forms"] for kind in ("sparse", "low_rank")), strict=True
+    ):
+        cells = [f"{row['rows_over_merge']:.2f}, {row['auto']}" for row in (sparse, low)]
+        tokens = low["new_tokens"]
+        rows.append([f"one answer of {tokens} tokens, time in rows / merge; `auto` takes", *cells])
     return table(["", "sparse, 10% exact", "adapters' factors"], rows)
 
 
@@ -207,6 +221,57 @@ def codec() -> str:
     return table(head, rows)
 
 
+def router() -> str:
+    figures = load("router")
+    rows = []
+    for kind in ("hidden", "embedding"):
+        for head, easy in figures["calibrated"][kind]["easy"].items():
+            hard = figures["calibrated"][kind]["hard"][head]
+            new, familiar = hard["hard new"], hard["hard familiar"]
+            shares = easy["easy test"]["accuracy"], familiar["accuracy"], new["accuracy"]
+            others = new["ece"], new["ood_near_auroc"], new["ood_far_auroc"]
+            rows.append(
+                [f"{kind}, {head}", *[f"{100 * x:.1f}" for x in shares], *[f"{x:.3f}" for x in others]]
+            )
+    for name, easy in figures["others"]["hidden"]["easy"].items():
+        hard = figures["others"]["hidden"]["hard"][name]
+        shares = easy["easy test"], hard["hard familiar"], hard["hard new"]
+        label = f"hidden, {name}" if name.startswith(("nearest", "5 nearest")) else name
+        rows.append([label, *[f"{100 * x:.1f}" for x in shares], "", "", ""])
+    for name in ("response", "likelihood"):
+        found = load("router-no-data")[name]
+        rows.append([f"{name}, no data", f"{100 * found['accuracy']:.1f}", *[""] * 5])
+    head = ["router", "easy", "familiar", "new wordings", "ECE", "AUROC near", "AUROC far"]
+    return "\n".join(
+        [
+            table(head, rows),
+            "",
+            f"Times of one request: `embedding` p99 {figures['p99_ms']:.2f} ms; `hidden` "
+            f"{figures['hidden_over_prefill']:.2f} of a prefill (median; p99 "
+            f"{figures['hidden_over_prefill_p99']:.2f}).",
+        ]
+    )
+
+
+def blending() -> str:
+    rows = []
+    for family, figures in load("blending")["families"].items():
+        systems = dict(figures["systems"])
+        best = figures["best_single"]
+        kept = {
+            "base": "base",
+            "dense": "dense",
+            best: f"best single expert ({best})",
+            **{name: name for name in systems if ":" in name},
+        }
+        for name, label in kept.items():
+            row = systems[name]
+            rows.append(
+                [family, label, f"{row['log_likelihood']:.3f}", f"{100 * row['accuracy']:.1f}"]
+            )
+    return table(["experts", "answered by", "nats / token", "exact match, %"], rows)
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -225,6 +290,8 @@ SECTIONS = {
     "experts-4": experts_4,
     "runtime": runtime,
     "codec": codec,
+    "router": router,
+    "blending": blending,
 }
 
 

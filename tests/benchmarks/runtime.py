@@ -59,36 +59,48 @@ def milliseconds(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: round(1e3 * statistics.median(t), 2) for name, t in times.items()}
 
 
-def entering(model: MediatorModel, name: str) -> float:
-    context = model.mixture({name: 1.0})
-    took = seconds(context.__enter__)
-    context.__exit__(None, None, None)
-    return took
+def read(root: Path) -> None:
+    """Load a checkpoint, and read from every cache line of it: transformers only maps the file."""
+    for weight in load_plain(root).parameters():
+        weight.view(-1)[:: 64 // weight.element_size()].sum()
 
 
 def enter_figures(model: MediatorModel, root: Path, rounds: int) -> dict[str, Any]:
-    """Entering a resident expert against adding a dense change, loading a checkpoint, and PEFT."""
-    weights = [w.clone() for w in model._mixer.weights.values()]
-    changes = [torch.full_like(w, 1e-3) for w in weights]
+    """Entering a resident expert against adding a dense change to the weights that it changes, loading
+    a checkpoint, and PEFT; and leaving it."""
     names = model.experts[:2]
+    changed = [n for n, s in model._mixer.expert(names[0]).items() if len(s.codes) or s.factors]
+    weights = [model._mixer.weights[name].clone() for name in changed]
+    changes = [torch.full_like(w, 1e-3) for w in weights]
     turn = iter(range(10**6))
+    left: list[float] = []
 
     def add() -> None:
         for weight, change in zip(weights, changes, strict=True):
             weight.add_(change)
 
+    def enter() -> float:
+        context = model.mixture({names[next(turn) % 2]: 1.0})
+        took = seconds(context.__enter__)
+        left.append(seconds(lambda: context.__exit__(None, None, None)))
+        return took
+
     expert_bytes = model.manifest.files[f"mediator/experts/{names[0]}.safetensors"].bytes
     set_adapter, rank = peft_switch(root, expert_bytes)
     times = in_turns(
         rounds,
-        enter=lambda: entering(model, names[next(turn) % 2]),
+        enter=enter,
+        leave=lambda: left[-1],
         dense_add=lambda: seconds(add),
         peft=set_adapter,
-        load=lambda: seconds(lambda: load_plain(root)),
+        from_pretrained=lambda: seconds(lambda: load_plain(root)),
+        load=lambda: seconds(lambda: read(root)),
     )
     return {
         "enter_over_dense_add": ratio(times, "enter", "dense_add"),
+        "leave_over_dense_add": ratio(times, "leave", "dense_add"),
         "enter_speedup_over_load": ratio(times, "load", "enter"),
+        "enter_speedup_over_from_pretrained_alone": ratio(times, "from_pretrained", "enter"),
         "enter_over_peft": ratio(times, "enter", "peft"),
         "peft_rank": rank,
         "expert_file_bytes": expert_bytes,
@@ -166,9 +178,29 @@ def batch_figures(model: MediatorModel, rounds: int, tokens: int) -> dict[str, A
     }
 
 
+def form_figures(model: MediatorModel, rounds: int) -> list[dict[str, Any]]:
+    """One request in rows form against its mixture in place, for short and long answers; and which of
+    the two `auto` takes."""
+    ids, mask = model.tokenize(PROMPTS[:1])
+    figures = []
+    for tokens in (4, 16, 64):
+        options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+
+        def run(apply: Any, options: Any = options) -> float:
+            chosen = {"mixture": model.experts[0], "apply": apply, **options}
+            return seconds(lambda: model.generate(ids, mask, **chosen))
+
+        times = in_turns(rounds, merge=lambda: run("merge"), rows=lambda: run("rows"))
+        rows = (model._requests.named(model.experts[0]),)
+        auto = model._serving._form(rows, "auto", None, ids.shape[1], tokens)
+        row = {"new_tokens": tokens, "auto": auto, "milliseconds": milliseconds(times)}
+        figures.append({**row, "rows_over_merge": ratio(times, "rows", "merge")})
+    return figures
+
+
 def memory_figures(model: MediatorModel, counts: tuple[int, ...]) -> list[dict[str, int]]:
     """What experts take once each was in place, each of the artifact counted as often as needed:
-    decoded alone, and with the dense weights that are remembered to enter them faster."""
+    decoded alone, as in rows form, and with the dense weights that are kept to enter them faster."""
     files = list(model._mixer.experts.files.values())
     dense = sum(w.numel() * w.element_size() for w in model.model.parameters())
     rows = []
@@ -209,6 +241,7 @@ def main() -> None:
                 "enter": enter_figures(model, root, args.rounds),
                 "decode": decode_figures(model, root, args.rounds, args.tokens),
                 "batch": batch_figures(model, max(3, args.rounds // 3), args.tokens),
+                "forms": form_figures(model, max(3, args.rounds // 3)),
                 "memory": memory_figures(model, (4, 8, 16)),
             }
         print(kind, figures[kind], flush=True)
