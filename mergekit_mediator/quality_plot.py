@@ -7,8 +7,13 @@ from typing import Any
 from mergekit_mediator.errors import OutputError
 
 
+_LEFT_OUT = {"experts", "best_static"}
+
+
 def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw every system of `results.to_json`: its mean, and a line down to its worst task.
+    """Draw the systems of `results.to_json`: each one's mean, and a line down to its worst task.
+
+    What only repeats another system, or is drawn at 100 by definition, is left out.
 
     Raises:
         OutputError: matplotlib is missing, or the file cannot be written.
@@ -25,7 +30,9 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     shown = {
         name: (row["total_bytes_over_base"], row["normalized_mean"], row["normalized_worst"])
         for name, row in rows.items()
-        if row.get("normalized_mean") is not None and "total_bytes_over_base" in row
+        if name not in _LEFT_OUT
+        and row.get("normalized_mean") is not None
+        and "total_bytes_over_base" in row
     }
     colors = colormaps["tab20"]
     for index, (name, (size, mean, worst)) in enumerate(shown.items()):
