@@ -1,5 +1,6 @@
 """Everything of an artifact but its weights: configuration, tokenizer, card, and the manifest."""
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,17 @@ def describe(
     plans: list[LayerPlan],
     parameter_count: int,
     base_digests: "Future[dict[str, FileDigest]]",
+    slopes: Mapping[ModelReference, float],
     out: Path,
 ) -> Manifest:
-    """Write card and configuration to `out`; gives the manifest of everything that is there."""
+    """Write card and configuration to `out`; gives the manifest of everything that is there.
+
+    Slopes are those of `slopes.slopes_for`, if experts were stored within bits or a budget.
+    """
+    parameters = _parameters(merge_config, inputs)
+    if slopes:
+        names = inputs.config.experts
+        parameters["slopes"] = {names[model]: slope for model, slope in slopes.items()}
     manifest = Manifest(
         format_version=artifact.FORMAT_VERSION,
         package_version=__version__,
@@ -82,7 +91,7 @@ def describe(
             LayerEntry(name=p.name, weights=p.weights, conflict=p.metrics, routed=bool(p.routed))
             for p in plans
         ),
-        parameters=_parameters(merge_config, inputs),
+        parameters=parameters,
         parameter_count=parameter_count,
         files={},
     )

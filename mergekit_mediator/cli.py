@@ -81,10 +81,10 @@ def inspect(out: Path, as_json: bool) -> None:
 
     Example: mergekit-mediator inspect OUT
     """
-    from mergekit_mediator import artifact, report
+    from mergekit_mediator import artifact, inspection
 
-    figures = report.inspect_figures(out, artifact.read_manifest(out))
-    click.echo(json.dumps(figures, indent=1) if as_json else report.inspect_report(figures))
+    figures = inspection.inspect_figures(out, artifact.read_manifest(out))
+    click.echo(json.dumps(figures, indent=1) if as_json else inspection.inspect_report(figures))
 
 
 @main.command()

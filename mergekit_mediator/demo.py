@@ -15,7 +15,7 @@ import click
 import torch
 import yaml
 
-from mergekit_mediator import report
+from mergekit_mediator import inspection, report
 from mergekit_mediator.answer import answer
 from mergekit_mediator.compare import compare
 from mergekit_mediator.errors import InputError, OutputError
@@ -162,7 +162,7 @@ def _evaluate(out: Path, base: str, skills: Mapping[str, Task]) -> dict[str, Any
     return {
         "systems": systems,
         "routing": figures["routing"],
-        "sizes": report.inspect_figures(model.root, model.manifest),
+        "sizes": inspection.inspect_figures(model.root, model.manifest),
         "answers": {
             skill: {**given, "expected": skills[skill].examples[0].answer}
             for skill, given in zip(prompts, answer(model, list(prompts.values()), 32), strict=True)

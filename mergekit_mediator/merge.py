@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import safetensors
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
@@ -119,9 +120,17 @@ class _Merge:
             routed = _routed(weights, plans)
             self._write_directions(measured)
             write_model_files(inputs, merge_config, self.out)
-            self._write_experts(routed, self._storing(weights, routed, measured))
+            slopes = self._slopes(weights, routed, measured)
+            self._write_experts(weights, routed, slopes)
             return describe(
-                inputs, merge_config, config_source, plans, parameter_count, base_digests, self.out
+                inputs,
+                merge_config,
+                config_source,
+                plans,
+                parameter_count,
+                base_digests,
+                slopes,
+                self.out,
             )
 
     def _write_dense(
@@ -140,23 +149,29 @@ class _Merge:
         writer.finish(_names(_routed(weights, plans)))
         return plans, measured, writer.parameters
 
-    def _storing(
+    def _slopes(
         self,
         weights: list[PlannedWeight],
         routed: list[PlannedWeight],
         measured: dict[str, Measured],
-    ) -> Storing:
-        config = self.inputs.config
-        slopes = {}
-        if config.needs_costs:
-            dense = dense_sizes(self.inputs, weights)
-            written = sum((self.out / name).stat().st_size for name in files_below(self.out))
-            other = written - sum(size.bytes for size in dense.values())
-            slopes = slopes_for(config, sorted(_names(routed)), measured, dense, other)
-        return Storing(config, self.passes.device, slopes, adapters_for(config, weights))
+    ) -> dict[ModelReference, float]:
+        """What `bits` or a `budget` buy, now that everything but the experts is written."""
+        if not self.inputs.config.needs_costs:
+            return {}
+        dense = dense_sizes(self.inputs, weights)
+        written = sum((self.out / name).stat().st_size for name in files_below(self.out))
+        other = written - sum(size.bytes for size in dense.values())
+        return slopes_for(self.inputs.config, sorted(_names(routed)), measured, dense, other)
 
-    def _write_experts(self, routed: list[PlannedWeight], storing: Storing) -> None:
+    def _write_experts(
+        self,
+        weights: list[PlannedWeight],
+        routed: list[PlannedWeight],
+        slopes: dict[ModelReference, float],
+    ) -> None:
         """The second pass."""
+        config = self.inputs.config
+        storing = Storing(config, self.passes.device, slopes, adapters_for(config, weights))
         with ExitStack() as stack:
             files = {}
             for model, name in self.inputs.config.experts.items():

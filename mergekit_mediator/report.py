@@ -1,12 +1,7 @@
-"""Tables for people: what will be merged, and what an artifact holds."""
+"""Tables for people: what will be merged, what budgets would keep, and what a router does."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from mergekit_mediator import artifact
-from mergekit_mediator.artifact import Manifest
-from mergekit_mediator.card import conflict_chart
 
 if TYPE_CHECKING:
     from mergekit_mediator.curve import Point
@@ -111,73 +106,6 @@ def curve_report(points: "Sequence[Point]") -> str:
     )
 
 
-def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
-    """What an artifact holds as plain values: sizes in bytes, rates in bits per parameter."""
-    experts = []
-    for entry in manifest.experts:
-        file = artifact.open_expert(root, entry)
-        stored = manifest.files[f"mediator/{entry.file}"].bytes
-        parameters = sum(description.numel for description in file.weights.values())
-        experts.append(
-            {
-                "name": entry.name,
-                "source": entry.source,
-                "weight": entry.weight,
-                "bytes": stored,
-                "routed_parameters": parameters,
-                "bits_per_parameter": 8 * stored / parameters if parameters else 0.0,
-            }
-        )
-    dense = sum(
-        d.bytes for name, d in manifest.files.items() if "/" not in name and _is_weights(name)
-    )
-    total = sum(d.bytes for d in manifest.files.values())
-    return {
-        "base": manifest.base.source,
-        "parameters": manifest.parameter_count,
-        "dense_bytes": dense,
-        "total_bytes": total,
-        "total_over_dense": total / dense if dense else 0.0,
-        "experts": experts,
-        "layers": [layer.model_dump(exclude={"weights"}) for layer in manifest.layers],
-        "settings": manifest.parameters,
-        "router": manifest.router,
-    }
-
-
-def inspect_report(figures: dict[str, Any]) -> str:
-    """What an artifact holds, for reading."""
-    layers, metric = figures["layers"], figures["settings"]["conflict"]
-    routed = sum(layer["routed"] for layer in layers)
-    chart = conflict_chart(
-        [layer["name"] for layer in layers],
-        [layer["conflict"].get(metric, 0.0) for layer in layers],
-        [layer["routed"] for layer in layers],
-    )
-    rows = [
-        [
-            expert["name"],
-            size(expert["bytes"]),
-            f"{expert['bits_per_parameter']:.3f}",
-            str(expert["weight"]),
-            expert["source"],
-        ]
-        for expert in figures["experts"]
-    ]
-    return "\n".join(
-        [
-            f"base {figures['base']}, {figures['parameters']:,} parameters",
-            f"dense expert {size(figures['dense_bytes'])}, all files {size(figures['total_bytes'])} "
-            f"= {figures['total_over_dense']:.3f} of the dense expert",
-            "",
-            table(["expert", "bytes", "bits/param", "weight", "source"], rows),
-            "",
-            f"{metric} conflict by layer; {routed} of {len(layers)} layers routed (#)",
-            chart,
-        ]
-    )
-
-
 def comparison_report(figures: dict[str, Any]) -> str:
     """Exact match in percent by system and task, and where the prompts were routed."""
     systems, routing = figures["systems"], figures["routing"]
@@ -218,7 +146,3 @@ def calibration_report(figures: dict[str, Any]) -> str:
             table(["", *names], rows),
         ]
     )
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin"))

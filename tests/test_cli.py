@@ -54,6 +54,24 @@ def test_an_unknown_command_is_refused():
     assert call("marge").exit_code == 2
 
 
+def test_inspect_says_what_a_budget_chose_for_each_layer_and_why(family, tmp_path):
+    config = write(family.config(budget="12x"), tmp_path / "config.yml")
+    result = call("merge", config, tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    shown = figures("inspect", tmp_path / "out")
+    for layer in shown["layers"]:
+        assert layer["stored"]["bits_per_parameter"] > 0
+    text = call("inspect", tmp_path / "out").output
+    slope = shown["settings"]["slopes"][shown["experts"][0]["name"]]
+    assert f"saves a squared error of {slope:.2g}, in whichever layer" in text
+
+
+def test_inspect_leaves_averaged_layers_empty(out):
+    stored = {layer["name"]: layer["stored"] for layer in figures("inspect", out)["layers"]}
+    assert stored["0"] is None
+    assert stored["1"]["density"] == pytest.approx(0.5, abs=0.02)
+
+
 def test_a_plan_reads_headers_only(family, tmp_path, monkeypatch):
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
@@ -134,7 +152,8 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, command, text, messag
 
 def test_overwrite_replaces_a_model(family, out, tmp_path):
     config = write(family.config(route="none"), tmp_path / "config.yml")
-    assert call("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+    result = call("merge", config, tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
     again = call("merge", config, tmp_path / "out", "--quiet")
     assert again.exit_code == 1
     assert "--overwrite" in again.output

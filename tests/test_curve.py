@@ -39,7 +39,7 @@ def test_a_merge_leaves_what_the_curve_said(wide, points, merged, read):
                 lost += float((weight.float() - expert[key].float()).square().sum())
                 change += float((base[key].float() - expert[key].float()).square().sum())
     # bfloat16 rounds what is mixed, and a merge keeps a little of the budget in reserve
-    assert lost / change == pytest.approx(point["left"], rel=0.25, abs=0.01)
+    assert lost / change == pytest.approx(point["left"], rel=0.35, abs=0.01)
 
 
 def test_the_table_and_the_picture_show_the_same_budgets(wide, points, tmp_path):
