@@ -6,7 +6,6 @@ from typing import Any
 
 from mergekit_mediator.errors import OutputError
 
-
 _LEFT_OUT = {"experts", "best_static"}
 
 

@@ -74,9 +74,8 @@ class Ablations:
         part = "parts"
         self.add_of(model, part, "mediator", BUDGET, ROUTED)
         self.add_of(model, part, "with the task's own expert", BUDGET, OWN)
-        for policy in ("hard", "soft"):
-            model.policy = policy
-            self.add_of(model, part, f"policy {policy}", BUDGET, ROUTED)
+        model.policy = "hard"
+        self.add_of(model, part, "without uncertainty: the likeliest expert alone", BUDGET, ROUTED)
         self.add_of(model, part, "without routing: the dense expert", BUDGET, DENSE)
         self.add(part, "without averaging: relative to the base", {**BUDGET, "reference": "base"})
 
