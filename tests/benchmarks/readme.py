@@ -231,7 +231,11 @@ def router() -> str:
             shares = easy["easy test"]["accuracy"], familiar["accuracy"], new["accuracy"]
             others = new["ece"], new["ood_near_auroc"], new["ood_far_auroc"]
             rows.append(
-                [f"{kind}, {head}", *[f"{100 * x:.1f}" for x in shares], *[f"{x:.3f}" for x in others]]
+                [
+                    f"{kind}, {head}",
+                    *[f"{100 * x:.1f}" for x in shares],
+                    *[f"{x:.3f}" for x in others],
+                ]
             )
     for name, easy in figures["others"]["hidden"]["easy"].items():
         hard = figures["others"]["hidden"]["hard"][name]
@@ -246,8 +250,9 @@ def router() -> str:
         [
             table(head, rows),
             "",
-            f"Times of one request: `embedding` p99 {figures['p99_ms']:.2f} ms; `hidden` "
-            f"{figures['hidden_over_prefill']:.2f} of a prefill (median; p99 "
+            f"One request by `embedding` takes {figures['time']['embedding']['cpu_median_ms']:.2f} ms of "
+            f"its thread (p99 {figures['p99_ms']:.2f} ms, on a machine that others kept busy); by "
+            f"`hidden` {figures['hidden_over_prefill']:.2f} of a prefill (p99 "
             f"{figures['hidden_over_prefill_p99']:.2f}).",
         ]
     )
