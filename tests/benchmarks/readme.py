@@ -136,31 +136,27 @@ def scale_memory() -> str:
     rows = [
         [
             f"`{name}`",
-            *(f"{row[n]['peak_anonymous_bytes'] / 1e6:.0f}" for n in counts),
-            *(f"{row[n]['seconds']:.0f}" for n in counts),
+            *(f"{row[n]['peak_anonymous_bytes'] / 1e6:.0f}" if n in row else "" for n in counts),
         ]
         for name, row in figures["merges"].items()
     ]
-    head = ["", *(f"MB, {n} experts" for n in counts), *(f"s, {n}" for n in counts)]
-    return table(head, rows)
+    return table(["MB", *(f"{n} experts" for n in counts)], rows)
 
 
 def scale() -> str:
     figures = load("scale")["quality"]
-    rows = []
-    for count, systems in figures.items():
-        if not count.isdigit():
-            continue
-        for name, row in systems.items():
-            cells = [count, name, f"{row['normalized_mean']:.1f}", f"{row['normalized_worst']:.1f}"]
-            cells.append(f"{row['total_bytes_over_base']:.2f}")
-            cells.append(
-                "" if "merge_cpu_seconds" not in row else f"{row['merge_cpu_seconds']:.1f}"
-            )
-            right = row.get("routing_accuracy")
-            rows.append([*cells, "" if right is None else f"{100 * right:.1f}"])
-    head = ["experts", "system", "mean, %", "worst, %", "bytes / one model", "merge, CPU s"]
-    return table([*head, "routed right, %"], rows)
+    counts = [count for count in figures if count.isdigit()]
+    rows = [
+        [
+            name,
+            *(f"{figures[n][name]['normalized_mean']:.1f}" for n in counts),
+            *(f"{figures[n][name]['total_bytes_over_base']:.2f}" for n in counts),
+        ]
+        for name in figures[counts[0]]
+        if "dense" not in name
+    ]
+    head = ["", *(f"mean, %, {n}" for n in counts), *(f"bytes / one model, {n}" for n in counts)]
+    return table(head, rows)
 
 
 def runtime() -> str:
@@ -277,6 +273,27 @@ def blending() -> str:
     return table(["experts", "answered by", "nats / token", "exact match, %"], rows)
 
 
+def layers() -> str:
+    rows = load("layers")["rows"]
+    head = ["a third of the blocks, those of most"]
+    random = ["(random choice, mean of five)"]
+    best = ["gain of the block alone, with the answers"]
+    for row in rows:
+        head += [f"{row['family']}: ρ", "most", "least"]
+        shares = row["random_third"]
+        random += ["", f"{100 * sum(shares) / len(shares):.0f}", ""]
+        best += ["1", f"{100 * row['best_third'][0]:.0f}", ""]
+    body = [best]
+    for metric in rows[0]["metrics"]:
+        cells = [metric]
+        for row in rows:
+            found = row["metrics"][metric]
+            shares = [f"{100 * found[end]:.0f}" for end in ("most", "least")]
+            cells += [f"{found['rank_correlation']:.2f}", *shares]
+        body.append(cells)
+    return table(head, [*body, random])
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -293,8 +310,11 @@ SECTIONS = {
     "demo": demo,
     "merge-cost": merge_cost,
     "experts-4": experts_4,
+    "scale-memory": scale_memory,
+    "scale": scale,
     "runtime": runtime,
     "codec": codec,
+    "layers": layers,
     "router": router,
     "blending": blending,
 }
