@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 
 
 def gain_by_layer(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], path: Path) -> None:
-    """One panel a family: gain of each layer as bars, and metrics as lines, each from 0 to its largest.
+    """One panel a family: gain of each layer as bars, and metrics as lines, each from its least to its largest
+    over the blocks.
 
     Args:
         rows: of results/layers.json.
@@ -22,19 +23,23 @@ def gain_by_layer(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], pat
     for panel, row in zip(panels[:, 0], rows, strict=True):
         layers = list(row["gain"])
         places = range(len(layers))
-        panel.bar(places, [100 * row["gain"][x] for x in layers], color="0.8", label="gain")
+        panel.bar(places, [100 * row["gain"][x] for x in layers], color="0.8")
         panel.set_ylabel("loss recovered, %")
         panel.set_title(row["family"], fontsize=9, loc="left")
         panel.set_xticks(places, layers, rotation=90, fontsize=6)
         scale = panel.twinx()
         scale.set(ylim=(0, 1.05), yticks=[])
+        blocks = [place for place, layer in enumerate(layers) if layer.isdigit()]
         for metric in metrics:
             profile = row["metrics"][metric]["profile"]
-            blocks = [place for place, layer in enumerate(layers) if layer.isdigit()]
             values = [profile[layers[place]] for place in blocks]
-            line = [value / max(values) for value in values]
+            least, largest = min(values), max(values)
+            line = [(value - least) / (largest - least) for value in values]
             scale.plot(blocks, line, linewidth=1.2, label=metric)
-    scale.legend(fontsize=7, frameon=False, ncols=len(metrics), loc="upper right")
-    figure.tight_layout()
+    handles, labels = scale.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize=8, frameon=False, ncols=len(metrics), loc="lower center"
+    )
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -16,11 +16,12 @@ import argparse
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import layer_metrics
+import layer_plots
 import record
 import torch
 from baselines import State, average, load
@@ -38,6 +39,7 @@ TEXT_SEED, TEXT_TOKENS = 5, 96
 RANDOM_CHOICES = 5
 # Metrics that a configuration may name, for what `route: auto` makes of them.
 OFFERED = ("sign, denoise 0.2", "mass", "dispersion")
+DRAWN = ("sign, denoise 0.2", "mass", "last state, prompts")
 
 
 class Family:
@@ -93,7 +95,6 @@ def own_texts(family: Family, model: Any, count: int) -> list[list[int]]:
 def profiles_of(family: Family, dense: Any) -> dict[str, Profile]:
     """Every metric of every layer."""
     found = layer_metrics.of_weights(family.base, list(family.experts.values()))
-    found["depth"] = {layer: float(place) for place, layer in enumerate(layer_names(dense))}
     models = {task: family.model(state) for task, state in family.experts.items()}
     prompts = {
         task: [p for p, _ in family.pairs(task, CALIBRATION_SEED, CALIBRATION_PROMPTS)]
@@ -105,6 +106,13 @@ def profiles_of(family: Family, dense: Any) -> dict[str, Profile]:
         for metric, profile in layer_metrics.of_activations(reader, dense, models, read).items():
             found[f"{metric}, {source}"] = profile
     return found
+
+
+def of_place(layers: Sequence[str]) -> dict[str, Profile]:
+    """Profiles that look at no weight: how deep a layer is, and how near the middle."""
+    depth = {layer: float(place) for place, layer in enumerate(layers)}
+    middle = (len(layers) - 1) / 2
+    return {"depth": depth, "middle": {x: -abs(place - middle) for x, place in depth.items()}}
 
 
 def third(profile: Profile, most: bool = True) -> Layers:
@@ -235,12 +243,13 @@ def main() -> None:
         sizes[layer_metrics.layer_of(name)] += weight.numel()
     gains = Gains(family, dense, work, args.seed, args.prompts)
     row = {"family": args.family, "tasks": tasks, "prompts": args.prompts}
-    row |= row_of(gains, json.loads(known.read_text()), sizes)
+    row |= row_of(gains, json.loads(known.read_text()) | of_place(gains.layers), sizes)
     path = record.RESULTS / f"{args.name}.json"
     kept = record.read(args.name)["rows"] if path.exists() else []
     rows = [r for r in kept if r["family"] != args.family] + [row]
     seeds = {"prompts": args.seed, "calibration": CALIBRATION_SEED, "own text": TEXT_SEED}
     print(f"written to {record.write(args.name, {'rows': rows}, seeds)}")
+    layer_plots.gain_by_layer(rows, DRAWN, record.RESULTS / f"{args.name}.png")
 
 
 if __name__ == "__main__":
