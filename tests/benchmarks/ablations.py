@@ -39,8 +39,6 @@ STORED: dict[str, dict[str, Any]] = {
     "int8, density 0.1": {"density": 0.1, "values": "int8"},
     "int4, density 0.1": {"density": 0.1, "values": "int4"},
     "sign, density 1": {"density": 1.0, "values": "sign"},
-    "bits: 0.1": {"bits": 0.1},
-    "bits: 0.5": {"bits": 0.5},
 }
 
 
@@ -67,6 +65,13 @@ class Ablations:
         layers = sum(layer.routed for layer in model.manifest.layers)
         figures = {"part": part, "parameters": parameters, "routed_layers": layers}
         self.results.append(SystemResult(name, found.scores, {**found.figures, **figures}))
+        self.write()
+
+    def write(self) -> Path:
+        """What is known by now."""
+        prompts = {task: len(t.examples) for task, t in self.tasks.items()}
+        figures = {"prompts": prompts, "rows": to_json(self.results)}
+        return record.write("ablations", figures, {"report": REPORT_SEED})
 
     def parts(self) -> None:
         """Mediator, and without one part at a time."""
@@ -77,7 +82,6 @@ class Ablations:
         model.policy = "hard"
         self.add_of(model, part, "without uncertainty: the likeliest expert alone", BUDGET, ROUTED)
         self.add_of(model, part, "without routing: the dense expert", BUDGET, DENSE)
-        self.add(part, "without averaging: relative to the base", {**BUDGET, "reference": "base"})
 
     def layers(self) -> None:
         """Which layers: as `auto` finds; and a third of the blocks, of most or least conflict or at random.
@@ -101,6 +105,11 @@ class Ablations:
     def _explicit(self, name: str, layers: list[str]) -> None:
         chosen = ",".join(sorted(layers, key=int))
         self.add("layers", name, {"routed_layers": chosen, **PLAIN})
+
+    def reference(self) -> None:
+        """Without averaging: experts relative to the base."""
+        name = "without averaging: relative to the base"
+        self.add("parts", name, {**BUDGET, "reference": "base"})
 
     def stored(self) -> None:
         """All layers routed, each way of storing."""
@@ -129,12 +138,9 @@ def main() -> None:
     model, _ = artifact(made, "mediator", BUDGET)
     scorer = Scorer(model.tokenizer, work / "scores.json")
     table = Ablations(made, scorer, tasks_of(folders, args.prompts, REPORT_SEED))
-    for fill in (table.parts, table.layers, table.stored):
+    for fill in (table.parts, table.layers, table.stored, table.reference):
         fill()
-        rows = to_json(table.results)
-        path = record.write(
-            "ablations", {"prompts": args.prompts, "rows": rows}, {"report": REPORT_SEED}
-        )
+    path = table.write()
     print(f"written to {path}")
 
 
