@@ -13,9 +13,9 @@ from mergekit_mediator.errors import OutputError
 # Everything together over the dense expert alone, as people ask for it in `budget`.
 _SIZES = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.35, 1.5, 1.75, 2, 3, 4, 6, 8)
 _NOTHING_LEFT = 1e-3
-# The part of the loss between average and expert that is not recovered is about this share and power of
-# the part of the squared change that is left out: fitted to results/codec.json by tests/benchmarks/codec.py.
-_LOSS_SHARE, _LOSS_POWER = 0.1, 2.0
+# The part of the loss between average and expert that is not recovered is about this power of the part of
+# the squared change that is left out: fitted to `relative_error` in tests/benchmarks/results/codec.json.
+_LOSS_POWER = 6
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def curve(tradeoffs: Tensor, numel: int, dense_bytes: int, fixed_bytes: int) -> 
 
 
 def predicted_loss_recovered(left: float) -> float:
-    """From the part of the squared change that is left out; what is all left out recovers nothing."""
-    return 1 - _LOSS_SHARE * left**_LOSS_POWER if left < 1 else 0.0
+    """From the part of the squared change that is left out, in [0, 1]."""
+    return float(1 - left**_LOSS_POWER)
 
 
 def plot_curve(path: Path, points: Sequence[Point]) -> None:
