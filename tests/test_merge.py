@@ -74,6 +74,19 @@ def test_lambda_scales_the_change_of_averaged_layers_only(family, merged, read):
         close(weight, full if routed else (full + base[name].double()) / 2)
 
 
+@pytest.mark.parametrize("settings", [{"lambda": 0.5}, {"reference": "base"}], ids=str)
+def test_weights_that_wait_for_the_choice_of_layers_are_those_of_a_known_choice(
+    family, merged, read, settings
+):
+    waited = merged(family.config(**settings), name="waited")
+    routed = ",".join(layer.name for layer in read_manifest(waited).routed_layers)
+    known = read(merged(family.config(routed_layers=routed, **settings), name="known"))
+    dense = read(waited)
+    assert dense.keys() == known.keys()
+    assert all(torch.equal(dense[name], known[name]) for name in dense)
+    assert not [path for path in waited.iterdir() if path.name.startswith("tmp")]
+
+
 def test_routed_layers_may_hold_the_base(family, merged, read):
     dense = read(merged(family.config(**ONE_LAYER, reference="base")))
     base = read(family.base)
