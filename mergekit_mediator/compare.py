@@ -73,24 +73,14 @@ def mediator_systems(
         MediatorError: see `Scorer.score`.
     """
     routing = routing if routing is not None else route(model, tasks)
-    base = base_bytes(model)
-    dense = sum(p.numel() * p.element_size() for p in model.model.parameters())
-    for name in model.experts:
-        with model.mixture({name: 1.0}):
-            pass  # an expert is decoded when it is first used, and counts as resident from then on
-    weights = {path: f.bytes for path, f in model.manifest.files.items() if ".safetensors" in path}
-    alone = sum(size for path, size in weights.items() if "/" not in path) / base
-    figures = {
-        "total_bytes_over_base": sum(weights.values()) / base,
-        "resident_bytes_over_base": (dense + model.resident_bytes) / base,
-    }
+    alone, figures = sizes(model)
     own = {name: [mixed(model, ((name, 1.0),))] * len(t.examples) for name, t in tasks.items()}
     routed = {name: [mixed(model, m) for m in r.mixtures] for name, r in routing.items()}
     return [
         SystemResult(
             "mediator_dense",
             scorer.alike("mediator_dense", tasks, mixed(model, ())),
-            {"total_bytes_over_base": alone, "resident_bytes_over_base": dense / base},
+            alone,
         ),
         SystemResult("mediator_oracle", scorer.score("mediator_oracle", tasks, own), figures),
         SystemResult(
@@ -99,6 +89,28 @@ def mediator_systems(
             {**figures, "routing_accuracy": routing_accuracy(routing)},
         ),
     ]
+
+
+def sizes(model: MediatorModel) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of weights and routers, stored and in memory, over those of the base's weights.
+
+    Gives those of the dense expert alone, and those of everything with all experts decoded.
+    """
+    base = base_bytes(model)
+    dense = sum(p.numel() * p.element_size() for p in model.model.parameters())
+    for name in model.experts:
+        with model.mixture({name: 1.0}):
+            pass  # an expert is decoded when it is first used, and counts as resident from then on
+    weights = {path: f.bytes for path, f in model.manifest.files.items() if ".safetensors" in path}
+    alone = sum(size for path, size in weights.items() if "/" not in path)
+    resident = dense + model.resident_bytes
+    return (
+        {"total_bytes_over_base": alone / base, "resident_bytes_over_base": dense / base},
+        {
+            "total_bytes_over_base": sum(weights.values()) / base,
+            "resident_bytes_over_base": resident / base,
+        },
+    )
 
 
 def base_system(scorer: Scorer, tasks: Tasks, base: str) -> SystemResult:

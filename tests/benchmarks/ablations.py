@@ -22,7 +22,8 @@ from bench import artifact, source, tasks_of
 from train_experts import FAMILIES, REPORT_SEED
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.compare import base_system, expert_systems, mediator_systems
+from mergekit_mediator.compare import base_system, expert_systems, route, sizes
+from mergekit_mediator.contenders import Contender, mixed
 from mergekit_mediator.results import SystemResult, to_json
 from mergekit_mediator.rivals import Rivals
 from mergekit_mediator.scorer import Scorer, Tasks
@@ -30,7 +31,6 @@ from mergekit_mediator.scorer import Scorer, Tasks
 BUDGET = {"budget": "1.06x"}
 METRICS = ("sign", "mass", "dispersion")
 RANDOM_CHOICES = 2
-DENSE, OWN, ROUTED = range(3)  # in the order of `mediator_systems`
 # What experts keep of routed layers where layers are compared.
 PLAIN = {"density": 0.1, "values": "exact"}
 STORED: dict[str, dict[str, Any]] = {
@@ -54,17 +54,24 @@ class Ablations:
 
     def add(self, part: str, name: str, parameters: dict[str, Any]) -> None:
         """One merge, each task with its own expert."""
-        model, _ = artifact(self.made, "-".join(map(str, parameters.values())), parameters)
-        self.add_of(model, part, name, parameters, OWN)
+        label = "mediator" if parameters == BUDGET else "-".join(map(str, parameters.values()))
+        model, _ = artifact(self.made, label, parameters)
+        own = {t: [mixed(model, ((t, 1.0),))] * len(x.examples) for t, x in self.tasks.items()}
+        self.add_of(model, part, name, parameters, own)
 
     def add_of(
-        self, model: MediatorModel, part: str, name: str, parameters: dict[str, Any], which: int
+        self,
+        model: MediatorModel,
+        part: str,
+        name: str,
+        parameters: dict[str, Any],
+        answering: dict[str, list[Contender]],
     ) -> None:
-        """An artifact; `which` of its systems."""
-        found = mediator_systems(model, self.scorer, self.tasks)[which]
+        """An artifact, and under which mixture it answers each prompt."""
+        scores = self.scorer.score(name, self.tasks, answering)
         layers = sum(layer.routed for layer in model.manifest.layers)
         figures = {"part": part, "parameters": parameters, "routed_layers": layers}
-        self.results.append(SystemResult(name, found.scores, {**found.figures, **figures}))
+        self.results.append(SystemResult(name, scores, {**sizes(model)[1], **figures}))
         self.write()
 
     def write(self) -> Path:
@@ -76,12 +83,16 @@ class Ablations:
     def parts(self) -> None:
         """Mediator, and without one part at a time."""
         model, _ = artifact(self.made, "mediator", BUDGET)
-        part = "parts"
-        self.add_of(model, part, "mediator", BUDGET, ROUTED)
-        self.add_of(model, part, "with the task's own expert", BUDGET, OWN)
-        model.policy = "hard"
-        self.add_of(model, part, "without uncertainty: the likeliest expert alone", BUDGET, ROUTED)
-        self.add_of(model, part, "without routing: the dense expert", BUDGET, DENSE)
+        for name, policy in (("mediator", "auto"), ("without uncertainty: policy hard", "hard")):
+            model.policy = policy
+            routed = {
+                task: [mixed(model, mixture) for mixture in found.mixtures]
+                for task, found in route(model, self.tasks).items()
+            }
+            self.add_of(model, "parts", name, BUDGET, routed)
+        dense = {task: [mixed(model, ())] * len(x.examples) for task, x in self.tasks.items()}
+        self.add_of(model, "parts", "without routing: the dense expert", BUDGET, dense)
+        self.add("parts", "with the task's own expert", BUDGET)
 
     def layers(self) -> None:
         """Which layers: as `auto` finds; and a third of the blocks, of most or least conflict or at random.
