@@ -53,7 +53,7 @@ class MediatorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    conflict: Metric = "sign"
+    conflict: Metric = "mass"
     denoise: Annotated[float, Field(gt=0, le=1)] = 0.2
     route: Literal["auto", "all", "none"] = "auto"
     conflict_threshold: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -28,7 +28,7 @@ def refused(parameters=None, **settings):
 
 def test_defaults_are_those_of_the_documentation():
     config = parse()
-    assert (config.conflict, config.denoise, config.route) == ("sign", 0.2, "auto")
+    assert (config.conflict, config.denoise, config.route) == ("mass", 0.2, "auto")
     assert (config.values, config.reference) == ("exact", "mean")
     assert config.selection == Selection("auto")
 
