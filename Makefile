@@ -28,7 +28,7 @@ bench: .venv/demo
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/codec_plot.py
-	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong4
+	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family "full fine-tunes"
 	$(run)/router.py $(EXPERTS)/base
 	$(run)/router_many.py $(EXPERTS)/base
 	$(run)/blending.py $(EXPERTS)/base --work $(EXPERTS)/blending

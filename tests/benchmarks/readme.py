@@ -200,6 +200,9 @@ def codec() -> str:
             f"`{row['codec']}`",
             row["family"],
             f"{row['bits_per_parameter']:.3f}",
+            f"{row['bytes_per_expert'] / 1e6:.1f}",
+            f"{row['relative_error']:.2f}",
+            f"{row['answer_log_likelihood']:.3f}",
             f"{100 * row['loss_recovered']:.1f}",
             f"{100 * row['accuracy_over_expert']:.1f}",
         ]
@@ -211,6 +214,9 @@ def codec() -> str:
         "stored as",
         "experts",
         "bits per parameter",
+        "MB",
+        "squared error",
+        "nats / token",
         "loss recovered, %",
         "accuracy / expert, %",
     ]
