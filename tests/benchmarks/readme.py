@@ -316,6 +316,8 @@ SECTIONS = {
     "demo": demo,
     "merge-cost": merge_cost,
     "experts-4": experts_4,
+    "experts-8": experts_8,
+    "ablations": ablations,
     "scale-memory": scale_memory,
     "scale": scale,
     "runtime": runtime,
