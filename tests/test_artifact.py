@@ -193,7 +193,7 @@ def test_an_output_that_is_a_file_is_refused(family, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("place", ["write", "close"])
+@pytest.mark.parametrize("place", ["append", "close"])
 def test_an_interrupt_while_writing_leaves_nothing(family, tmp_path, monkeypatch, place):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -231,7 +231,7 @@ def test_a_failed_merge_leaves_the_earlier_model(family, out, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ExpertWriter, "write", interrupt)
+    monkeypatch.setattr(ExpertWriter, "append", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge(family, out, overwrite=True)
     MediatorModel.from_pretrained(out)
