@@ -18,7 +18,7 @@ from typing import Any
 
 import record
 import torch
-from bench import artifact, source, tasks_of
+from artifacts import artifact, source, tasks_of
 from train_experts import FAMILIES, REPORT_SEED
 
 from mergekit_mediator import MediatorModel
@@ -31,6 +31,7 @@ from mergekit_mediator.scorer import Scorer, Tasks
 BUDGET = {"budget": "1.06x"}
 METRICS = ("sign", "mass", "dispersion")
 RANDOM_CHOICES = 2
+PARTS = ("parts", "layers", "stored", "reference")
 # What experts keep of routed layers where layers are compared.
 PLAIN = {"density": 0.1, "values": "exact"}
 STORED: dict[str, dict[str, Any]] = {
@@ -39,6 +40,8 @@ STORED: dict[str, dict[str, Any]] = {
     "int8, density 0.1": {"density": 0.1, "values": "int8"},
     "int4, density 0.1": {"density": 0.1, "values": "int4"},
     "sign, density 1": {"density": 1.0, "values": "sign"},
+    "low rank plus sparse, bits: 0.15": {"bits": 0.15},
+    "low rank plus sparse, bits: 1": {"bits": 1},
 }
 
 
@@ -75,9 +78,10 @@ class Ablations:
         self.write()
 
     def write(self) -> Path:
-        """What is known by now."""
+        """What is known by now, with the rows of earlier runs."""
         prompts = {task: len(t.examples) for task, t in self.tasks.items()}
-        figures = {"prompts": prompts, "rows": to_json(self.results)}
+        known = record.read("ablations")["rows"] if record.exists("ablations") else {}
+        figures = {"prompts": prompts, "rows": known | to_json(self.results)}
         return record.write("ablations", figures, {"report": REPORT_SEED})
 
     def parts(self) -> None:
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
     parser.add_argument("--prompts", type=int, default=32, help="prompts a task")
+    parser.add_argument("--part", choices=PARTS, action="append", help="these rows only")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -149,8 +154,8 @@ def main() -> None:
     model, _ = artifact(made, "mediator", BUDGET)
     scorer = Scorer(model.tokenizer, work / "scores.json")
     table = Ablations(made, scorer, tasks_of(folders, args.prompts, REPORT_SEED))
-    for fill in (table.parts, table.layers, table.stored, table.reference):
-        fill()
+    for part in args.part or PARTS:
+        getattr(table, part)()
     path = table.write()
     print(f"written to {path}")
 

@@ -12,15 +12,31 @@ report. Scores and merges in the work folder are used again.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
-from bench import TUNE_SEED, artifact, artifact_systems, source, tasks_of
+from artifacts import (
+    CALIBRATION_PROMPTS,
+    CALIBRATION_SEED,
+    TUNE_SEED,
+    artifact,
+    artifact_systems,
+    calibrated,
+    source,
+    tasks_of,
+)
 from train_experts import FAMILIES, REPORT_SEED
 
-from mergekit_mediator.compare import base_bytes, base_system, expert_systems, route
+from mergekit_mediator.compare import (
+    base_bytes,
+    base_system,
+    expert_systems,
+    mediator_systems,
+    route,
+)
 from mergekit_mediator.quality_plot import plot_quality
 from mergekit_mediator.results import to_json, to_markdown
 from mergekit_mediator.rival_systems import RivalSystems
@@ -65,6 +81,10 @@ def main() -> None:
         *expert_systems(scorer, tasks, made.experts, args.each),
         *artifact_systems(made, scorer, tasks, "mediator", budget, routing),
     ]
+    informed = calibrated(model, folders, work / "mediator-calibrated")
+    informed_routing = route(informed, tasks)
+    *_, routed = mediator_systems(informed, scorer, tasks, informed_routing)
+    results.append(replace(routed, name="mediator_calibrated"))
     rivals = RivalSystems(made, scorer, tasks, tuning, routing, base_bytes(model))
     results += rivals.score(known(args.rivals.split(",")), RANKS)
     rows = to_json(results)
@@ -72,10 +92,15 @@ def main() -> None:
     figures = {
         "tasks": {task: len(t.examples) for task, t in tasks.items()},
         "tuning_prompts_per_task": TUNE_PROMPTS,
+        "calibration_prompts_per_task": CALIBRATION_PROMPTS,
         "systems": rows,
         "routing": {task: found.figures(model.experts) for task, found in routing.items()},
+        "routing_calibrated": {
+            task: found.figures(model.experts) for task, found in informed_routing.items()
+        },
     }
-    path = record.write(name, figures, {"report": REPORT_SEED, "tune": TUNE_SEED})
+    seeds = {"report": REPORT_SEED, "tune": TUNE_SEED, "calibration": CALIBRATION_SEED}
+    path = record.write(name, figures, seeds)
     plot_quality(rows, path.with_suffix(".png"))
     print(f"{to_markdown(rows)}\nwritten to {path}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench import score_packed
+from artifacts import score_packed
 from torch import Tensor
 from train_experts import Pair
 

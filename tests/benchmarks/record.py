@@ -46,6 +46,11 @@ def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = Non
     return path
 
 
+def exists(name: str) -> bool:
+    """Whether results/NAME.json has been written."""
+    return (RESULTS / f"{name}.json").exists()
+
+
 def read(name: str) -> dict[str, Any]:
     """What `write` wrote."""
     record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

@@ -114,9 +114,10 @@ def memory(
         weight.numel() * weight.element_size()
         for weight in AutoModelForCausalLM.from_pretrained(start).to(torch.bfloat16).parameters()
     )
-    rows: dict[str, Any] = {}
+    known = record.read("scale") if record.exists("scale") else {}
+    rows: dict[str, Any] = dict(known.get("memory", {}).get("merges", {}))
     for name in merges:
-        rows[name] = {}
+        rows[name] = dict(rows.get(name, {}))
         for count in counts:
             rows[name][str(count)] = measured(configured(MERGES[name], start, experts[:count]))
             print(name, count, rows[name][str(count)], flush=True)
@@ -138,7 +139,7 @@ def main() -> None:
         if args.part == "memory"
         else ciphers.quality(args.work, counts)
     )
-    known = record.read("scale") if (record.RESULTS / "scale.json").exists() else {}
+    known = record.read("scale") if record.exists("scale") else {}
     known = {name: known[name] for name in ("memory", "quality") if name in known}
     for found in parts:
         path = record.write("scale", {**known, args.part: found}, {"ciphers": ciphers.SEED})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,16 @@ import torch
 from train_experts import Pair, answer_logits
 
 from mergekit_mediator import MediatorModel
+from mergekit_mediator.calibrate import calibrate_artifact
 from mergekit_mediator.compare import Routing, mediator_systems
 from mergekit_mediator.results import AnswerScore, SystemResult
 from mergekit_mediator.rivals import Rivals
 from mergekit_mediator.scorer import Scorer
 from mergekit_mediator.tasks import Task, from_reasoning_gym
 
-TUNE_SEED = 50_000  # far from those of training, stopping and reporting
+# far from each other and from those of training, stopping and reporting
+TUNE_SEED, CALIBRATION_SEED = 50_000, 300_007
+CALIBRATION_PROMPTS = 20
 
 
 def tasks_of(folders: dict[str, Path], prompts: int, seed: int) -> dict[str, Task]:
@@ -67,6 +71,20 @@ def artifact_systems(
     results = mediator_systems(model, scorer, tasks, routing)
     taken = {"merge_cpu_seconds": seconds, "parameters": parameters}
     return [replace(r, figures={**r.figures, **taken}) for r in results]
+
+
+def calibrated(model: MediatorModel, folders: dict[str, Path], copy: Path) -> MediatorModel:
+    """A copy of an artifact whose router has seen a few prompts of each expert's task, without answers."""
+    if copy.exists():
+        shutil.rmtree(copy)
+    shutil.copytree(model.root, copy)
+    data = {}
+    for name, task in tasks_of(folders, CALIBRATION_PROMPTS, CALIBRATION_SEED).items():
+        data[name] = copy.with_name(f"{copy.name}-{name}.jsonl")
+        lines = (json.dumps({"prompt": example.prompt}) for example in task.examples)
+        data[name].write_text("\n".join(lines), encoding="utf-8")
+    calibrate_artifact(copy, model.model, model.tokenizer, data)
+    return MediatorModel.from_pretrained(copy)
 
 
 @torch.inference_mode()
