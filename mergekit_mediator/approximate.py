@@ -61,6 +61,11 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.reshape(-1, weight.shape[-1])
 
 
+def is_dropped(largest: float, step: float) -> bool:
+    """Whether nothing is kept of a remainder in which no number is larger than this."""
+    return largest < _DEAD_ZONE * step
+
+
 def quantise_steps(remainder: Tensor, step: float) -> Tensor:
     """int16 integers of the same shape: multiples of the step, with a dead zone around 0."""
     scaled = remainder / step

