@@ -15,29 +15,31 @@ demo: .venv/demo
 # Hours on two cores, most of them for training; what is done already is kept in $(EXPERTS).
 EXPERTS := bench
 STRONG := family_relationships,word_sequence_reversal,spiral_matrix,chain_sum
+OVERLAP := chain_sum,products,spiral_matrix,rotate_matrix
 WEAK := chain_sum,spiral_matrix,word_sequence_reversal
 comma := ,
 run := $(BIN)/python tests/benchmarks
 bench: .venv/demo
 	$(run)/startup.py
 	$(run)/demo.py
-	$(run)/train_experts.py --family strong4 --out $(EXPERTS)
+	$(run)/train_experts.py --family eight --out $(EXPERTS)
+	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))
 	$(run)/merge_cost.py $(EXPERTS)/base $(addprefix $(EXPERTS)/,$(subst $(comma), ,$(STRONG)))
 	$(run)/lossless.py --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
-	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/codec_plot.py
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family "full fine-tunes"
+	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(OVERLAP) --family "full, overlapping"
 	$(run)/router.py $(EXPERTS)/base
 	$(run)/router_many.py $(EXPERTS)/base
 	$(run)/blending.py $(EXPERTS)/base --work $(EXPERTS)/blending
 	$(run)/experts.py --family strong4 --experts $(EXPERTS)
+	$(run)/experts.py --family overlap --experts $(EXPERTS) --work $(EXPERTS)/work/overlap --name experts-overlap
+	$(run)/experts.py --family eight --experts $(EXPERTS)
 	$(run)/ablations.py --family strong4 --experts $(EXPERTS)
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
 	$(run)/scale.py --part quality
-	$(run)/train_experts.py --family eight --out $(EXPERTS)
-	$(run)/experts.py --family eight --experts $(EXPERTS)
 
 quality: .venv/dev
 	$(BIN)/ruff format --check .
