@@ -62,8 +62,15 @@ class Batches:
         if isinstance(prompts, Mapping):
             prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask")
         if prompts is None:
-            raise RoutingError("input_ids required; inputs_embeds cannot be routed: name a mixture")
+            raise RoutingError(
+                "input_ids required; generate from inputs_embeds inside `with model.mixture(...)`"
+            )
         if not isinstance(prompts, Tensor):
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise RoutingError(
+                    "texts, or a tensor of token ids [batch, length] required: make lists of ids one "
+                    "batch with `model.mediator.pad`"
+                )
             prompts, attention_mask = self.tokenize(prompts)
         ids = prompts.to(self._model.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)

@@ -28,8 +28,19 @@ def joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether a cache holds any token."""
-    return cache is not None and bool(cache.get_seq_length())
+    """Whether a cache holds any token.
+
+    Raises:
+        MixtureError: it is not of transformers' classes, so that nothing can be noted in it.
+    """
+    if cache is None:
+        return False
+    if not hasattr(cache, "get_seq_length"):
+        raise MixtureError(
+            f"past_key_values: one of transformers' caches required, got {type(cache).__name__}: use "
+            "DynamicCache"
+        )
+    return bool(cache.get_seq_length())
 
 
 def mark(cache: Any, rows: tuple[Mixture, ...]) -> None:

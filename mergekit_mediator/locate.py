@@ -73,9 +73,12 @@ def fingerprint(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def _find(name: str, parameters: Mapping[str, Tensor], prefix: str) -> Tensor | None:
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in parameters:
-            return parameters[candidate]
+    module, _, parameter = name.rpartition(".")
+    # where PEFT has added an adapter, it wraps the module
+    for own in (name, f"{module}.base_layer.{parameter}"):
+        for candidate in (own, f"{prefix}.{own}", own.removeprefix(f"{prefix}.")):
+            if candidate in parameters:
+                return parameters[candidate]
     fused = _FUSED.fullmatch(name)
     if fused is None:
         return None

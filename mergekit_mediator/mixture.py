@@ -136,6 +136,11 @@ class Mixer:
         Raises:
             MixtureError: see `mixture`.
         """
+        if not isinstance(mixture, Mapping):
+            raise MixtureError(
+                f"a mixture is an expert's name or weights by expert, got {mixture!r}: give such as "
+                f"{{{next(iter(self.experts.files))!r}: 1.0}}"
+            )
         for name, weight in mixture.items():
             if name not in self.experts.files:
                 known = ", ".join(self.experts.files)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -126,7 +127,8 @@ class Requests:
         batch = len(context)
         rows: list[Mixture | None] = [None] * batch
         if wanted is not None:
-            each = [wanted] * batch if isinstance(wanted, str | Mapping) else list(wanted)
+            many = isinstance(wanted, Sequence | Tensor) and not isinstance(wanted, str)
+            each: list[Any] = list(wanted) if many else [wanted] * batch
             if len(each) != batch:
                 raise MixtureError(f"mixture: {batch} rows, but {len(each)} mixtures are given")
             rows = [None if name is None else self.named(name) for name in each]

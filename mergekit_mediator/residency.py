@@ -44,9 +44,9 @@ class Experts:
         if residency not in get_args(Residency):
             names = ", ".join(get_args(Residency))
             raise MixtureError(f"residency must be one of {names}, got {residency!r}")
-        if budget is not None and budget <= 0:
+        if budget is not None and (not isinstance(budget, int) or budget <= 0):
             raise MixtureError(
-                f"the expert budget must be a positive number of bytes, got {budget}"
+                f"the expert budget must be a positive number of bytes, got {budget!r}"
             )
         self.files, self.residency, self.budget = files, residency, budget
         self.dense = dense

@@ -3,6 +3,7 @@
 from functools import lru_cache, wraps
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel
 
 from mergekit_mediator.errors import MixtureError
@@ -31,16 +32,22 @@ def route_calls(model: PreTrainedModel, mediator: Mediator) -> type[PreTrainedMo
 @lru_cache
 def _routed(stock: Any) -> type[PreTrainedModel]:
     class Routed(stock):  # type: ignore[misc]
+        # routing is no graph: torch.compile leaves these calls as they are
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @wraps(stock.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.mediator.forward(*args, **kwargs)
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @wraps(stock.generate)
         def generate(self, *args: Any, **kwargs: Any) -> Any:
             return self.mediator.generate(*args, **kwargs)
 
         def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
             raise MixtureError(_CONTINUOUS)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise MixtureError(_COPY)
 
         def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
             raise MixtureError(_CONTINUOUS)
@@ -50,6 +57,10 @@ def _routed(stock: Any) -> type[PreTrainedModel]:
     return Routed
 
 
+_COPY = (
+    "a routed model cannot be copied or pickled: load the artifact again, or save_pretrained the "
+    "dense expert"
+)
 _CONTINUOUS = (
     "continuous batching bypasses generate and cannot be routed: use generate, or load the dense "
     "expert without remote code"

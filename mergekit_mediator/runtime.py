@@ -106,6 +106,7 @@ class MediatorModel(Settings):
             kwargs["trust_remote_code"] = False  # it would lead here again
         model: Any = AutoModelForCausalLM.from_pretrained(root, **kwargs)
         model.eval()
+        _forget_remote_code(model.config)
         return cls(root, manifest, model, load_tokenizer(root), residency, expert_budget)
 
     @classmethod
@@ -130,18 +131,18 @@ class MediatorModel(Settings):
         return self._mixer.resident_bytes
 
     @contextmanager
-    def mixture(self, weights: Mapping[str, float]) -> Iterator[PreTrainedModel]:
+    def mixture(self, weights: Named) -> Iterator[PreTrainedModel]:
         """Put W_dense + Σ_t p_t Δ_t in place; yields the model, and restores the dense expert after.
 
         Inside, the model is as its stock class: nothing is routed. Other threads wait.
 
         Args:
-            weights: by expert, at least 0; none is the dense expert.
+            weights: by expert, at least 0, or an expert's name; none is the dense expert.
 
         Raises:
             MixtureError: see `mixture.Mixer.mixture`.
         """
-        with self._mixer.mixture(weights):
+        with self._mixer.mixture(dict(self._requests.named(weights))):
             yield self.model
 
     def mixture_digest(self, mixture: Named | Sequence[Named]) -> str:
@@ -273,6 +274,9 @@ class MediatorModel(Settings):
                     raise RoutingError("input_ids required")
                 context = torch.ones(like.shape[:2], dtype=torch.long)
             else:
+                if not isinstance(input_ids, Tensor):
+                    got = type(input_ids).__name__
+                    raise RoutingError(f"input_ids: a tensor [batch, length] required, got {got}")
                 if attention_mask is None:
                     attention_mask = without_padding(input_ids, {0, pad_token(self.model)})
                 ids, mask = self._batches.tokens(input_ids, attention_mask)
@@ -294,6 +298,16 @@ class MediatorModel(Settings):
     def _identity(self) -> str:
         """What tells this artifact from others: the digests of its files."""
         return self.manifest.model_dump_json(include={"files"})
+
+
+def _forget_remote_code(config: Any) -> None:
+    """What is saved from a routed model is the dense expert, without this package's remote code."""
+    named = getattr(config, "auto_map", None) or {}
+    rest = {k: v for k, v in named.items() if not v.startswith("modeling_mediator.")}
+    if rest:
+        config.auto_map = rest
+    elif named:
+        del config.auto_map
 
 
 def _refuse(mixture: Any, reason: str) -> None:

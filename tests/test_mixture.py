@@ -311,7 +311,11 @@ def test_a_mixture_inside_a_mixture_is_refused_by_name(mixer):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"residency": "gpu"}, "device, cpu, disk, got 'gpu'"), ({"budget": 0}, "positive number")],
+    [
+        ({"residency": "gpu"}, "device, cpu, disk, got 'gpu'"),
+        ({"budget": 0}, "positive number"),
+        ({"budget": "1GB"}, "positive number of bytes, got '1GB'"),
+    ],
 )
 def test_an_unknown_residency_or_budget_is_refused(files, options, message):
     with pytest.raises(MixtureError, match=message):

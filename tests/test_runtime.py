@@ -1,6 +1,7 @@
 """Requests: rows with mixtures of their own, chats and their caches, and what is refused."""
 
 import copy
+import pickle
 import threading
 
 import pico
@@ -331,6 +332,9 @@ def test_requests_of_several_threads_queue(model, batch):
         ({"apply": "both"}, "apply must be one of auto, merge, rows, got 'both'"),
         ({"streamer": Streamed()}, "a streamer takes one row at a time, got 5"),
         ({"cache_implementation": "paged"}, "bypasses generate"),
+        ({"mixture": 3}, "an expert's name or weights by expert, got 3"),
+        ({"mixture": [0.2] * 5}, "an expert's name or weights by expert, got 0.2"),
+        ({"past_key_values": ((1, 2),)}, "one of transformers' caches required, got tuple"),
     ],
 )
 def test_generation_that_cannot_be_done_is_refused(model, batch, arguments, message):
@@ -346,6 +350,7 @@ def test_generation_that_cannot_be_done_is_refused(model, batch, arguments, mess
         (torch.zeros(0, 4, dtype=torch.long), r"\[batch, length\] required, got shape \[0, 4\]"),
         (torch.ones(1, 65, dtype=torch.long), "65 tokens: this model takes at most 64: shorten it"),
         (None, "input_ids required"),
+        ([[5, 6], [7]], "a tensor of token ids"),
     ],
 )
 def test_prompts_that_cannot_be_routed_are_refused(model, prompts, message):
@@ -393,3 +398,43 @@ def test_a_quantised_model_is_refused_with_the_reason(loaded):
     weight.weight = torch.nn.Parameter(weight.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(MixtureError, match="load the model without quantization"):
         MediatorModel.attach(quantised, loaded.root)
+
+
+def test_lists_of_ids_are_refused_by_forward_too(model):
+    with pytest.raises(RoutingError, match=r"a tensor \[batch, length\] required, got list"):
+        model.forward([[5, 6]])
+
+
+def test_an_experts_name_is_a_mixture_too(model, batch):
+    with torch.no_grad(), model.mixture("code") as mixed:
+        named = mixed(*batch).logits
+    torch.testing.assert_close(named, model.forward(*batch, mixture="code", apply="merge").logits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_a_routed_model_is_not_copied_or_pickled(model, copied):
+    with pytest.raises(MixtureError, match="cannot be copied or pickled: load the artifact again"):
+        copied(model.model)
+
+
+def test_a_compiled_model_is_routed_all_the_same(model, batch):
+    compiled = torch.compile(model.model, backend="eager")
+    for mixture in ("math", "code", MIXTURES):
+        expected = model.forward(*batch, mixture=mixture).logits
+        assert torch.equal(compiled(*batch, mixture=mixture).logits, expected)
+
+
+@pytest.mark.parametrize("apply", ["rows", "merge"])
+def test_an_adapter_of_peft_may_be_added_on_top(model, batch, apply):
+    peft = pytest.importorskip("peft")
+    routed = MediatorModel.from_pretrained(model.root)
+    expected = routed.generate(*batch, mixture=MIXTURES, apply=apply, **GREEDY)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(routed.model, config)
+    ids, mask = batch
+    kept = {"input_ids": ids, "attention_mask": mask, "mixture": MIXTURES, "apply": apply}
+    assert torch.equal(wrapped.generate(**kept, **GREEDY), expected)  # as new, it adds nothing
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(wrapped.generate(**kept, **GREEDY), expected)

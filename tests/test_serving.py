@@ -179,3 +179,14 @@ def test_a_prompt_longer_than_the_context_is_refused_wherever_it_comes_in(sparse
     for refused in (sparse.generate, sparse.forward, sparse.route):
         with pytest.raises(RoutingError, match="takes at most 64: shorten it"):
             refused(long)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9])
+@pytest.mark.parametrize("length", [1, 5])
+def test_batches_of_any_size_are_answered_as_with_the_mixture_in_place(sparse, rows, length):
+    ids = torch.randint(4, 60, (rows, length), generator=torch.Generator().manual_seed(2))
+    mixture = ["a", {"a": 0.3, "b": 0.9}, "b", "dense", "b", "a", "a", "b", "a"][:rows]
+    merged, together = (
+        sparse.forward(ids, mixture=mixture, apply=apply).logits for apply in ("merge", "rows")
+    )
+    torch.testing.assert_close(together, merged, rtol=1e-4, atol=1e-5)

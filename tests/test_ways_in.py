@@ -75,6 +75,7 @@ def test_a_routed_model_is_saved_as_its_stock_class(routed, tmp_path):
     routed.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert not (tmp_path / "mediator").exists()
 
 

@@ -176,22 +176,21 @@ def runtime() -> str:
         "decoding speed / plain dense model": ("decode", "decode_over_dense"),
         "8 rows over 4 experts, rows / merge": ("batch", "mixed_batch_speedup"),
     }
+    kinds = {"sparse": "sparse, 10% exact", "low_rank": "adapters' factors"}
+    columns = [(kind, str(threads)) for threads in figures["threads"] for kind in kinds]
+    found = [figures[kind]["threads"][threads] for kind, threads in columns]
     rows = [
-        [name, *[f"{figures[kind][part][key]:.2f}" for kind in ("sparse", "low_rank")]]
-        for name, (part, key) in names.items()
+        [name, *[f"{one[part][key]:.2f}" for one in found]] for name, (part, key) in names.items()
     ]
     for index, count in enumerate((4, 8, 16)):
-        sizes = [
-            figures[kind]["memory"][index]["resident_bytes"] for kind in ("sparse", "low_rank")
-        ]
+        sizes = [figures[kind]["memory"][index]["resident_bytes"] for kind, _ in columns]
         rows.append([f"resident MB of {count} experts", *[f"{size / 1e6:.0f}" for size in sizes]])
-    for sparse, low in zip(
-        *(figures[kind]["forms"] for kind in ("sparse", "low_rank")), strict=True
-    ):
-        cells = [f"{row['rows_over_merge']:.2f}, {row['auto']}" for row in (sparse, low)]
-        tokens = low["new_tokens"]
+    for forms in zip(*(one["forms"] for one in found), strict=True):
+        tokens = forms[0]["new_tokens"]
+        cells = [f"{row['rows_over_merge']:.2f}, {row['auto']}" for row in forms]
         rows.append([f"one answer of {tokens} tokens, time in rows / merge; `auto` takes", *cells])
-    return table(["", "sparse, 10% exact", "adapters' factors"], rows)
+    heads = [f"{kinds[kind]}, threads: {threads}" for kind, threads in columns]
+    return table(["", *heads], rows)
 
 
 def codec() -> str:

@@ -1,6 +1,6 @@
 """How fast mixtures are entered, decoded with, and mixed in one batch; and what resident experts take.
 
-    python tests/benchmarks/runtime.py SPARSE --low-rank LOW_RANK
+    python tests/benchmarks/runtime.py SPARSE LOW_RANK
 
 SPARSE is an artifact whose experts keep 10% of every weight, exactly; LOW_RANK one of the same models
 whose experts are stored as factors. Everything that is compared is run in turns in one process, so that
@@ -219,12 +219,11 @@ def memory_figures(model: MediatorModel, counts: tuple[int, ...]) -> list[dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sparse", type=Path)
-    parser.add_argument("--low-rank", type=Path)
+    parser.add_argument("low_rank", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     torch.manual_seed(7)
     figures: dict[str, Any] = {
         "threads": args.threads,
@@ -233,21 +232,22 @@ def main() -> None:
         "tokens": args.tokens,
     }
     for kind, root in (("sparse", args.sparse), ("low_rank", args.low_rank)):
-        if root is None:
-            continue
         model = MediatorModel.from_pretrained(root)
+        figures[kind] = {"threads": {}}
         with torch.no_grad():
-            figures[kind] = {
-                "enter": enter_figures(model, root, args.rounds),
-                "decode": decode_figures(model, root, args.rounds, args.tokens),
-                "batch": batch_figures(model, max(3, args.rounds // 3), args.tokens),
-                "forms": form_figures(model, max(3, args.rounds // 3)),
-                "memory": memory_figures(model, (4, 8, 16)),
-            }
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                figures[kind]["threads"][str(threads)] = {
+                    "enter": enter_figures(model, root, args.rounds),
+                    "decode": decode_figures(model, root, args.rounds, args.tokens),
+                    "batch": batch_figures(model, max(3, args.rounds // 3), args.tokens),
+                    "forms": form_figures(model, max(3, args.rounds // 3)),
+                }
+            figures[kind]["memory"] = memory_figures(model, (4, 8, 16))
         print(kind, figures[kind], flush=True)
-    main_kind = figures["sparse"]
+    most = figures["sparse"]["threads"][str(args.threads[-1])]
     for part in ("enter", "decode", "batch"):
-        figures |= {k: v for k, v in main_kind[part].items() if "over" in k or "speedup" in k}
+        figures |= {k: v for k, v in most[part].items() if "over" in k or "speedup" in k}
     print(record.write("runtime", figures, {"torch": 7}))
 
 
