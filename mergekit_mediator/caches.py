@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from mergekit_mediator.errors import MixtureError
@@ -9,6 +10,8 @@ from mergekit_mediator.mixture import Mixture
 
 # An attribute of the cache itself, so that copies of it, as of a shared prompt, have it too.
 _TAG = "_mediator_rows"
+# What calls and outputs name a cache: transformers renamed it in 5.24, and takes the old name still.
+NAMES = ("cache", "past_key_values")
 
 
 def digest(artifact: str, rows: tuple[Mixture, ...]) -> str:
@@ -27,6 +30,17 @@ def joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
     return rows[:1] if len(set(rows)) == 1 else rows
 
 
+def given(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, by either name; None if there is none."""
+    return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+
+
+def made(output: Any) -> Any:
+    """The cache in a model's output, by either name; None if there is none."""
+    name = next((name for name in NAMES if hasattr(output, name)), "")
+    return getattr(output, name, None)
+
+
 def is_filled(cache: Any) -> bool:
     """Whether a cache holds any token.
 
@@ -37,8 +51,7 @@ def is_filled(cache: Any) -> bool:
         return False
     if not hasattr(cache, "get_seq_length"):
         raise MixtureError(
-            f"past_key_values: one of transformers' caches required, got {type(cache).__name__}: use "
-            "DynamicCache"
+            f"cache: one of transformers' caches required, got {type(cache).__name__}: use DynamicCache"
         )
     return bool(cache.get_seq_length())
 
@@ -58,8 +71,8 @@ def rows_of(cache: Any) -> tuple[Mixture, ...]:
     rows: tuple[Mixture, ...] | None = getattr(cache, _TAG, None)
     if rows is None:
         raise MixtureError(
-            "past_key_values: it is not known which mixture they were computed with: fill the cache "
-            "with this model, or leave it out"
+            "cache: it is not known which mixture it was computed with: fill it with this model, or "
+            "leave it out"
         )
     return rows
 
@@ -72,7 +85,7 @@ def check(cache: Any, rows: tuple[Mixture, ...]) -> None:
     """
     if is_filled(cache) and (found := rows_of(cache)) != rows:
         raise MixtureError(
-            f"past_key_values were computed with {describe(found)} and cannot be used with "
+            f"this cache was computed with {describe(found)} and cannot be used with "
             f"{describe(rows)}: name the same mixture, or leave the cache out"
         )
 

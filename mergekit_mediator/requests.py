@@ -116,7 +116,7 @@ class Requests:
             ids: `[batch, length]`; not looked at where nothing has to be routed.
             context: `[batch, length]`, 1 for the tokens to route by.
             wanted: one for all rows or one for each; None in the place of a row routes it.
-            cache: `past_key_values`, or None.
+            cache: keys and values of earlier tokens, or None.
             route_on: instead of the setting.
 
         Raises:

@@ -200,7 +200,7 @@ class MediatorModel(Settings):
     ) -> Any:
         """transformers' generate, each row with the experts that its own prompt needs.
 
-        A row keeps its mixture to the end. `past_key_values` that this model has filled bring theirs
+        A row keeps its mixture to the end. A cache that this model has filled brings its mixtures
         along, so that a chat which goes on keeps it.
 
         Args:
@@ -224,7 +224,7 @@ class MediatorModel(Settings):
             return self._serving.own_generate(ids, attention_mask=attention_mask, **kwargs)
         if kwargs.get("cache_implementation") == "paged":
             raise MixtureError("cache_implementation='paged' bypasses generate: use another one")
-        cache = kwargs.get("past_key_values")
+        cache = caches.given(kwargs)
         with self._mixer.lock:
             ids, mask = self._batches.tokens(ids, attention_mask)
             if not caches.is_filled(cache):
@@ -250,7 +250,7 @@ class MediatorModel(Settings):
         What counts as context, for scoring: the tokens before the first label, if `labels` leave
         some out; else everything up to where the chat template opens the last answer; else the whole
         row. Without `attention_mask`, a run of the padding token or of token 0 at the end of a row is
-        padding. With `past_key_values` that this model has filled, rows keep the mixtures that they
+        padding. With a cache that this model has filled, rows keep the mixtures that they
         were computed with. No gradients.
 
         Args:
@@ -266,7 +266,7 @@ class MediatorModel(Settings):
         if self._mixer.inside:
             _refuse(mixture, "a mixture is in place: name none")
             return self._serving.forward(**given)
-        cache, labels = given.get("past_key_values"), given.get("labels")
+        cache, labels = caches.given(given), given.get("labels")
         with self._mixer.lock:
             if caches.is_filled(cache) or input_ids is None:
                 like = input_ids if input_ids is not None else given.get("inputs_embeds")

@@ -44,14 +44,14 @@ class Serving:
         """The model's own forward inside a mixture; caches know afterwards what filled them.
 
         Raises:
-            MixtureError: `past_key_values` were computed with another mixture.
+            MixtureError: the cache was computed with another mixture.
         """
-        rows, cache = self._mixer.rows, kwargs.get("past_key_values")
+        rows, cache = self._mixer.rows, caches.given(kwargs)
         if rows is None:
             return self._stock.forward(self._model, **kwargs)
         caches.check(cache, rows)
         output = self._stock.forward(self._model, **kwargs)
-        caches.mark(getattr(output, "past_key_values", None), rows)
+        caches.mark(caches.made(output), rows)
         return output
 
     def own_generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ class Serving:
             raise MixtureError("a routed model cannot be trained: train an expert and merge again")
         given = inputs.get("input_ids")
         given = inputs["inputs_embeds"] if given is None else given
-        form = self._form(rows, apply, inputs.get("past_key_values"), given.shape[1], 0)
+        form = self._form(rows, apply, caches.given(inputs), given.shape[1], 0)
         with torch.no_grad():
             if form == "parted":
                 return self._run_parted(rows, inputs)
@@ -75,7 +75,7 @@ class Serving:
         """The model's own generate, each row of the batch with its mixture."""
         length = inputs["inputs"].shape[1]
         steps = self._steps(length, inputs)
-        form = self._form(rows, apply, inputs.get("past_key_values"), length, steps)
+        form = self._form(rows, apply, caches.given(inputs), length, steps)
         if form != "parted":
             with self._applied(rows, form):
                 return self.own_generate(**inputs)
@@ -119,7 +119,7 @@ class Serving:
             return "rows"
         if caches.is_filled(cache):
             raise MixtureError(
-                "past_key_values: these rows need different mixtures and would run one after the "
+                "cache: these rows need different mixtures and would run one after the "
                 "other: leave the cache out, or give one batch for each mixture"
             )
         return "parted"
@@ -147,7 +147,7 @@ class Serving:
                 "give one batch for each mixture"
             )
         labels = inputs.get("labels")
-        rest = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
+        rest = {k: v for k, v in inputs.items() if k not in ("labels", *caches.NAMES)}
         parts: dict[int, Tensor] = {}
         for mixture, places in _groups(rows).items():
             with self._mixer.mixture(dict(mixture)):

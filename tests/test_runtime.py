@@ -1,16 +1,17 @@
 """Requests: rows with mixtures of their own, chats and their caches, and what is refused."""
 
 import copy
+import inspect
 import pickle
 import threading
 
 import pico
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.generation import BaseStreamer, StoppingCriteria
 
-from mergekit_mediator import MediatorModel
+from mergekit_mediator import MediatorModel, caches
 from mergekit_mediator.errors import MixtureError, RoutingError
 
 MIXTURES = ["math", "code", {"math": 0.3, "chat": 0.7}, "dense", "math"]
@@ -153,6 +154,10 @@ def test_a_threshold_of_entropy_blends_the_experts(model, batch):
 
 # Chats and caches
 
+# The names that this version of transformers takes for a cache.
+TAKEN = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE_NAMES = [name for name in caches.NAMES if name in TAKEN or name == "past_key_values"]
+
 
 def test_a_request_keeps_its_mixture_to_the_end(model, batch):
     ids = batch[0][:1]
@@ -172,17 +177,18 @@ def test_rows_keep_their_mixtures_with_their_cache(model, batch):
     torch.testing.assert_close(second.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
-def test_a_cache_of_another_mixture_is_refused(model, batch, copied):
-    cache = model.forward(batch[0][:1], mixture="code", use_cache=True).past_key_values
+def test_a_cache_of_another_mixture_is_refused(model, batch, copied, name):
+    cache = caches.made(model.forward(batch[0][:1], mixture="code", use_cache=True))
     cache = copy.deepcopy(cache) if copied else cache
     message = "computed with 1 code and cannot be used with 1 math"
     with pytest.raises(MixtureError, match=message):
-        model.forward(batch[0][:1, :1], past_key_values=cache, mixture="math")
+        model.forward(batch[0][:1, :1], **{name: cache}, mixture="math")
     with pytest.raises(MixtureError, match=message):
-        model.generate(batch[0][:1], past_key_values=cache, mixture="math", **GREEDY)
+        model.generate(batch[0][:1], **{name: cache}, mixture="math", **GREEDY)
     with model.mixture({"math": 1.0}) as mixed, pytest.raises(MixtureError, match=message):
-        mixed(batch[0][:1, :1], past_key_values=cache)
+        mixed(batch[0][:1, :1], **{name: cache})
 
 
 def test_a_cache_that_nobody_knows_is_refused(model, batch):
@@ -192,12 +198,13 @@ def test_a_cache_that_nobody_knows_is_refused(model, batch):
         model.forward(batch[0][:1], past_key_values=cache)
 
 
-def test_a_chat_that_goes_on_with_its_cache_keeps_its_mixture(model, batch):
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_chat_that_goes_on_with_its_cache_keeps_its_mixture(model, batch, name):
     ids = batch[0][:1]
     cache = DynamicCache(config=model.model.config)
-    first = model.generate(ids, past_key_values=cache, mixture="chat", **GREEDY)
+    first = model.generate(ids, **{name: cache}, mixture="chat", **GREEDY)
     longer = torch.cat([first, batch[0][1:2]], dim=1)
-    second = model.generate(longer, past_key_values=cache, **GREEDY)
+    second = model.generate(longer, **{name: cache}, **GREEDY)
     assert torch.equal(second, model.generate(longer, mixture="chat", **GREEDY))
 
 
