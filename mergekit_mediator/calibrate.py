@@ -72,8 +72,7 @@ def calibrate_artifact(
     else:
         tokens = torch.tensor(tokenizer(SUMMARY, add_special_tokens=False).input_ids)
     contexts = Contexts(tokenizer)
-    tail = len(contexts.closing) + len(tokens) if kind == "hidden" else 0
-    features = _features(model, contexts, ids, kind, tokens, tail)
+    features = _features(model, contexts, ids, kind, tokens)
     known_features = dict(old.features) if old is not None else {}
     absent = [name for name in missing if name not in known_features]
     if absent:
@@ -83,7 +82,6 @@ def calibrate_artifact(
         kind,
         head=head,
         layers=_layers(model) if kind == "hidden" else (),
-        tail=tail,
         tokens=tokens,
         seed=seed,
     )
@@ -99,7 +97,6 @@ def _features(
     ids: Mapping[str, Sequence[Sequence[int]]],
     kind: Kind,
     tokens: Tensor,
-    tail: int,
 ) -> dict[str, Tensor]:
     """By expert, `[n_prompts, d]`: the same as the runtime takes of a request."""
     if kind == "embedding":
@@ -110,7 +107,7 @@ def _features(
         prompt = torch.tensor([row], device=model.device)
         mask = torch.ones_like(prompt)
         counted = contexts.counted(prompt, mask)
-        return hidden_features(model, prompt, mask, counted, tokens, tail, _layers(model)).cpu()
+        return hidden_features(model, prompt, mask, counted, tokens, _layers(model)).cpu()
 
     return {name: torch.cat([one(row) for row in rows]) for name, rows in ids.items()}
 

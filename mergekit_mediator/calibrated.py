@@ -64,7 +64,7 @@ def mean_state(hidden: Tensor, counted: Tensor) -> Tensor:
 
 def hidden_layers(layers: int) -> tuple[int, int]:
     """After how many decoder blocks of a model `hidden` features are taken: of the prompt's tokens
-    after two fifths, of those at its end after four fifths; see the benchmark."""
+    after two fifths, of the last one after four fifths; see the benchmark."""
     return max(1, round(0.4 * layers)), max(1, round(0.8 * layers))
 
 
@@ -72,7 +72,7 @@ def hidden_layers(layers: int) -> tuple[int, int]:
 class CalibratedRouter:
     """A linear head with a temperature, and two measures of distance.
 
-    kind: which features it takes; `layers` and `tail` are those of `hidden`, else empty and 0.
+    kind: which features it takes; `layers` are those of `hidden`, else empty.
     head, seed: how it was fitted, so that `fit_router.add` fits alike.
     features: by expert, `[n_prompts, d]` float32, of the calibration prompts.
     tokens: `[k]` int64: for `embedding` those that do not count, see `mean_embedding`; for `hidden`
@@ -92,7 +92,6 @@ class CalibratedRouter:
 
     kind: Kind
     layers: tuple[int, ...]
-    tail: int
     head: Head
     seed: int
     features: Mapping[str, Tensor]
@@ -160,7 +159,6 @@ class CalibratedRouter:
             "experts": list(self.experts),
             "features": self.kind,
             "layers": list(self.layers),
-            "tail": self.tail,
             "head": self.head,
             "seed": self.seed,
             "numbers": dict(self.numbers),
@@ -205,7 +203,6 @@ class CalibratedRouter:
         return cls(
             kind=kind,
             layers=tuple(_whole(layer, "layers", path) for layer in layers),
-            tail=_whole(about.get("tail"), "tail", path),
             head=_one_of(about, "head", Head, path),
             seed=_whole(about.get("seed"), "seed", path),
             features={name: tensors[f"features.{name}"] for name in experts},

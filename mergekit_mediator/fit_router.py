@@ -51,7 +51,6 @@ def fit(
     *,
     head: Head = "ridge",
     layers: tuple[int, ...] = (),
-    tail: int = 0,
     tokens: Tensor | None = None,
     seed: int = 0,
 ) -> Calibration:
@@ -59,7 +58,7 @@ def fit(
 
     Args:
         features: by expert, `[n_prompts, d]`, at least 5 each; 20 are enough to work.
-        kind, layers, tail, tokens: what the features are, see `CalibratedRouter`.
+        kind, layers, tokens: what the features are, see `CalibratedRouter`.
         head: `ridge`: least squares on class membership; `mahalanobis`: the nearest class mean in
             the shrunk covariance within classes; `prototype`: the same with no covariance.
         seed: of the order in which prompts are dealt to parts where they are alike; the same seed
@@ -106,7 +105,7 @@ def fit(
         **{k: numbers[k] for k in ("temperature", "entropy_threshold", "ood_threshold")},
     }
     tokens = router.tokens if tokens is None else tokens
-    router = replace(router, tail=tail, tokens=tokens, numbers=numbers)
+    router = replace(router, tokens=tokens, numbers=numbers)
     return Calibration(router, figures, _warnings(names, confusion))
 
 
@@ -136,7 +135,6 @@ def _again(router: CalibratedRouter, features: Mapping[str, Tensor]) -> Calibrat
         router.kind,
         head=router.head,
         layers=router.layers,
-        tail=router.tail,
         tokens=router.tokens,
         seed=router.seed,
     )
@@ -213,7 +211,6 @@ def _fit(
         head=head,
         seed=seed,
         features=features,
-        tail=0,
         tokens=torch.zeros(0, dtype=torch.int64),
         center=center.float(),
         scale=scale.float(),

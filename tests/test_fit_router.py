@@ -55,7 +55,7 @@ def standard(router: CalibratedRouter, x: Tensor) -> Tensor:
 
 
 def router(*names: str) -> CalibratedRouter:
-    return fit(clouds(*names), "hidden", layers=(2, 3), tail=4, tokens=torch.tensor([5])).router
+    return fit(clouds(*names), "hidden", layers=(2, 3), tokens=torch.tensor([5])).router
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -191,7 +191,7 @@ def test_a_saved_router_decides_alike(tmp_path: Path) -> None:
     x = cloud(1, 9, seed=4)
     for field in ("weights", "entropy", "ood"):
         assert torch.equal(getattr(before.decide(x), field), getattr(after.decide(x), field))
-    assert (after.kind, after.layers, after.tail, after.head) == ("hidden", (2, 3), 4, "ridge")
+    assert (after.kind, after.layers, after.head) == ("hidden", (2, 3), "ridge")
     assert after.tokens.tolist() == [5]
     assert after.numbers == before.numbers
 
@@ -217,7 +217,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: object) -> None:
         ({}, {"head": "tree"}, "'head' must be one of"),
         ({}, {"layers": [3]}, "must be a list of 2, got"),
         ({}, {"layers": [3, "4"]}, "'layers' must be a whole number, got '4'"),
-        ({}, {"tail": -1}, "'tail' must be a whole number, got -1"),
+        ({}, {"seed": -1}, "'seed' must be a whole number, got -1"),
         ({}, {"numbers": {"temperature": 1}}, "must be a finite number"),
     ],
 )

@@ -102,14 +102,12 @@ class Bench:
         """Every head on one level of difficulty, and the first head's calibration."""
         made, tokens = self.features(kind, level)
         away = {k: made[k] for k in ("near", "far")}
-        layers, tail = ((), 0) if kind == "embedding" else (self.model.layers, self.model.tail)
+        layers = () if kind == "embedding" else self.model.layers
         figures: dict[str, Any] = {}
         calibrations = []
         for head in HEADS:
             began = time.perf_counter()
-            result = fit(
-                made[f"{level} train"], kind, head=head, layers=layers, tail=tail, tokens=tokens
-            )
+            result = fit(made[f"{level} train"], kind, head=head, layers=layers, tokens=tokens)
             figures[head] = {"fit_seconds": time.perf_counter() - began}
             figures[head]["held_out"] = {k: result.figures[k] for k in ("accuracy", "ece")}
             for name in self.tests(level):
