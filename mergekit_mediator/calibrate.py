@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergekit_mediator import artifact, fit_router
 from mergekit_mediator.artifact import Manifest
+from mergekit_mediator.background import BACKGROUND
 from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layers
 from mergekit_mediator.calibration_data import (
     data_digest,
@@ -73,6 +74,11 @@ def calibrate_artifact(
         tokens = torch.tensor(tokenizer(SUMMARY, add_special_tokens=False).input_ids)
     contexts = Contexts(tokenizer)
     features = _features(model, contexts, ids, kind, tokens)
+    if old is not None:
+        background = old.background
+    else:
+        general = [render(tokenizer, text) for text in BACKGROUND]
+        background = _features(model, contexts, {"background": general}, kind, tokens)["background"]
     known_features = dict(old.features) if old is not None else {}
     absent = [name for name in missing if name not in known_features]
     if absent:
@@ -83,6 +89,7 @@ def calibrate_artifact(
         head=head,
         layers=_layers(model) if kind == "hidden" else (),
         tokens=tokens,
+        background=background,
         seed=seed,
     )
     digests = dict((manifest.router or {}).get("data", {})) if missing else {}
