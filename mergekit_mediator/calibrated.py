@@ -219,7 +219,9 @@ def standardized(features: Tensor, center: Tensor, scale: Tensor, blocks: int) -
     Few directions hold most of a hidden state's length; scaled, all say something about the task.
     """
     x = (features - center) / scale
-    return torch.nn.functional.normalize(x.unflatten(1, (blocks, -1)), dim=2).flatten(1)
+    return torch.nn.functional.normalize(
+        x.view(len(x), blocks, x.shape[1] // blocks), dim=2
+    ).flatten(1)
 
 
 def out_of_distribution(fit: Tensor, distance: Tensor, numbers: Mapping[str, float]) -> Tensor:

@@ -105,6 +105,7 @@ def _against_background(
     away = background[~claimed]
     if not len(away):
         return ridge
-    target = torch.block_diag(membership, torch.ones(len(away), 1, dtype=x.dtype))
+    target = torch.nn.functional.pad(membership, (0, 1, 0, len(away)))
+    target[len(x) :, -1] = 1
     weight, bias = _ridge(torch.cat([x, away]), target)
     return weight[:-1] - weight[-1], bias[:-1] - bias[-1]
