@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergekit_mediator import artifact, fit_router
 from mergekit_mediator.artifact import Manifest
+from mergekit_mediator.background import BACKGROUND
 from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layers
 from mergekit_mediator.calibration_data import (
     data_digest,
@@ -72,8 +73,12 @@ def calibrate_artifact(
     else:
         tokens = torch.tensor(tokenizer(SUMMARY, add_special_tokens=False).input_ids)
     contexts = Contexts(tokenizer)
-    tail = len(contexts.closing) + len(tokens) if kind == "hidden" else 0
-    features = _features(model, contexts, ids, kind, tokens, tail)
+    features = _features(model, contexts, ids, kind, tokens)
+    if old is not None:
+        background = old.background
+    else:
+        general = [render(tokenizer, text) for text in BACKGROUND]
+        background = _features(model, contexts, {"background": general}, kind, tokens)["background"]
     known_features = dict(old.features) if old is not None else {}
     absent = [name for name in missing if name not in known_features]
     if absent:
@@ -83,8 +88,8 @@ def calibrate_artifact(
         kind,
         head=head,
         layers=_layers(model) if kind == "hidden" else (),
-        tail=tail,
         tokens=tokens,
+        background=background,
         seed=seed,
     )
     digests = dict((manifest.router or {}).get("data", {})) if missing else {}
@@ -99,7 +104,6 @@ def _features(
     ids: Mapping[str, Sequence[Sequence[int]]],
     kind: Kind,
     tokens: Tensor,
-    tail: int,
 ) -> dict[str, Tensor]:
     """By expert, `[n_prompts, d]`: the same as the runtime takes of a request."""
     if kind == "embedding":
@@ -110,7 +114,7 @@ def _features(
         prompt = torch.tensor([row], device=model.device)
         mask = torch.ones_like(prompt)
         counted = contexts.counted(prompt, mask)
-        return hidden_features(model, prompt, mask, counted, tokens, tail, _layers(model)).cpu()
+        return hidden_features(model, prompt, mask, counted, tokens, _layers(model)).cpu()
 
     return {name: torch.cat([one(row) for row in rows]) for name, rows in ids.items()}
 

@@ -64,7 +64,7 @@ def mean_state(hidden: Tensor, counted: Tensor) -> Tensor:
 
 def hidden_layers(layers: int) -> tuple[int, int]:
     """After how many decoder blocks of a model `hidden` features are taken: of the prompt's tokens
-    after two fifths, of those at its end after four fifths; see the benchmark."""
+    after two fifths, of the last one after four fifths; see the benchmark."""
     return max(1, round(0.4 * layers)), max(1, round(0.8 * layers))
 
 
@@ -72,7 +72,7 @@ def hidden_layers(layers: int) -> tuple[int, int]:
 class CalibratedRouter:
     """A linear head with a temperature, and two measures of distance.
 
-    kind: which features it takes; `layers` and `tail` are those of `hidden`, else empty and 0.
+    kind: which features it takes; `layers` are those of `hidden`, else empty.
     head, seed: how it was fitted, so that `fit_router.add` fits alike.
     features: by expert, `[n_prompts, d]` float32, of the calibration prompts.
     tokens: `[k]` int64: for `embedding` those that do not count, see `mean_embedding`; for `hidden`
@@ -80,23 +80,24 @@ class CalibratedRouter:
     center, scale: `[d]` float32, of the features over all prompts, see `standardized`.
     weight, bias: `[n_experts, d]`, `[n_experts]` float32; with x the standardized features,
         `scores = x @ weight.T + bias`.
-    fit_weight, fit_bias: of the ridge regression on class membership (1 or 0), whose largest
-        output is low far from every class; the same as `weight` when that is the head.
+    background: `[m, d]` float32, features of requests that belong to no expert, see `background`.
+    fit_weight, fit_bias: of the ridge regression on class membership (1 or 0), less that on
+        membership in the background; the largest output is low far from every class.
     near_weight, near_bias: of the scores that order experts by their distance, likewise.
     spread: `[r, d]` float32. The squared Mahalanobis distance of x from a class, in the shrunk
         covariance within classes, is `‖x‖²/variance − ‖spread x‖² − 2 (near score)`.
     numbers: `temperature`; `entropy_threshold` (normalised, 0 to 1); `ood_threshold`; `variance`;
-        and, over held-out prompts, mean and deviation of 1 − largest membership (`fit_*`) and of
+        and, over held-out prompts, mean and deviation of minus that output (`fit_*`) and of
         the least distance (`distance_*`).
     """
 
     kind: Kind
     layers: tuple[int, ...]
-    tail: int
     head: Head
     seed: int
     features: Mapping[str, Tensor]
     tokens: Tensor
+    background: Tensor
     center: Tensor
     scale: Tensor
     weight: Tensor
@@ -117,7 +118,7 @@ class CalibratedRouter:
         """Route prompts by their features, `[batch, d]`.
 
         The out-of-distribution score is the mean of two misfits in deviations from their means: how
-        little any class claims the prompt, and how far it is from the nearest class. Above
+        little any class claims the prompt next to the background, and how far it is from the nearest class. Above
         `numbers["ood_threshold"]` it is farther than 85% of the held-out calibration prompts, whose
         wordings were held out too.
 
@@ -142,10 +143,10 @@ class CalibratedRouter:
         )
 
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores `[batch, n_experts]`, 1 − largest class membership, and the least Mahalanobis
-        distance, each `[batch]`, of features `[batch, d]`."""
+        """Scores `[batch, n_experts]`, how much more the background claims the prompt than any class
+        does, and the least Mahalanobis distance, each `[batch]`, of features `[batch, d]`."""
         x = standardized(features, self.center, self.scale, len(self.layers) or 1)
-        fit = 1 - (x @ self.fit_weight.T + self.fit_bias).max(dim=1).values
+        fit = -(x @ self.fit_weight.T + self.fit_bias).max(dim=1).values
         energy = x.square().sum(dim=1) / self.numbers["variance"]
         energy = energy - (x @ self.spread.T).square().sum(dim=1)
         nearest = (x @ self.near_weight.T + self.near_bias).max(dim=1).values
@@ -160,7 +161,6 @@ class CalibratedRouter:
             "experts": list(self.experts),
             "features": self.kind,
             "layers": list(self.layers),
-            "tail": self.tail,
             "head": self.head,
             "seed": self.seed,
             "numbers": dict(self.numbers),
@@ -182,7 +182,7 @@ class CalibratedRouter:
             **dict.fromkeys(("bias", "fit_bias", "near_bias"), (n,)),
             **dict.fromkeys(("center", "scale"), (d,)),
             **{f"features.{name}": (None, d) for name in experts},
-            "spread": (None, d),
+            **dict.fromkeys(("spread", "background"), (None, d)),
             "tokens": (None,),
         }
         if set(shapes) != set(tensors):
@@ -205,7 +205,6 @@ class CalibratedRouter:
         return cls(
             kind=kind,
             layers=tuple(_whole(layer, "layers", path) for layer in layers),
-            tail=_whole(about.get("tail"), "tail", path),
             head=_one_of(about, "head", Head, path),
             seed=_whole(about.get("seed"), "seed", path),
             features={name: tensors[f"features.{name}"] for name in experts},
@@ -220,7 +219,9 @@ def standardized(features: Tensor, center: Tensor, scale: Tensor, blocks: int) -
     Few directions hold most of a hidden state's length; scaled, all say something about the task.
     """
     x = (features - center) / scale
-    return torch.nn.functional.normalize(x.view(len(x), blocks, -1), dim=2).flatten(1)
+    return torch.nn.functional.normalize(
+        x.view(len(x), blocks, x.shape[1] // blocks), dim=2
+    ).flatten(1)
 
 
 def out_of_distribution(fit: Tensor, distance: Tensor, numbers: Mapping[str, float]) -> Tensor:
@@ -231,7 +232,7 @@ def out_of_distribution(fit: Tensor, distance: Tensor, numbers: Mapping[str, flo
 
 
 _TENSORS = (
-    "tokens", "center", "scale", "weight", "bias", "fit_weight", "fit_bias", "near_weight",
+    "tokens", "background", "center", "scale", "weight", "bias", "fit_weight", "fit_bias", "near_weight",
     "near_bias", "spread",
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Hidden states of the dense expert as features, from a pass that stops where they are.
 
-After the prompt the model begins to say what it was asked. Its states there sum the prompt up; the
+After the prompt the model begins to say what it is about. Its last state sums the prompt up; the
 mean over the prompt's own tokens, some blocks earlier, says what the prompt is made of. Each tells
 tasks apart that the other confuses. Words that make a model sum up a text are the idea of PromptEOL
 (Jiang et al., arXiv 2307.16645).
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mergekit_mediator.calibrated import mean_state
 from mergekit_mediator.errors import RoutingError
 
-SUMMARY = "The user wants me to"
+SUMMARY = "This is a problem about"  # of ten, the one that told most tasks of the development set
 
 
 class _ReachedError(Exception):
@@ -28,20 +28,18 @@ def hidden_features(
     mask: Tensor,
     counted: Tensor,
     summary: Tensor,
-    tail: int,
     layers: tuple[int, ...],
 ) -> Tensor:
-    """Two mean hidden states side by side, `[batch, 2 d]` float32.
+    """Two hidden states side by side, `[batch, 2 d]` float32.
 
-    The first is of the tokens that count after the first `layers[0]` decoder blocks, the second of
-    the last tokens after `layers[1]`; later blocks are not run.
+    The first is the mean over the tokens that count after the first `layers[0]` decoder blocks, the
+    second that of the last token after `layers[1]`; later blocks are not run.
 
     Args:
         model: a transformers model that holds the dense expert.
         ids, mask: `[batch, length]`.
         counted: `[batch, length]` bool, the tokens that count, at least one per row.
-        summary: `[k]` int64, put after every prompt.
-        tail: how many of the last tokens, including these, the second mean is taken over.
+        summary: `[k]` int64, put after every prompt; its last token is the last one.
         layers: ascending, from 1 to the number of decoder blocks.
 
     Raises:
@@ -68,7 +66,7 @@ def hidden_features(
         for handle in handles:
             handle.remove()
     prompt = mean_state(states[0][:, : counted.shape[1]], counted)
-    return torch.cat([prompt, mean_state(states[1][:, -tail:], mask[:, -tail:])], dim=1)
+    return torch.cat([prompt, states[1][:, -1].to(torch.float32)], dim=1)
 
 
 def _blocks(model: Any) -> nn.ModuleList:

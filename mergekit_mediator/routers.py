@@ -134,7 +134,7 @@ class Routers:
             features = mean_embedding(ids, counted, embedding.weight, router.tokens)
         else:
             features = hidden_features(
-                self._model, ids, mask, counted, router.tokens, router.tail, router.layers
+                self._model, ids, mask, counted, router.tokens, router.layers
             )
         return router.decide(features.cpu(), temperature)
 

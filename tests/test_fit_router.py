@@ -26,12 +26,11 @@ from mergekit_mediator.calibration_data import (
     read_prompts,
     shared_tokens,
 )
+from mergekit_mediator.confidence import expected_calibration_error, fit_temperature
 from mergekit_mediator.errors import ArtifactError, OutputError, RoutingError
 from mergekit_mediator.fit_router import (
     add,
-    expected_calibration_error,
     fit,
-    fit_temperature,
     remove,
 )
 
@@ -55,7 +54,7 @@ def standard(router: CalibratedRouter, x: Tensor) -> Tensor:
 
 
 def router(*names: str) -> CalibratedRouter:
-    return fit(clouds(*names), "hidden", layers=(2, 3), tail=4, tokens=torch.tensor([5])).router
+    return fit(clouds(*names), "hidden", layers=(2, 3), tokens=torch.tensor([5])).router
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -191,7 +190,7 @@ def test_a_saved_router_decides_alike(tmp_path: Path) -> None:
     x = cloud(1, 9, seed=4)
     for field in ("weights", "entropy", "ood"):
         assert torch.equal(getattr(before.decide(x), field), getattr(after.decide(x), field))
-    assert (after.kind, after.layers, after.tail, after.head) == ("hidden", (2, 3), 4, "ridge")
+    assert (after.kind, after.layers, after.head) == ("hidden", (2, 3), "ridge")
     assert after.tokens.tolist() == [5]
     assert after.numbers == before.numbers
 
@@ -217,7 +216,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: object) -> None:
         ({}, {"head": "tree"}, "'head' must be one of"),
         ({}, {"layers": [3]}, "must be a list of 2, got"),
         ({}, {"layers": [3, "4"]}, "'layers' must be a whole number, got '4'"),
-        ({}, {"tail": -1}, "'tail' must be a whole number, got -1"),
+        ({}, {"seed": -1}, "'seed' must be a whole number, got -1"),
         ({}, {"numbers": {"temperature": 1}}, "must be a finite number"),
     ],
 )
@@ -369,3 +368,28 @@ def test_prompts_that_are_all_alike_still_give_finite_decisions(head: Head) -> N
     decision = fit(same, "embedding", head=head).router.decide(torch.eye(3))
     assert decision.weights.argmax(dim=1).tolist() == [0, 1, 2]
     assert bool(decision.ood.isfinite().all())
+
+
+def test_requests_like_the_background_are_farther_than_without_it() -> None:
+    general = cloud(9, 30, noise=1.0)
+    asked = {"own": cloud(0, 50, seed=7), "general": cloud(9, 50, seed=7, noise=1.0)}
+    gaps = []
+    for background in (None, general):
+        fitted = fit(clouds("a", "b", "c"), "embedding", background=background).router
+        misfit = {k: fitted.measure(x)[1].mean() for k, x in asked.items()}
+        gaps.append(float(misfit["general"] - misfit["own"]))
+    assert gaps[1] > 1.3 * gaps[0]
+
+
+def test_background_that_an_expert_claims_is_left_out() -> None:
+    features = clouds("a", "b", "c")
+    own = fit(features, "embedding", background=cloud(0, 30, seed=8)).router
+    without = fit(features, "embedding").router
+    assert torch.equal(own.fit_weight, without.fit_weight)
+    assert own.numbers == without.numbers
+
+
+def test_the_background_is_kept_when_experts_come_and_go() -> None:
+    first = fit(clouds("a", "b"), "embedding", background=cloud(9, 30)).router
+    later = add(first, "c", cloud(2)).router
+    assert torch.equal(later.background, first.background)

@@ -20,7 +20,7 @@ ROOMS = {
     "Store": "sparse factors approximate budget bits entropy description codec expert_file artifact "
     "staging",
     "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
-    "fit_router calibrate routers",
+    "background heads confidence fit_router calibrate routers",
     "Run": "loading batches locate prefetch residency mixture rows row_modules caches serving requests routed runtime remote remote_code",
     "Report": "tasks task_options evaluate contenders scorer results quality_plot compare rivals "
     "rival_systems cli_evaluate answer card report inspection demo errors",

@@ -23,9 +23,11 @@ from router_features import Features, Model, Rows
 from router_systems import systems
 from torch import Tensor
 
+from mergekit_mediator.background import BACKGROUND
 from mergekit_mediator.calibrated import CalibratedRouter, Kind, mean_embedding, standardized
 from mergekit_mediator.calibration_data import embedding_features, shared_tokens
-from mergekit_mediator.fit_router import Calibration, expected_calibration_error, fit
+from mergekit_mediator.confidence import expected_calibration_error
+from mergekit_mediator.fit_router import Calibration, fit
 
 # reasoning-gym draws problem i of seed s as problem i - 1 of seed s + 1: seeds must lie far apart
 CALIBRATION_SEED, REPORT_SEED = 11, 100_007
@@ -86,12 +88,14 @@ class Bench:
                 "hard familiar": prompts.hard(8, REPORT_SEED, ways),
                 "near": {"near": prompts.near(6, REPORT_SEED)},
                 "far": {"far": prompts.far(96, REPORT_SEED)},
+                "background": {"background": list(BACKGROUND)},
             }.items()
         }
 
     def features(self, kind: Kind, level: str) -> tuple[dict[str, Features], Tensor]:
         """By set, features by task; and the tokens that the router keeps."""
-        wanted = {k: v for k, v in self.sets.items() if k.startswith(level) or k in ("near", "far")}
+        others = ("near", "far", "background")
+        wanted = {k: v for k, v in self.sets.items() if k.startswith(level) or k in others}
         if kind == "embedding":
             excluded = shared_tokens(self.sets[f"{level} train"])
             table = self.model.table
@@ -102,13 +106,18 @@ class Bench:
         """Every head on one level of difficulty, and the first head's calibration."""
         made, tokens = self.features(kind, level)
         away = {k: made[k] for k in ("near", "far")}
-        layers, tail = ((), 0) if kind == "embedding" else (self.model.layers, self.model.tail)
+        layers = () if kind == "embedding" else self.model.layers
         figures: dict[str, Any] = {}
         calibrations = []
         for head in HEADS:
             began = time.perf_counter()
             result = fit(
-                made[f"{level} train"], kind, head=head, layers=layers, tail=tail, tokens=tokens
+                made[f"{level} train"],
+                kind,
+                head=head,
+                layers=layers,
+                tokens=tokens,
+                background=together(made["background"]),
             )
             figures[head] = {"fit_seconds": time.perf_counter() - began}
             figures[head]["held_out"] = {k: result.figures[k] for k in ("accuracy", "ece")}
@@ -214,7 +223,9 @@ def main() -> None:
         "hidden_over_prefill_p99": time_hidden["p99_ms"] / time_prefill["p99_ms"],
         "prompts_per_expert": PER_EXPERT,
         "reported_prompts": {
-            k: len(truths(v)) for k, v in bench.sets.items() if not k.endswith("train")
+            k: len(truths(v))
+            for k, v in bench.sets.items()
+            if not k.endswith(("train", "background"))
         },
         "calibrated": routers,
         "others": others,

@@ -34,11 +34,6 @@ class Model:
         self._cache = cache
 
     @cached_property
-    def tail(self) -> int:
-        """How many tokens at the end sum the prompt up."""
-        return len(self.contexts.closing) + len(self.summary)
-
-    @cached_property
     def opening(self) -> int:
         """How many tokens every prompt begins with."""
         return len(self.contexts.opening)
@@ -51,7 +46,7 @@ class Model:
 
     def hidden(self, groups: Rows) -> Features:
         """By task, `[n, d]`, from the cache where it has them."""
-        about = [self.layers, self.tail, self.summary.tolist(), groups]
+        about = [self.layers, self.summary.tolist(), groups]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         path = self._cache / f"{digest}.safetensors" if self._cache else None
         if path and path.exists():
@@ -82,7 +77,7 @@ class Model:
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         counted = self.contexts.counted(ids, mask)
-        return hidden_features(self.model, ids, mask, counted, self.summary, self.tail, self.layers)
+        return hidden_features(self.model, ids, mask, counted, self.summary, self.layers)
 
     @torch.no_grad()
     def milliseconds(

@@ -1,0 +1,48 @@
+"""General requests: what a router is shown as belonging to no expert, so that it knows the like as far.
+
+Showing a detector some outliers, of another kind than those it will meet, is outlier exposure
+(Hendrycks et al., arXiv 1812.04606). Those that an expert claims after all are left out, see `heads`.
+"""
+
+BACKGROUND = (
+    "hi there, how are you today?",
+    "Thanks a lot, that was helpful!",
+    'Translate "good morning, my friends" into Portuguese.',
+    "Who was the first woman to win a Nobel Prize?",
+    "My landlord will not return my deposit. What are my rights?",
+    "Which laptop would you buy for a student?",
+    "Fix this function: def area(r): return 3.14 * r ^ 2",
+    "Is it safe to take ibuprofen with coffee?",
+    "Plan a three day trip to Lisbon for two adults and a baby.",
+    'What does the word "serendipity" mean?',
+    "Name some good songs for a wedding dance.",
+    "My dog has eaten chocolate. What now?",
+    "Rewrite this sentence so that it sounds friendlier: Send me the file today.",
+    "How does a refrigerator work?",
+    "What is the capital of Mongolia?",
+    "Suggest a name for my new bakery.",
+    "Act as an interviewer for a nursing job and ask me questions.",
+    "I feel lonely since I changed schools.",
+    "Compare renting and owning a flat.",
+    "Correct the grammar: She don't likes going to gym.",
+    "Proofread my cover letter, please.",
+    "Describe a sunset in one paragraph.",
+    "When did the Berlin Wall come down?",
+    "How can I get red wine out of a carpet?",
+    "Write a SQL query that returns all customers without orders.",
+    "What are the symptoms of iron deficiency?",
+    "Invent a riddle whose solution is a shadow.",
+    "Should I lease or finance a car?",
+    "Tell me a joke about penguins.",
+    "What would happen if the Earth stopped spinning?",
+    "Create a workout for someone with a bad knee.",
+    "Who painted the Girl with a Pearl Earring?",
+    "Give me feedback on my business idea: a café for board games.",
+    "How do I reset my router?",
+    "Turn these notes into minutes of a meeting: budget ok, hire two, next date Friday.",
+    "What are the pros and cons of nuclear energy?",
+    "Write a tweet that announces our summer sale.",
+    "Can you recommend a film like Inception?",
+    "Which vitamins are in an avocado?",
+    "Say something that will cheer me up.",
+)
