@@ -38,8 +38,16 @@ from mergekit_mediator.task_options import load_tasks, split
 @click.option("--rank", "ranks", multiple=True, default=(16,), help="Of extracted adapters.")
 @click.option("--base", help="Where the base is, if not where the merge found it.")
 @click.option("--expert", "given", multiple=True, help="NAME=MODEL: where an expert is, likewise.")
-@click.option("--limit", default=64, show_default=True, help="Examples per task.")
-@click.option("--tune", default=16, show_default=True, help="Others, to choose coefficients on.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per task."
+)
+@click.option(
+    "--tune",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Others, to choose coefficients on.",
+)
 @click.option("--seed", default=7, show_default=True, help="Of generated tasks.")
 @click.option(
     "--out",

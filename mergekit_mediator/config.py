@@ -26,6 +26,7 @@ PER_EXPERT = frozenset({"expert"})
 METHOD = "mediator"
 _RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget")
 _STORAGE = frozenset({"density", "values", "bits", "budget"})
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(x|[kmgt]?b)")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -70,9 +71,10 @@ class MediatorConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_layers(cls, fields: Any) -> Any:
-        """YAML reads `routed_layers: 3` as a number."""
-        if isinstance(fields.get("routed_layers"), int):
-            fields["routed_layers"] = str(fields["routed_layers"])
+        """YAML reads `routed_layers: 3` and `budget: 2` as numbers."""
+        for name in ("routed_layers", "budget"):
+            if isinstance(fields.get(name), int | float):
+                fields[name] = str(fields[name])
         return fields
 
     @field_validator("budget")
@@ -126,6 +128,9 @@ class MediatorConfig(BaseModel):
         """
         if config.base_model is None:
             raise ConfigError("base_model: required by merge_method: mediator, but not given")
+        for key, dtype in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
+            if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
+                raise ConfigError(f"{key}: one of {', '.join(_DTYPES)} required, got {dtype!r}")
         own: dict[str, Any] = {}
         for where, parameters in _shared_parameters(config):
             for name, setting in parameters.items():
@@ -269,6 +274,8 @@ def _given_storage(config: MergeConfiguration) -> set[str]:
 def _scalar(setting: ParameterSetting, where: str) -> Any:
     if not isinstance(setting, str | int | float):
         raise ConfigError(f"{where}: takes one value, neither a gradient nor a filter")
+    if isinstance(setting, bool):
+        raise ConfigError(f"{where}: takes no yes or no, got {setting}: put a name in quotes")
     return setting
 
 
@@ -277,6 +284,8 @@ def _check_per_weight(name: str, setting: ParameterSetting, where: str) -> None:
     if isinstance(setting, ConditionalParameter):
         _check_per_weight(name, setting.value, where)
     elif isinstance(setting, list):
+        if not setting:
+            raise ConfigError(f"{where}: {name} is an empty list: give it a number")
         for entry in setting:
             _check_per_weight(name, entry, where)
     else:
@@ -292,4 +301,5 @@ def _check_per_weight(name: str, setting: ParameterSetting, where: str) -> None:
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"parameters: {place}: {first['msg']}, got {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"parameters: {place}: {message}, got {first['input']!r}"
