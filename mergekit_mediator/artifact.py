@@ -15,9 +15,12 @@ from mergekit_mediator.expert_file import ExpertFile
 
 MANIFEST = "mediator/manifest.json"
 EXPERTS = "mediator/experts"
+CARD = "README.md"
 ROUTER = "mediator/router.safetensors"
 RESPONSE = "mediator/response.safetensors"
 FORMAT_VERSION = 1
+# What else the directory or `mediator/` holds of these would be loaded too.
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
 _EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -135,6 +138,11 @@ def files_below(root: Path) -> list[str]:
     return sorted(name for name in paths if name != MANIFEST)
 
 
+def vouched_for(root: Path) -> list[str]:
+    """The files that a manifest names: all but the model card, which people edit on the Hub."""
+    return [name for name in files_below(root) if name != CARD]
+
+
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest beside its place, then move it there in one step."""
     path = root / MANIFEST
@@ -148,7 +156,8 @@ def read_manifest(root: Path) -> Manifest:
     """Read and check the manifest, without looking at the files it names.
 
     Raises:
-        ArtifactError: there is none, it is not valid, or it is of another version.
+        ArtifactError: there is none, it is not valid, it is of another version, or it does not vouch
+            for every expert.
     """
     path = root / MANIFEST
     try:
@@ -168,6 +177,9 @@ def read_manifest(root: Path) -> Manifest:
             f"{path}: format_version {FORMAT_VERSION} required, got {manifest.format_version}: "
             "use the version of mergekit-mediator that wrote it"
         )
+    for expert in manifest.experts:
+        if f"mediator/{expert.file}" not in manifest.files:
+            raise ArtifactError(f"{path}: no digest of expert {expert.name!r}'s file")
     return manifest
 
 
@@ -175,7 +187,8 @@ def verify_files(root: Path, manifest: Manifest) -> None:
     """Check size and digest of every file that the manifest names.
 
     Raises:
-        ArtifactError: naming the first file that is missing or differs.
+        ArtifactError: naming the first file that is missing or differs, or that holds weights and is
+            not named.
     """
     for name, expected in manifest.files.items():
         path = root / name
@@ -191,9 +204,12 @@ def verify_files(root: Path, manifest: Manifest) -> None:
                 f"{root / name}: SHA-256 {manifest.files[name].sha256[:12]}… required, got "
                 f"{found.sha256[:12]}…: the file was altered after the merge"
             )
-    for expert in manifest.experts:
-        if f"mediator/{expert.file}" not in manifest.files:
-            raise ArtifactError(f"{root / MANIFEST}: no digest of expert {expert.name!r}'s file")
+    for name in files_below(root):
+        beside = "/" not in name or name.startswith("mediator/")
+        if beside and name not in manifest.files and name.endswith(_WEIGHTS):
+            raise ArtifactError(
+                f"{root / name}: not named by the manifest, but would be loaded: remove it"
+            )
 
 
 def verify_base(base: Path, manifest: Manifest) -> None:

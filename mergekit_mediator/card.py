@@ -54,9 +54,12 @@ def write_card(out: Path, manifest: Manifest, config_source: str) -> None:
     """Write README.md; needs no network, and shows no directory of this machine."""
     models = [manifest.base.source, *(e.source for e in manifest.experts)]
     hub = sorted({part for model in models for part in model.split("+") if is_hub_id(part)})
-    metadata = {"library_name": "transformers", "tags": ["mergekit", "merge", "mergekit-mediator"]}
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "tags": ["mergekit", "merge", "mergekit-mediator"],
+    }
     if hub:
-        metadata["base_model"] = hub
+        metadata |= {"base_model": hub, "base_model_relation": "merge"}
     metric = manifest.parameters["conflict"]
     rows = [f"| {e.name} | {_show(e.source)} | {e.weight} |" for e in manifest.experts]
     chart = conflict_chart(

@@ -99,7 +99,7 @@ def describe(
     (out / "mergekit_config.yml").write_text(source, encoding="utf-8")
     if inputs.options.write_model_card:
         write_card(out, manifest, source)
-    files = artifact.digests(out, artifact.files_below(out))
+    files = artifact.digests(out, artifact.vouched_for(out))
     return manifest.model_copy(update={"files": files})
 
 
@@ -123,5 +123,5 @@ def _parameters(config: MergeConfiguration, inputs: Inputs) -> dict[str, Any]:
     own = inputs.config.model_dump(exclude=hidden, exclude_none=True)
     if inputs.config.selection.rule != own["route"]:
         own.pop("route")
-    given = config.model_dump(mode="json", exclude_none=True).get("parameters") or {}
+    given = config.model_dump(mode="json", include={"parameters"}).get("parameters") or {}
     return {"density": 0.1, "lambda": 1.0, **given, **own}

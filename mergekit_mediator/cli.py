@@ -152,6 +152,8 @@ def calibrate(
         name, _, path = text.partition("=")
         if not name or not path:
             raise click.BadParameter(f"{text!r}: NAME=FILE.jsonl required")
+        if name in files:
+            raise click.BadParameter(f"{name!r} is given twice: put its prompts into one file")
         files[name] = Path(path)
     if data:
         from mergekit_mediator.artifact import read_manifest
@@ -181,7 +183,7 @@ def calibrate(
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--expert", "experts", multiple=True, help="NAME or NAME=WEIGHT, instead of routing.")
 @click.option("--router", help="Route by this router instead of the default one.")
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @_json
 def generate(
     out: str,

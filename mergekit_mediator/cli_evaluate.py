@@ -16,6 +16,7 @@ from mergekit_mediator.compare import (
     route,
 )
 from mergekit_mediator.contenders import located
+from mergekit_mediator.errors import OutputError
 from mergekit_mediator.quality_plot import plot_quality
 from mergekit_mediator.results import SystemResult, to_json, to_markdown
 from mergekit_mediator.runtime import MediatorModel
@@ -35,11 +36,26 @@ from mergekit_mediator.task_options import load_tasks, split
 @click.option("--experts", "with_experts", is_flag=True, help="Score base and experts too.")
 @click.option("--each", is_flag=True, help="With --experts: every expert on every task.")
 @click.option("--rivals", default="", help="Their names, separated by commas, or all.")
-@click.option("--rank", "ranks", multiple=True, default=(16,), help="Of extracted adapters.")
+@click.option(
+    "--rank",
+    "ranks",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(16,),
+    help="Of extracted adapters.",
+)
 @click.option("--base", help="Where the base is, if not where the merge found it.")
 @click.option("--expert", "given", multiple=True, help="NAME=MODEL: where an expert is, likewise.")
-@click.option("--limit", default=64, show_default=True, help="Examples per task.")
-@click.option("--tune", default=16, show_default=True, help="Others, to choose coefficients on.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per task."
+)
+@click.option(
+    "--tune",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Others, to choose coefficients on.",
+)
 @click.option("--seed", default=7, show_default=True, help="Of generated tasks.")
 @click.option(
     "--out",
@@ -78,9 +94,12 @@ def evaluate(
     model = MediatorModel.from_pretrained(out)
     routing = route(model, reported)
     from_manifest = {entry.name: entry.source for entry in model.manifest.experts}
+    places = from_manifest | _pairs(given, model.experts)
     start = model.manifest.base.source if base is None else base
     results: list[SystemResult] = []
     with ExitStack() as stack:
+        if work is not None:
+            _make(work)
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scorer = Scorer(model.tokenizer, folder / "scores.json", quiet=as_json)
         wanted = with_experts or each or bool(names)
@@ -88,7 +107,6 @@ def evaluate(
             start = located("the base", start)
             results.append(base_system(scorer, reported, start))
         if wanted:
-            places = from_manifest | _pairs(given)
             experts = {name: located(f"expert {name}", place) for name, place in places.items()}
             results += expert_systems(scorer, reported, experts, each)
         mine = mediator_systems(model, scorer, reported, routing)
@@ -111,8 +129,19 @@ def evaluate(
         if work is not None:
             (work / "evaluation.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
             (work / "evaluation.md").write_text(to_markdown(rows), encoding="utf-8")
-            plot_quality(rows, work / "evaluation.png")
+            try:
+                plot_quality(rows, work / "evaluation.png")
+            except OutputError as error:  # table and JSON are there all the same
+                click.echo(f"warning: {error}", err=True)
     click.echo(json.dumps(figures, indent=1) if as_json else to_markdown(rows))
+
+
+def _make(folder: Path) -> None:
+    """Make the folder of a report before anything is scored, which takes long."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be created: {error.strerror}") from error
 
 
 def _rivals(text: str) -> tuple[str, ...]:
@@ -124,11 +153,13 @@ def _rivals(text: str) -> tuple[str, ...]:
     return known(text.split(","))
 
 
-def _pairs(given: tuple[str, ...]) -> dict[str, str]:
+def _pairs(given: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
     pairs = {}
     for text in given:
         name, _, source = text.partition("=")
         if not name or not source:
             raise click.BadParameter(f"{text!r}: NAME=MODEL required")
+        if name not in known:
+            raise click.BadParameter(f"no expert {name!r}: this artifact has {', '.join(known)}")
         pairs[name] = source
     return pairs

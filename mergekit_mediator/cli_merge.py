@@ -16,10 +16,11 @@ from mergekit_mediator.card import plot_conflict
 from mergekit_mediator.config import METHOD
 from mergekit_mediator.curve import plot_curve
 from mergekit_mediator.errors import ConfigError
-from mergekit_mediator.estimate import estimate
+from mergekit_mediator.estimate import dense_sizes, estimate
 from mergekit_mediator.headers import first_line
+from mergekit_mediator.keys import check_keys
 from mergekit_mediator.passes import Measured, Passes
-from mergekit_mediator.slopes import predict
+from mergekit_mediator.slopes import check_budget, predict
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import workers
 
@@ -89,6 +90,7 @@ def plan(
         try:
             inputs.open() if conflict or curve else inputs.peek()
             weights = inputs.weights()
+            check_budget(inputs.config, dense_sizes(inputs, weights))
             measured: dict[str, Measured] = {}
             if conflict or curve:
                 with workers() as over:
@@ -118,7 +120,12 @@ def _read(path: Path) -> tuple[str, MergeConfiguration]:
     plugin.install()
     try:
         source = path.read_text(encoding="utf-8")
-        config = MergeConfiguration.model_validate(yaml.safe_load(source))
+        content = yaml.safe_load(source)
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"{path}: a mapping with merge_method, base_model and models required"
+            )
+        config = MergeConfiguration.model_validate(content)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RuntimeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
@@ -129,4 +136,5 @@ def _read(path: Path) -> tuple[str, MergeConfiguration]:
         raise ConfigError(
             f"{path}: merge_method is {config.merge_method}, not {METHOD}: use mergekit-yaml"
         )
+    check_keys(source, config)
     return source, config

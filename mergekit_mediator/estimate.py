@@ -157,7 +157,10 @@ def _dense_bytes(inputs: Inputs, weight: PlannedWeight) -> int:
     if header is None:
         return 0
     dtype = dtype_from_name(weight.info.force_dtype or inputs.out_dtype)
-    return int(header.numel * dtype.itemsize) if dtype else header.bytes
+    if dtype:
+        return int(header.numel * dtype.itemsize)
+    found = (inputs.header(weight, model) for model in inputs.models)
+    return max(other.bytes for other in found if other)  # the widest of the inputs
 
 
 def _expert_bytes(inputs: Inputs, weight: PlannedWeight, rate: float | None) -> int:

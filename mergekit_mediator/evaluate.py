@@ -69,7 +69,7 @@ def score_answers(
 
 def _begin(model: Any, prompts: Sequence[list[int]]) -> Any:
     """The cache of the tokens that several prompts begin with; None where it cannot be repeated."""
-    if len(prompts) < 2 or "past_key_values" not in inspect.signature(model.forward).parameters:
+    if len(prompts) < 2 or _cache_argument(model) is None:
         return None
     first, last = min(prompts), max(prompts)
     shortest = min(map(len, prompts)) - 1  # the last token of a prompt predicts the answer
@@ -77,8 +77,15 @@ def _begin(model: Any, prompts: Sequence[list[int]]) -> Any:
     if common < 1:
         return None
     ids = torch.tensor([first[:common]], device=next(model.parameters()).device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    output = model(input_ids=ids, use_cache=True)
+    cache = getattr(output, "cache", None) or output.past_key_values
     return cache if hasattr(cache, "batch_repeat_interleave") else None
+
+
+def _cache_argument(model: Any) -> str | None:
+    """What the model calls its cache: transformers renamed it in 5.24."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 def _answer_logits(model: Any, batch: Sequence[_Pair], begun: Any) -> Iterable[Tensor]:
@@ -101,7 +108,7 @@ def _answer_logits(model: Any, batch: Sequence[_Pair], begun: Any) -> Iterable[T
     if begun is not None:
         cache = copy.deepcopy(begun)
         cache.batch_repeat_interleave(len(batch))
-        inputs |= {"past_key_values": cache, "use_cache": True}
+        inputs |= {str(_cache_argument(model)): cache, "use_cache": True}
     # the vocabulary is wide: where the model allows it, its head runs on the answers' columns only
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         keep = torch.tensor(columns, device=device)

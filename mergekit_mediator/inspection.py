@@ -51,7 +51,7 @@ def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
 def inspect_report(figures: dict[str, Any]) -> str:
     """What an artifact holds, for reading."""
     layers, settings = figures["layers"], figures["settings"]
-    metric = settings["conflict"]
+    metric = settings.get("conflict", "mass")
     routed = sum(layer["routed"] for layer in layers)
     experts = [
         [
@@ -125,8 +125,7 @@ def _reason(settings: Mapping[str, Any]) -> str:
             "so that no byte would save more elsewhere"
         )
     rules = ("conflict_threshold", "routed_fraction", "routed_layers", "route")
-    rule = next(name for name in rules if name in settings)
-    return f"{rule}: {settings[rule]}"
+    return ", ".join(f"{rule}: {settings[rule]}" for rule in rules if rule in settings)
 
 
 def _is_weights(name: str) -> bool:

@@ -27,11 +27,12 @@ from mergekit_mediator.errors import ConfigError, OutputError
 from mergekit_mediator.estimate import dense_sizes
 from mergekit_mediator.expert_file import ExpertWriter
 from mergekit_mediator.headers import first_line
+from mergekit_mediator.keys import check_keys
 from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.plan import LayerPlan, select_routed
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.response import ResponseRouter
-from mergekit_mediator.slopes import slopes_for
+from mergekit_mediator.slopes import check_budget, slopes_for
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for
 from mergekit_mediator.weights import Inputs
@@ -62,6 +63,10 @@ def run(
     """
     if not options.safe_serialization:
         raise ConfigError("--no-safe-serialization: an artifact holds no pickle: leave it out")
+    if not out_path.strip():
+        raise OutputError("the output directory's name is empty: give it one")
+    if config_source is not None:
+        check_keys(config_source, merge_config)
     with ExitStack() as stack:
         if options.lora_merge_cache is None:
             merged_adapters = stack.enter_context(tempfile.TemporaryDirectory())
@@ -113,6 +118,7 @@ class _Merge:
         inputs.open()
         (self.out / artifact.EXPERTS).mkdir(parents=True)
         weights = inputs.weights()
+        check_budget(inputs.config, dense_sizes(inputs, weights))
         _check_space(self.out, inputs, weights)
         with ThreadPoolExecutor(1) as pool:
             base_digests = pool.submit(digest_base, inputs)
@@ -147,6 +153,9 @@ class _Merge:
             measured[weight.info.name] = replace(found, dense={})
         plans = plan_layers(self.inputs, weights, measured)
         writer.finish(_names(_routed(weights, plans)))
+        if self.inputs.out_dtype is None and writer.dtype is not None:
+            # mergekit names the base's, in which wider weights would be loaded
+            self.inputs.out_config.dtype = writer.dtype
         return plans, measured, writer.parameters
 
     def _slopes(

@@ -84,6 +84,7 @@ def select_routed(
     threshold = selection.threshold
     if selection.rule == "auto":
         mean = math.fsum(conflict[name] for name in layers) / len(layers)
+        mean = max(mean, min(conflict[name] for name in layers))  # rounding may put it below all
         variance = math.fsum((conflict[name] - mean) ** 2 for name in layers) / len(layers)
         threshold = mean + AUTO_DEVIATIONS * math.sqrt(variance)
     return frozenset(name for name in layers if conflict[name] > threshold)

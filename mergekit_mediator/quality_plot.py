@@ -15,7 +15,7 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     What only repeats another system, or is drawn at 100 by definition, is left out.
 
     Raises:
-        OutputError: matplotlib is missing, or the file cannot be written.
+        OutputError: matplotlib is missing, no system has a mean, or the file cannot be written.
     """
     try:
         from matplotlib import colormaps
@@ -33,6 +33,10 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         and row.get("normalized_mean") is not None
         and "total_bytes_over_base" in row
     }
+    if not shown:
+        raise OutputError(
+            f"{path}: nothing to draw: an expert answers none of its prompts right, so none is 100"
+        )
     colors = colormaps["tab20"]
     for index, (name, (size, mean, worst)) in enumerate(shown.items()):
         color, ours = colors(index % 20), name.startswith("mediator")

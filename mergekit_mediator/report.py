@@ -50,11 +50,13 @@ def plan_report(estimate: "Estimate") -> str:
     header = ["layer", "decision", "sign", "mass", "dispersion"]
     header += ["parameters", "read", "dense", "experts"]
     lines = [table(header, rows), ""]
-    if any(layer.plan.routed is None for layer in estimate.layers):
+    undecided = any(layer.plan.routed is None for layer in estimate.layers)
+    if undecided:
         lines.append("Undecided layers depend on the conflict: add --conflict to measure it.")
+    experts = "some" if undecided else f"about {size(estimate.experts)}"
     lines.append(
         f"Reads {size(estimate.read)} in {estimate.passes} pass{'es' * (estimate.passes > 1)}, "
-        f"writes {size(estimate.dense)} of dense expert and about {size(estimate.experts)} of sparse "
+        f"writes {size(estimate.dense)} of dense expert and {experts} of sparse "
         f"experts; needs about {size(estimate.peak_memory)} of memory."
     )
     return "\n".join(lines)

@@ -159,7 +159,7 @@ def known(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: a name that is none's.
     """
-    chosen = KNOWN if list(names) == ["all"] else tuple(names)
+    chosen = KNOWN if list(names) == ["all"] else tuple(filter(None, map(str.strip, names)))
     for name in chosen:
         if name not in KNOWN:
             raise InputError(f"rival {name!r}: unknown: choose of {', '.join(KNOWN)}, or all")

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mergekit_mediator.contenders import Contender
+from mergekit_mediator.errors import OutputError
 from mergekit_mediator.evaluate import score_answers
 from mergekit_mediator.results import AnswerScore, Score
 from mergekit_mediator.tasks import Example, Task
@@ -26,12 +27,20 @@ class Scorer:
             tokenizer: of all contenders.
             memory: the file that answers are remembered in.
             quiet: show no progress.
+
+        Raises:
+            OutputError: the file is damaged.
         """
         self._tokenizer, self._memory, self._quiet = tokenizer, memory, quiet
         self._known: dict[str, AnswerScore] = {}
         if memory is not None and memory.exists():
-            kept = json.loads(memory.read_text(encoding="utf-8"))
-            self._known = {key: AnswerScore(*values) for key, values in kept.items()}
+            try:
+                kept = json.loads(memory.read_text(encoding="utf-8"))
+                self._known = {key: AnswerScore(*values) for key, values in kept.items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise OutputError(
+                    f"{memory}: holds no scores: {error}: remove it to score everything anew"
+                ) from error
 
     def alike(self, name: str, tasks: Tasks, contender: Contender) -> dict[str, Score]:
         """By task, with the same weights for every example."""

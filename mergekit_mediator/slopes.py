@@ -66,6 +66,24 @@ def slopes_for(
     return dict.fromkeys(models, slope)
 
 
+def check_budget(config: MediatorConfig, dense: Mapping[str, Size]) -> None:
+    """Refuse before any weight is read a budget that the dense expert's weights alone exceed.
+
+    Args:
+        config: of the merge.
+        dense: the sizes of the dense expert's weights by name.
+
+    Raises:
+        ConfigError: it leaves nothing for experts.
+    """
+    required = sum(size.bytes for size in dense.values())
+    if config.budget is not None and config.budget_bytes(required) <= required:
+        raise ConfigError(
+            f"budget: {config.budget} is {config.budget_bytes(required):,} bytes, and the dense "
+            f"expert takes {required:,} alone: raise it above 1x"
+        )
+
+
 def predict(
     inputs: Inputs, weights: Sequence[PlannedWeight], measured: Mapping[str, Measured]
 ) -> list[Point]:

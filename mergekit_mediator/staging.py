@@ -1,4 +1,4 @@
-"""Publishing an artifact: written beside its place, moved there when all is written, the manifest last."""
+"""Publishing an artifact: written beside or in its place, moved there when all is written, the manifest last."""
 
 import os
 import shutil
@@ -9,7 +9,10 @@ from mergekit_mediator.errors import OutputError
 
 
 class Staging:
-    """A directory beside the output that becomes the output when all is written, or vanishes.
+    """A directory that becomes the output when all is written, or vanishes.
+
+    It is beside the output, or inside where that exists already: it may be all that can be written, and
+    a file system of its own.
 
     Use as a context manager; `publish` at the end. An error or interrupt removes what was written.
     """
@@ -28,14 +31,19 @@ class Staging:
                 f"{out}: already holds a model ({self._replaced[0]}): choose another directory, or "
                 "run `mergekit-mediator merge --overwrite`"
             )
-        self.path = out.with_name(f".{out.resolve().name}.partial-{os.getpid()}")
+        place = out.resolve()
+        parent = place if out.is_dir() else place.parent
+        self.path = parent / f".{place.name}.partial-{os.getpid()}"
 
     def __enter__(self) -> "Staging":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be created: {error.strerror}") from error
+            raise OutputError(
+                f"{self.out}: cannot be written in {self.path.parent}: {error.strerror}: choose "
+                "another output directory"
+            ) from error
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -21,13 +21,15 @@ def load_tasks(specifications: Sequence[str], limit: int, seed: int) -> dict[str
         seed: of generated tasks.
 
     Raises:
-        TaskError: a specification of another form, or data that cannot be loaded.
+        TaskError: a specification of another form, two of one name, or data that cannot be loaded.
     """
     tasks = {}
     for text in specifications:
         name, _, source = text.partition("=")
         if not name or not source:
             raise TaskError(f"task {text!r}: {_FORMS} required")
+        if name in tasks:
+            raise TaskError(f"task {name!r} is given twice: put its examples into one file")
         kind, _, rest = source.partition(":")
         if kind == "gym":
             task, brace, settings = rest.partition("{")

@@ -57,9 +57,9 @@ def test_the_output_holds_what_the_documentation_says(original):
     }
 
 
-def test_the_manifest_vouches_for_every_other_file(original):
+def test_the_manifest_vouches_for_every_other_file_but_the_card_which_people_edit(original):
     files = read_manifest(original).files
-    assert set(files) == listing(original) - {MANIFEST}
+    assert set(files) == listing(original) - {MANIFEST, "README.md"}
     for name, expected in files.items():
         assert digest(original / name) == expected
 
@@ -175,7 +175,7 @@ def test_overwrite_replaces_the_model_and_keeps_other_files(family, out):
     (out / "model-00001-of-00002.safetensors").write_bytes(b"")
     merge(family, out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
-    assert set(read_manifest(out).files) == listing(out) - {MANIFEST, "notes.txt"}
+    assert set(read_manifest(out).files) == listing(out) - {MANIFEST, "README.md", "notes.txt"}
     MediatorModel.from_pretrained(out)
 
 
@@ -212,7 +212,7 @@ def test_an_interrupt_while_publishing_leaves_no_artifact(
     stock, moves = os.replace, []
 
     def replace(source, target):
-        if Path(target).is_relative_to(out):
+        if Path(target).is_relative_to(out) and ".partial-" not in str(target):
             if len(moves) == survivors:
                 raise KeyboardInterrupt
             moves.append(target)
@@ -235,3 +235,60 @@ def test_a_failed_merge_leaves_the_earlier_model(family, out, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         merge(family, out, overwrite=True)
     MediatorModel.from_pretrained(out)
+
+
+def test_an_edited_card_and_other_additions_are_no_damage(out):
+    (out / "README.md").write_text("---\nlicense: mit\n---\n")
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (out / "runs").mkdir()
+    shutil.copy(out / "model.safetensors", out / "runs" / "other.safetensors")
+    MediatorModel.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    "name", ["model-2.safetensors", "pytorch_model.bin", "mediator/experts/law.safetensors"]
+)
+def test_weights_that_the_manifest_does_not_name_are_refused(out, name):
+    shutil.copy(out / "model.safetensors", out / name)
+    with pytest.raises(ArtifactError, match=f"{name}: not named by the manifest"):
+        MediatorModel.from_pretrained(out)
+
+
+def test_a_manifest_that_vouches_for_no_expert_is_refused(out):
+    edit(out, lambda manifest: manifest.update(files={}))
+    with pytest.raises(ArtifactError, match="no digest of expert 'math'"):
+        read_manifest(out)
+
+
+def test_an_existing_output_directory_is_all_that_must_be_writable(family, tmp_path, monkeypatch):
+    made = []
+    mkdir = Path.mkdir
+
+    def note(path, *args, **options):
+        made.append(path)
+        mkdir(path, *args, **options)
+
+    out = tmp_path / "parent" / "out"
+    out.mkdir(parents=True)
+    monkeypatch.setattr(Path, "mkdir", note)
+    merge(family, out)
+    assert all(path.is_relative_to(out) for path in made if path.is_relative_to(tmp_path))
+    assert not list(out.glob(".*"))
+
+
+def test_the_directory_of_the_shell_may_be_the_output(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    merge(family, ".")
+    assert read_manifest(tmp_path).expert_names == ("math", "code", "chat")
+    assert f"\n# {tmp_path.name}\n" in (tmp_path / "README.md").read_text()
+
+
+def test_an_output_without_a_name_is_refused(family):
+    with pytest.raises(OutputError, match="name is empty"):
+        merge(family, "")
+
+
+def test_an_output_below_a_file_is_refused_by_its_own_name(family, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=f"^{tmp_path}/file/out: cannot be written"):
+        merge(family, tmp_path / "file" / "out")

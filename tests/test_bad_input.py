@@ -375,3 +375,55 @@ def test_a_relative_path_needs_no_network(family, tmp_path, monkeypatch):
     assert result.exit_code == 0
     assert read_manifest(tmp_path / "models/out").expert_names == tuple(family.experts)
     MediatorModel.from_pretrained("out")
+
+
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+def test_a_dtype_that_is_none_is_refused_before_any_weight_is_read(family, refused, key):
+    message = refused(family.config(**{key: "floatt32"}))
+    assert f"{key}: one of float32, bfloat16, float16, float64 required, got 'floatt32'" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"out_dtpye": "bfloat16"}, ["configuration: unknown key 'out_dtpye'", "'out_dtype'"]),
+        ({"parameter": {}}, ["unknown key 'parameter'", "did you mean 'parameters'"]),
+        ({"tokenizer": {"sorce": "base"}}, ["tokenizer: unknown key 'sorce'", "'source'"]),
+        (
+            {"parameters": {"density": [{"filtr": "mlp", "value": 0.3}, {"value": 0.1}]}},
+            ["parameters.density[0]: unknown key 'filtr'", "'filter'"],
+        ),
+    ],
+)
+def test_keys_that_mergekit_would_pass_over_are_refused_with_the_nearest(
+    family, refused, change, parts
+):
+    message = refused({**family.config(), **change})
+    for part in parts:
+        assert part in message
+
+
+def test_a_misspelt_key_of_a_model_is_refused(family, refused):
+    config = family.config()
+    config["models"][1]["paramters"] = {"weight": 2.0}
+    message = refused(config)
+    assert "models[1]: unknown key 'paramters': did you mean 'parameters'?" in message
+
+
+@pytest.mark.parametrize("budget", ["0.5x", "1x", "1kB"])
+def test_a_budget_below_the_dense_expert_is_refused_before_weights_are_read(
+    family, refused, monkeypatch, budget
+):
+    monkeypatch.setattr(Inputs, "load", None)
+    message = refused(family.config(budget=budget))
+    assert f"budget: {budget} is" in message
+    assert "raise it above 1x" in message
+
+
+def test_paths_may_hold_spaces_and_letters_of_any_alphabet(family, merged, tmp_path):
+    root = shutil.copytree(family.base.parent, tmp_path / "ein Ordner für 日本")
+    moved = type(family)(root / "base", {n: root / p.name for n, p in family.experts.items()})
+    config = moved.config()
+    del config["parameters"]
+    out = merged(config, name="ein Ergebnis ö")
+    assert read_manifest(out).base.source == str(moved.base)

@@ -1,5 +1,6 @@
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from mergekit_mediator.artifact import BaseEntry, ExpertEntry, LayerEntry, Manifest
 from mergekit_mediator.card import conflict_chart, is_hub_id, plot_conflict, write_card
@@ -36,6 +37,13 @@ def test_the_metadata_names_models_of_the_hub_only(card):
     assert metadata["base_model"] == ["org/base", "org/lora", "org/math"]
     assert metadata["library_name"] == "transformers"
     assert "mergekit-mediator" in metadata["tags"]
+
+
+def test_the_hub_reads_the_card_and_shows_it_as_a_merge(tmp_path):
+    write_card(tmp_path, manifest(), "merge_method: mediator")
+    read = ModelCard.load(tmp_path / "README.md")
+    assert read.data.base_model == ["org/base", "org/lora", "org/math"]
+    assert read.data.to_dict()["base_model_relation"] == "merge"
 
 
 def test_no_directory_of_this_machine_is_shown(card):

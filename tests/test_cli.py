@@ -223,3 +223,31 @@ def test_generate_takes_a_mixture_instead_of_routing(out):
     assert result["mixture"] == {"code": 1.0}
     assert call("generate", out, "w1", "--expert", "code=much").exit_code == 2
     assert call("generate", out, "w1", "--expert", "law").exit_code == 1
+
+
+@pytest.mark.parametrize("text", ["- a\n", "just text", ""])
+def test_a_configuration_that_is_no_mapping_says_what_is_required(tmp_path, text):
+    path = tmp_path / "config.yml"
+    path.write_text(text)
+    result = call("plan", path)
+    assert result.exit_code == 1
+    assert f"{path}: a mapping with merge_method, base_model and models required" in result.output
+
+
+def test_a_plan_refuses_what_the_merge_would(family, tmp_path):
+    for settings, message in (({"budget": "1x"}, "budget: 1x is"), ({"densty": 1}, "densty")):
+        result = call("plan", write(family.config(**settings), tmp_path / "config.yml"))
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+def test_counts_below_one_are_refused(out):
+    assert call("generate", out, "w1", "--max-new-tokens", 0).exit_code == 2
+    assert call("evaluate", out, "--task", "math=x.jsonl", "--limit", 0).exit_code == 2
+    assert call("demo", "--prompts", 0).exit_code == 2
+
+
+def test_two_files_for_one_expert_are_refused(out):
+    result = call("calibrate", out, "--data", "math=a.jsonl", "--data", "math=b.jsonl")
+    assert result.exit_code == 2
+    assert "'math' is given twice" in result.output

@@ -15,7 +15,8 @@ TENSORS_ONLY = {
     *("conflict", "plan", "sparse", "router", "threshold", "dense", "response"),
     *("codec", "entropy", "bits", "description", "expert_file", "workers", "mixture"),
 }
-MERGING = {"plugin", "config", "planner", "weights", "passes", "storing", "checkpoint", "merge"}
+MERGING = {"plugin", "config", "settings", "expert_names", "keys", "planner", "weights"}
+MERGING |= {"passes", "storing", "checkpoint", "merge"}
 MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals"}
 SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
 

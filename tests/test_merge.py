@@ -358,6 +358,17 @@ def test_the_output_dtype_is_the_configured_one(family, merged, read, settings, 
     assert AutoConfig.from_pretrained(out).dtype == dtype
 
 
+def test_without_a_configured_dtype_the_widest_of_the_inputs_is_written_and_named(
+    family, make, merged, read
+):
+    wide = make(dtype=torch.float32).experts["code"]
+    config = family.config(route="all")
+    config["models"][1]["model"] = str(wide)
+    out = merged(config)
+    assert {w.dtype for w in read(out).values()} == {torch.float32}
+    assert AutoConfig.from_pretrained(out).dtype == torch.float32
+
+
 def test_the_mean_is_taken_in_float32_and_rounded_once(family, merged, read):
     dense = read(merged(family.config(route="none", dtype="bfloat16", out_dtype="float32")))
     base, experts = read(family.base), [read(path) for path in family.experts.values()]

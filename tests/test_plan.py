@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergekit_mediator.conflict import Conflict
@@ -30,6 +30,7 @@ def test_auto_routes_nothing_where_all_layers_conflict_alike():
 
 
 @given(PROFILES)
+@example(dict.fromkeys(["0", "1", "2"], 8.918776044469711e-110))
 def test_auto_never_prefers_a_layer_of_less_conflict(profile):
     routed = select_routed(list(profile), Selection("auto"), profile)
     averaged = set(profile) - routed

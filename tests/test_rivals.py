@@ -215,3 +215,48 @@ def test_adapters_are_merged_into_their_base_to_be_compared(family, merged, task
         likelihood = score["answer_log_likelihood"]
         assert own["answer_log_likelihood"] == pytest.approx(likelihood, abs=0.05)
         assert likelihood != systems["base"]["tasks"][task]["answer_log_likelihood"]
+
+
+def test_spaces_and_a_last_comma_between_rivals_mean_nothing():
+    assert known(["ties", " della", ""]) == ("ties", "della")
+
+
+def test_a_place_of_an_expert_that_is_not_there_is_refused(out, tasks):
+    result = call("evaluate", out, *tasks, "--experts", "--expert", "law=org/law")
+    assert result.exit_code == 2
+    assert "no expert 'law': this artifact has math, code" in result.output
+
+
+def test_two_tasks_of_one_name_are_refused(out, tasks):
+    result = call("evaluate", out, *tasks, *tasks[:2])
+    assert result.exit_code == 1
+    assert "task 'math' is given twice" in result.output
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_scored(
+    out, tasks, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scorer, "score_answers", None)
+    (tmp_path / "file").write_text("x")
+    result = call("evaluate", out, *tasks, "--out", tmp_path / "file" / "report")
+    assert result.exit_code == 1
+    assert "report: cannot be created: Not a directory" in result.output
+
+
+def test_damaged_scores_say_what_to_remove(out, tasks, tmp_path):
+    (tmp_path / "scores.json").write_text("{")
+    result = call("evaluate", out, *tasks, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "scores.json: holds no scores" in result.output
+
+
+def test_where_no_expert_answers_anything_the_table_is_written_without_a_picture(out, tmp_path):
+    task = tmp_path / "math.jsonl"
+    task.write_text(json.dumps({"prompt": "w1", "answer": "w1 w1 w1 w1 w1 w1 w1"}))
+    folder = tmp_path / "report"
+    result = call("evaluate", out, "--task", f"math={task}", "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert "warning: " in result.stderr
+    assert "nothing to draw" in result.stderr
+    assert (folder / "evaluation.md").exists()
+    assert not (folder / "evaluation.png").exists()

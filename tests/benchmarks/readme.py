@@ -14,7 +14,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 ROOMS = {
-    "Start and configure": "__init__ _autoload _build plugin config cli cli_merge",
+    "Start and configure": "__init__ _autoload _build plugin config settings expert_names keys "
+    "cli cli_merge",
     "Merge": "planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge "
     "checkpoint estimate curve workers",
     "Store": "sparse factors approximate budget bits entropy description codec expert_file artifact "
