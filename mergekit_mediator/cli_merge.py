@@ -40,6 +40,7 @@ def merge(
 
     Example: mergekit-mediator merge config.yml OUT --device cuda
     """
+    _also_here(merge_options)
     merge_options.apply_global_options()
     source, merge_config = _read(config)
     manifest = merging.run(
@@ -80,6 +81,7 @@ def plan(
 
     Example: mergekit-mediator plan config.yml --curve --plot quality.png
     """
+    _also_here(merge_options)
     if plot is not None and conflict == curve:
         raise click.UsageError("--plot draws what one of --conflict and --curve finds: give one")
     _, merge_config = _read(config)
@@ -113,6 +115,12 @@ def plan(
     )
     text = report.plan_report(estimated) + (f"\n\n{report.curve_report(points)}" if curve else "")
     click.echo(json.dumps(figures, indent=1) if as_json else text)
+
+
+def _also_here(options: MergeOptions) -> None:
+    """`-v` is mergekit's option too: after the command it also shows a traceback."""
+    if options.verbosity:
+        click.get_current_context().find_root().params["verbose"] = True
 
 
 def _read(path: Path) -> tuple[str, MergeConfiguration]:

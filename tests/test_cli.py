@@ -167,6 +167,8 @@ def test_a_traceback_only_where_it_is_asked_for(family, tmp_path):
     assert "unknown parameter 'densty'" in result.output
     with pytest.raises(Exception, match="densty"):
         call("-v", "merge", config, tmp_path / "out")
+    with pytest.raises(Exception, match="densty"):
+        call("merge", config, tmp_path / "out", "-v")
 
 
 def test_inspect_shows_experts_conflict_and_sizes(out):
