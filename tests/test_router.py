@@ -100,13 +100,25 @@ def test_auto_is_hard_for_sure_rows_and_soft_for_others() -> None:
 
 @pytest.mark.parametrize(
     ("action", "want"),
-    [("blend", [0.8, 0.1, 0.1]), ("dense", [0.0, 0.0, 0.0]), ("fallback", [0.0, 0.0, 1.0])],
+    [
+        ("blend", [0.8 / math.e, 0.1 / math.e, 0.1 / math.e]),
+        ("dense", [0.0, 0.0, 0.0]),
+        ("fallback", [0.0, 0.0, 1.0]),
+    ],
 )
 def test_far_requests_get_the_action_and_others_do_not(action: str, want: list[float]) -> None:
-    rows = decision([[0.8, 0.1, 0.1]] * 2, [9.0, 1.0])
+    rows = decision([[0.8, 0.1, 0.1]] * 2, [6.0, 1.0])
     got = apply_policy(rows, "hard", ood_threshold=5, ood_action=action, fallback="chat")  # type: ignore[arg-type]
     assert got[0].tolist() == pytest.approx(want)
     assert torch.equal(got[1:], one_hot(0))
+
+
+def test_the_farther_a_request_the_less_of_the_experts_and_far_away_none() -> None:
+    rows = decision([[0.8, 0.1, 0.1]] * 4, [5.001, 5.5, 7.0, 50.0])
+    got = apply_policy(rows, ood_threshold=5, ood_action="blend")
+    assert got[0].tolist() == pytest.approx([0.8, 0.1, 0.1], abs=1e-3)
+    assert got.sum(dim=1).diff().lt(0).all()
+    assert got[3].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_refusal_names_the_request() -> None:
