@@ -32,15 +32,6 @@ class Contexts:
         return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))]
 
     @cached_property
-    def closing(self) -> list[int]:
-        """What every prompt ends with: the chat template after the last user's text."""
-        if self._tokenizer is None:
-            return []
-        texts = (reversed(render(self._tokenizer, text)) for text in ("", "x"))
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
-        return [a for a, _ in same][::-1]
-
-    @cached_property
     def nothing(self) -> list[int]:
         """A prompt that says nothing: the chat template around an empty message; empty without one."""
         return render(self._tokenizer, "") if self._tokenizer else []

@@ -1,6 +1,6 @@
 """The routers of an artifact, by name: what each measures in the model, and its decision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mergekit_mediator import artifact
 from mergekit_mediator.calibrated import CalibratedRouter, Kind, mean_embedding
 from mergekit_mediator.contexts import Contexts
-from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.errors import ArtifactError, RoutingError
 from mergekit_mediator.hidden import hidden_features
 from mergekit_mediator.mixture import Mixer
 from mergekit_mediator.response import ResponseRouter
@@ -96,7 +96,11 @@ class Routers:
     @cached_property
     def _calibrated(self) -> CalibratedRouter | None:
         path = self._root / artifact.ROUTER
-        return CalibratedRouter.load(path) if path.exists() else None
+        if not path.exists():
+            return None
+        router = CalibratedRouter.load(path)
+        self._check_experts(path, router.experts)
+        return router
 
     @cached_property
     def _response(self) -> ResponseRouter | None:
@@ -105,6 +109,7 @@ class Routers:
         if not path.exists():
             return None
         router = ResponseRouter.load(path)
+        self._check_experts(path, router.experts)
         return router if router.applies_to(self._model) else None
 
     @cached_property
@@ -115,6 +120,14 @@ class Routers:
         mask = torch.ones_like(ids)
         responses, _ = self._responses(ids, mask, self._contexts.counted(ids, mask))
         return responses
+
+    def _check_experts(self, path: Path, known: Sequence[str]) -> None:
+        own = tuple(self._mixer.experts.files)
+        if tuple(known) != own:
+            raise ArtifactError(
+                f"{path}: routes to {', '.join(known)}, and the manifest has {', '.join(own)}: merge "
+                "again, or calibrate again for these experts"
+            )
 
     def _by_calibration(
         self, ids: Tensor, mask: Tensor, counted: Tensor, name: Router, temperature: float | None

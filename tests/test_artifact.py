@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
@@ -292,3 +293,12 @@ def test_an_output_below_a_file_is_refused_by_its_own_name(family, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=f"^{tmp_path}/file/out: cannot be written"):
         merge(family, tmp_path / "file" / "out")
+
+
+def test_a_router_of_other_experts_than_the_manifest_has_is_refused(out):
+    edit(out, lambda manifest: manifest["experts"].pop())
+    model = MediatorModel.from_pretrained(out)
+    with pytest.raises(
+        ArtifactError, match=r"response.safetensors: routes to math, code, chat, and"
+    ):
+        model.route(torch.tensor([[1, 2, 3]]))
