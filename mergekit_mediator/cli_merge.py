@@ -113,7 +113,13 @@ def plan(
     figures = report.plan_figures(estimated) | (
         {"curve": [vars(p) for p in points]} if curve else {}
     )
-    text = report.plan_report(estimated) + (f"\n\n{report.curve_report(points)}" if curve else "")
+    text = report.plan_report(estimated)
+    if curve:
+        text += f"\n\n{report.curve_report(points)}"
+    elif inputs.config.density_decides:
+        text += (
+            "\nA budget keeps more in as many bytes, if not bit for bit: --curve predicts how much."
+        )
     click.echo(json.dumps(figures, indent=1) if as_json else text)
 
 

@@ -87,6 +87,11 @@ class MediatorConfig(BaseModel):
         return self.bits is not None or self.budget is not None
 
     @property
+    def density_decides(self) -> bool:
+        """Whether experts keep a fraction of each weight, and not what a budget or their factors give."""
+        return not (self.needs_costs or self.keeps_factors)
+
+    @property
     def keeps_factors(self) -> bool:
         """Whether all experts are adapters of the base, and nothing says how to store them."""
         return not self.storage_given and all(

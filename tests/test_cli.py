@@ -102,6 +102,14 @@ def test_a_plan_leaves_open_what_conflict_decides(family, tmp_path):
     assert "add --conflict to measure it" in call("plan", config).output
 
 
+def test_a_plan_by_density_tells_of_budgets_which_keep_more(family, tmp_path):
+    told = "A budget keeps more in as many bytes"
+    plain = write(family.config(route="all"), tmp_path / "plain.yml")
+    assert told in call("plan", plain).output
+    within = write(family.config(budget="1.5x"), tmp_path / "within.yml")
+    assert told not in call("plan", within).output
+
+
 def test_a_measured_plan_says_what_the_merge_will_do(family, merged, tmp_path):
     config = family.config(conflict="mass")
     picture = tmp_path / "conflict.png"
