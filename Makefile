@@ -31,6 +31,7 @@ bench: .venv/demo
 	$(run)/codec_plot.py
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family "full fine-tunes"
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(OVERLAP) --family "full, overlapping"
+	$(run)/runtime.py $(EXPERTS)/base --work $(EXPERTS)/work/runtime
 	$(run)/router.py $(EXPERTS)/base
 	$(run)/router_many.py $(EXPERTS)/base
 	$(run)/blending.py $(EXPERTS)/base --work $(EXPERTS)/blending

@@ -1,9 +1,9 @@
 """How fast mixtures are entered, decoded with, and mixed in one batch; and what resident experts take.
 
-    python tests/benchmarks/runtime.py SPARSE LOW_RANK
+    python tests/benchmarks/runtime.py BASE --work DIR
 
-SPARSE is an artifact whose experts keep 10% of every weight, exactly; LOW_RANK one of the same models
-whose experts are stored as factors. Everything that is compared is run in turns in one process, so that
+Merges the bundled adapters of BASE twice: `sparse` keeps 10% of every weight, exactly, `low_rank` the
+adapters' own factors. Everything that is compared is run in turns in one process, so that
 a busy machine slows all of it down alike; a figure is the median over the turns of their ratio.
 """
 
@@ -19,11 +19,18 @@ from typing import Any
 
 import record
 import torch
+from artifacts import artifact
 
-from mergekit_mediator import MediatorModel
+from mergekit_mediator import MediatorModel, demo
 from mergekit_mediator.loading import load_plain
 from mergekit_mediator.mixture import Mixer
 from mergekit_mediator.residency import Experts
+from mergekit_mediator.rivals import Rivals
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sparse": {"route": "all", "density": 0.1},
+    "low_rank": {"route": "all"},
+}
 
 PROMPTS = (
     "What is 12 + 30 - 7?",
@@ -218,8 +225,8 @@ def memory_figures(model: MediatorModel, counts: tuple[int, ...]) -> list[dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sparse", type=Path)
-    parser.add_argument("low_rank", type=Path)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="where merges are kept")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
@@ -231,8 +238,12 @@ def main() -> None:
         "load_average": round(os.getloadavg()[0], 1),
         "tokens": args.tokens,
     }
-    for kind, root in (("sparse", args.sparse), ("low_rank", args.low_rank)):
-        model = MediatorModel.from_pretrained(root)
+    base = args.base.resolve()
+    adapters = {path.parent.name: path.parent for path in demo.ADAPTERS.glob("*/skill.json")}
+    made = Rivals(str(base), {n: f"{base}+{p}" for n, p in sorted(adapters.items())}, args.work)
+    for kind, parameters in KINDS.items():
+        model, _ = artifact(made, kind, parameters)
+        root = model.root
         figures[kind] = {"threads": {}}
         with torch.no_grad():
             for threads in args.threads:
