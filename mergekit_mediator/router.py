@@ -90,9 +90,9 @@ def apply_policy(
     policy: `hard` is the likeliest expert alone, `soft` every expert by its probability, `auto`
         the first where the normalised entropy is below `entropy_threshold`, else the second.
     ood_threshold: requests whose `ood` is above it get `ood_action` instead: `blend` (as `soft`, times
-        `exp(ood_threshold - ood)`: the farther a request, the less of the experts and the more of the
-        dense expert, their mean), `dense` (a row of zeros: the dense expert alone), `fallback` (the
-        expert of that name alone) or `refuse`. A NaN score is never above it.
+        `exp(-(ood - ood_threshold)² / 2)`: the farther a request, the less of the experts and the more
+        of the dense expert, their mean), `dense` (a row of zeros: the dense expert alone), `fallback`
+        (the expert of that name alone) or `refuse`. A NaN score is never above it.
 
     Raises:
         RoutingError: an unknown policy, action or fallback, or requests that are refused.
@@ -119,7 +119,7 @@ def apply_policy(
             f"request {row} is out of distribution: score {float(decision.ood[row]):.3g} is above "
             f"the calibrated {ood_threshold:.3g}; choose another action to answer it all the same"
         )
-    near = (ood_threshold - decision.ood).clamp_max(0).exp()
+    near = (-(decision.ood - ood_threshold).clamp_min(0).square() / 2).exp()
     instead = soft * torch.where(near < _NEGLIGIBLE, 0, near)[:, None]
     if ood_action == "dense":
         instead = torch.zeros_like(soft)

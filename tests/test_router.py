@@ -101,13 +101,14 @@ def test_auto_is_hard_for_sure_rows_and_soft_for_others() -> None:
 @pytest.mark.parametrize(
     ("action", "want"),
     [
-        ("blend", [0.8 / math.e, 0.1 / math.e, 0.1 / math.e]),
-        ("dense", [0.0, 0.0, 0.0]),
+        ("blend", [0.8 / math.e, 0.1 / math.e, 0.1 / math.e])(  # beyond it by √2,
+            "dense", [0.0, 0.0, 0.0]
+        ),
         ("fallback", [0.0, 0.0, 1.0]),
     ],
 )
 def test_far_requests_get_the_action_and_others_do_not(action: str, want: list[float]) -> None:
-    rows = decision([[0.8, 0.1, 0.1]] * 2, [6.0, 1.0])
+    rows = decision([[0.8, 0.1, 0.1]] * 2, [5 + math.sqrt(2), 1.0])
     got = apply_policy(rows, "hard", ood_threshold=5, ood_action=action, fallback="chat")  # type: ignore[arg-type]
     assert got[0].tolist() == pytest.approx(want)
     assert torch.equal(got[1:], one_hot(0))
