@@ -101,9 +101,8 @@ def test_auto_is_hard_for_sure_rows_and_soft_for_others() -> None:
 @pytest.mark.parametrize(
     ("action", "want"),
     [
-        ("blend", [0.8 / math.e, 0.1 / math.e, 0.1 / math.e])(  # beyond it by √2,
-            "dense", [0.0, 0.0, 0.0]
-        ),
+        ("blend", [0.8 / math.e, 0.1 / math.e, 0.1 / math.e]),
+        ("dense", [0.0, 0.0, 0.0]),
         ("fallback", [0.0, 0.0, 1.0]),
     ],
 )
