@@ -31,12 +31,12 @@ bench: .venv/demo
 	$(run)/codec_plot.py
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family "full fine-tunes"
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(OVERLAP) --family "full, overlapping"
-	$(run)/runtime.py $(EXPERTS)/base --work $(EXPERTS)/work/runtime
+	$(run)/runtime.py $(EXPERTS)/base --work $(EXPERTS)/runtime
 	$(run)/router.py $(EXPERTS)/base
 	$(run)/router_many.py $(EXPERTS)/base
 	$(run)/blending.py $(EXPERTS)/base --work $(EXPERTS)/blending
 	$(run)/experts.py --family strong4 --experts $(EXPERTS)
-	$(run)/experts.py --family overlap --experts $(EXPERTS) --work $(EXPERTS)/work/overlap --name experts-overlap
+	$(run)/experts.py --family overlap --experts $(EXPERTS) --work $(EXPERTS)/overlap --name experts-overlap
 	$(run)/experts.py --family eight --experts $(EXPERTS)
 	$(run)/ablations.py --family strong4 --experts $(EXPERTS)
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
