@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.bits import by_exponent, from_ordered, to_ordered
-from mergekit_mediator.description import DTYPES, FACTOR_DTYPES, Description, FactorsDescription
+from mergekit_mediator.description import DTYPES, Description
 from mergekit_mediator.entropy import (
     Bytes,
     Integers,
@@ -20,6 +20,7 @@ from mergekit_mediator.entropy import (
     unpack,
 )
 from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.factor_codec import decode_factors, encode_factors
 from mergekit_mediator.factors import Factors
 from mergekit_mediator.sparse import SparseTensor
 
@@ -64,7 +65,7 @@ def encode_bytes(sparse: SparseTensor, dense: Tensor | None = None) -> tuple[Ten
     sizes = tuple(len(stream) for stream in streams)
     factors = None
     if sparse.factors:
-        factor_streams, factors = _encode_factors(sparse.factors)
+        factor_streams, factors = encode_factors(sparse.factors)
         streams += factor_streams
     content = np.frombuffer(b"".join(streams), dtype=np.uint8).copy()
     gaps = parts[0].size if parts else 0
@@ -97,7 +98,7 @@ def decode_bytes(
     if sum(sizes) != stream.numel():
         raise ArtifactError(f"{where}: {sum(sizes)} bytes expected, got {stream.numel()}")
     streams = _cut(stream.numpy(), sizes)
-    factors = _decode_factors(streams[len(d.sizes) :], d, d.factors, where) if d.factors else None
+    factors = decode_factors(streams[len(d.sizes) :], d, d.factors, where) if d.factors else None
     kept: Tensor | None = None
     if not d.implied:
         heads = [unpack(s, n, where) for s, n in zip(streams, d.heads, strict=False)]
@@ -125,42 +126,6 @@ def decode_bytes(
     return SparseTensor(
         d.shape, dtype, d.values, positions, codes, d.scale, d.shift, factors, d.share
     )
-
-
-def _encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
-    """Each column of the left factor with its right one, as byte planes; then the scales."""
-    numbers = torch.cat([factors.left, factors.right]).T.contiguous()
-    integers = to_ordered(numbers) if numbers.is_floating_point() else numbers
-    planes = byte_planes(integers.view(-1).numpy(), all_planes=True)
-    ends = [] if numbers.is_floating_point() else _column_groups(integers)
-    streams = [*(pack(plane, ends) for plane in planes), pack(_as_bytes(factors.scales))]
-    dtype = str(numbers.dtype).removeprefix("torch.")
-    sizes = tuple(len(stream) for stream in streams)
-    return streams, FactorsDescription(rank=factors.rank, dtype=dtype, sizes=sizes)
-
-
-def _column_groups(columns: Tensor) -> list[int]:
-    """Where, in numbers, the magnitude of columns `[r, out + in]` falls by half: codes differ from there on."""
-    ends, size = [], torch.inf
-    for i, magnitude in enumerate(columns.abs().to(torch.float32).mean(1).tolist()):
-        if magnitude < 0.7 * size:
-            ends.append(i * columns.shape[1])
-            size = magnitude
-    return ends[1:]
-
-
-def _decode_factors(
-    streams: list[Bytes], d: Description, factors: FactorsDescription, where: str
-) -> Factors:
-    dtype, rank = FACTOR_DTYPES[factors.dtype], factors.rank
-    planes = [unpack(s, d.factor_numbers, where) for s in streams[:-1]]
-    integers = torch.from_numpy(from_byte_planes(planes, dtype.itemsize))
-    numbers = from_ordered(integers, dtype) if dtype.is_floating_point else integers
-    scales = torch.from_numpy(unpack(streams[-1], 4 * rank, where).copy()).view(torch.float32)
-    if not bool(scales.isfinite().all()):
-        raise ArtifactError(f"{where}: scales of factors must be finite")
-    columns, out = numbers.view(rank, -1), d.numel // d.shape[-1]
-    return Factors(columns[:, :out].T.contiguous(), columns[:, out:].T.contiguous(), scales)
 
 
 def _kept(dense: Tensor | None, positions: Tensor | None) -> Tensor:

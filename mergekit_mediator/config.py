@@ -41,8 +41,9 @@ class MediatorConfig(BaseModel):
         values: how sparse experts store their values.
         bits: per parameter of the routed weights and per expert, instead of `density` and `values`:
             low rank plus sparse, divided among the weights so that least squared error remains.
-        budget: of the whole model, as a multiple of the dense expert (`1.25x`) or in bytes (`24GB`);
-            routes all layers and divides the bits among all weights of all experts.
+        budget: of the whole directory, as a multiple of the dense expert's checkpoint with its tokenizer
+            (`1.25x`) or in bytes (`24GB`); routes all layers and divides the bits among all weights of
+            all experts.
         storage_given: whether `density`, `values`, `bits` or `budget` is in the configuration.
         reference: what the dense expert holds in routed layers: the weighted mean, or the base.
         base_model: what all experts are fine-tunes of.
@@ -99,13 +100,13 @@ class MediatorConfig(BaseModel):
             for model in self.experts
         )
 
-    def budget_bytes(self, dense_bytes: int) -> int:
-        """The budget in bytes, given the dense expert's."""
+    def budget_bytes(self, checkpoint_bytes: int) -> int:
+        """The budget in bytes, given those of the dense expert's checkpoint."""
         match = _BUDGET.fullmatch((self.budget or "1x").strip().lower())
         if match is None:
             raise ConfigError(f"budget: {self.budget!r} is neither a multiple nor a size")
         number, unit = float(match[1]), match[2]
-        return round(number * (dense_bytes if unit == "x" else _UNITS[unit]))
+        return round(number * (checkpoint_bytes if unit == "x" else _UNITS[unit]))
 
     @property
     def selection(self) -> Selection:

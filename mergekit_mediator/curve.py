@@ -5,18 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
-
+from mergekit_mediator.allocate import LOSS_POWER, Allocation
 from mergekit_mediator.errors import OutputError
 
 # Everything together over the dense expert alone, as people ask for it in `budget`.
 _SIZES = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.35, 1.5, 1.75, 2, 3, 4, 6, 8)
 _NOTHING_LEFT = 1e-3
-# The part of the loss between average and expert that is not recovered is about this power of the part of
-# the squared change that is left out: `relative_error` in tests/benchmarks/results/codec.json gives 4 for weak
-# fine-tunes and 6 for strong ones.
-_LOSS_POWER = 5
 
 
 @dataclass(frozen=True)
@@ -27,8 +21,9 @@ class Point:
         over_dense: everything together over the dense expert alone, as `budget` has it.
         total_bytes: the same in bytes.
         bits: per parameter and expert.
-        left: part of the squared change from base to experts that is not stored, in [0, 1].
-        loss_recovered: predicted part of the loss between the average and each expert, in [0, 1].
+        left: part of the squared change from base to expert that is not stored, in [0, 1], mean of experts.
+        loss_recovered: predicted part of the loss between the average and each expert, in [0, 1], mean of
+            experts.
     """
 
     over_dense: float
@@ -38,37 +33,39 @@ class Point:
     loss_recovered: float
 
 
-def curve(tradeoffs: Tensor, numel: int, dense_bytes: int, fixed_bytes: int) -> list[Point]:
+def curve(
+    allocation: Allocation, numel: int, checkpoint_bytes: int, fixed_bytes: int
+) -> list[Point]:
     """The budgets that are possible, up to that which leaves nothing out.
 
     Args:
-        tradeoffs: `[2, len(SLOPES)]`, summed over all weights and experts; see `budget.tradeoff`.
+        allocation: among the experts.
         numel: of all stored weights of all experts.
-        dense_bytes: of the dense expert's weights.
-        fixed_bytes: of these and all else that does not depend on the budget.
+        checkpoint_bytes: of the dense expert's checkpoint, with its tokenizer: what `1x` is.
+        fixed_bytes: of this and all else that does not depend on the budget.
     """
-    bits, errors = tradeoffs.numpy()
     points: list[Point] = []
     for size in _SIZES:
-        stored = 8 * (size * dense_bytes - fixed_bytes)
-        if not bits[0] < stored < bits[-1] or (points and points[-1].left < _NOTHING_LEFT):
+        stored = 8 * (size * checkpoint_bytes - fixed_bytes)
+        nothing_left = points and points[-1].left < _NOTHING_LEFT
+        if not allocation.least < stored < allocation.most or nothing_left:
             continue
-        left = float(np.interp(math.log(stored), np.log(bits), errors / errors[0]))
+        left = allocation.left(stored)
         points.append(
             Point(
                 size,
-                round(size * dense_bytes),
+                round(size * checkpoint_bytes),
                 stored / numel,
-                left,
-                predicted_loss_recovered(left),
+                math.fsum(left) / len(left),
+                math.fsum(map(predicted_loss_recovered, left)) / len(left),
             )
         )
     return points
 
 
 def predicted_loss_recovered(left: float) -> float:
-    """From the part of the squared change that is left out, in [0, 1]."""
-    return float(1 - left**_LOSS_POWER)
+    """From the part of an expert's squared change that is left out, in [0, 1]."""
+    return float(1 - left**LOSS_POWER)
 
 
 def plot_curve(path: Path, points: Sequence[Point]) -> None:

@@ -27,6 +27,7 @@ class FactorsDescription(BaseModel):
 
     rank: int = Field(gt=0)
     dtype: str
+    paired: int = Field(default=0, ge=0)
     sizes: tuple[int, ...]
 
 
@@ -117,6 +118,8 @@ def _check_factors(d: Description, factors: FactorsDescription, where: str) -> N
         raise ArtifactError(f"{where}: {d.values} values of shape {list(d.shape)} take no factors")
     if factors.rank > min(d.shape[-1], d.numel // d.shape[-1]):
         raise ArtifactError(f"{where}: rank {factors.rank} does not fit shape {list(d.shape)}")
-    planes = FACTOR_DTYPES[factors.dtype].itemsize
+    if factors.paired > (factors.rank if factors.dtype == "int8" else 0):
+        raise ArtifactError(f"{where}: {factors.paired} of its factors cannot be paired")
+    planes = FACTOR_DTYPES[factors.dtype].itemsize + (1 if factors.paired else 0)
     if len(factors.sizes) != planes + 1 or min(factors.sizes) < 0:
         raise ArtifactError(f"{where}: sizes {list(factors.sizes)} are not those of factors")

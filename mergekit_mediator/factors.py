@@ -97,6 +97,10 @@ class Components:
             return None
         left = _codes(self.left[:, : halvings.numel()], halvings)
         right = _codes(self.right[:, : halvings.numel()], halvings)
+        # those whose codes need more than half a byte come first, which the stored form makes use of
+        large = torch.maximum(left.abs().amax(0), right.abs().amax(0)) > 7
+        order = large.logical_not().to(torch.int64).argsort(stable=True)
+        left, right = left[:, order], right[:, order]
         a, b = left.to(torch.float64), right.to(torch.float64)
         # least squares for the scales: the normal equations of Σ_k s_k a_k b_kᵀ
         gram = (a.T @ a) * (b.T @ b)

@@ -167,10 +167,16 @@ class _Merge:
         """What `bits` or a `budget` buy, now that everything but the experts is written."""
         if not self.inputs.config.needs_costs:
             return {}
-        dense = dense_sizes(self.inputs, weights)
-        written = sum((self.out / name).stat().st_size for name in files_below(self.out))
-        other = written - sum(size.bytes for size in dense.values())
-        return slopes_for(self.inputs.config, sorted(_names(routed)), measured, dense, other)
+        written = {name: (self.out / name).stat().st_size for name in files_below(self.out)}
+        checkpoint = sum(size for name, size in written.items() if "/" not in name)
+        return slopes_for(
+            self.inputs.config,
+            sorted(_names(routed)),
+            measured,
+            dense_sizes(self.inputs, weights),
+            checkpoint,
+            sum(written.values()) - checkpoint,
+        )
 
     def _write_experts(
         self,

@@ -28,6 +28,7 @@ from mergekit_mediator.router import RoutingDecision, decide_from_scores
 from mergekit_mediator.router_file import load_tensors, save_tensors
 
 TEMPERATURE = 0.03  # nats of response; the benchmark's file says how it was chosen
+_SCALE = ".scale"
 _SMALLEST = 1e-20  # keeps the log finite for an expert that left a weight as it was
 
 
@@ -141,8 +142,14 @@ class ResponseRouter:
         return decide_from_scores(scores, self.experts, temperature, -scores.max(dim=1).values)
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
-        save_tensors(path, "response", dict(self.directions), {"experts": list(self.experts)})
+        """Write to a safetensors file, as int8 with a float32 scale per direction."""
+        tensors = {}
+        for name, directions in self.directions.items():
+            scale = directions.to(torch.float32).abs().amax(dim=2, keepdim=True) / 127
+            codes = directions.to(torch.float32) / scale.clamp_min(_SMALLEST)
+            tensors[name] = codes.round().to(torch.int8)
+            tensors[name + _SCALE] = scale
+        save_tensors(path, "response", tensors, {"experts": list(self.experts)})
 
     @classmethod
     def load(cls, path: Path) -> "ResponseRouter":
@@ -155,12 +162,22 @@ class ResponseRouter:
         experts = about.get("experts")
         if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
             raise ArtifactError(f"{path}: `experts` must be a list of names, got {experts!r}")
-        for name, tensor in tensors.items():
-            if tensor.ndim != 3 or tensor.shape[0] != len(experts):
+        directions = {}
+        for name, codes in tensors.items():
+            if name.endswith(_SCALE):
+                continue
+            if codes.dtype != torch.int8 or codes.ndim != 3 or codes.shape[0] != len(experts):
                 raise ArtifactError(
-                    f"{path}: {name} must be [{len(experts)}, rank, in], got {list(tensor.shape)}"
+                    f"{path}: {name} must be int8 [{len(experts)}, rank, in], got {codes.dtype} "
+                    f"{list(codes.shape)}"
                 )
-        return cls(tuple(experts), tensors)
+            scale = tensors.get(name + _SCALE)
+            if scale is None or scale.shape != (*codes.shape[:2], 1):
+                got = None if scale is None else list(scale.shape)
+                wanted = [*codes.shape[:2], 1]
+                raise ArtifactError(f"{path}: {name}{_SCALE} must be {wanted}, got {got}")
+            directions[name] = (codes.to(torch.float32) * scale).to(torch.float16)
+        return cls(tuple(experts), directions)
 
 
 def _hook(

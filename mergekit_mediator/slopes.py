@@ -7,6 +7,7 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from mergekit_mediator import budget
+from mergekit_mediator.allocate import Allocation
 from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.curve import Point, curve
 from mergekit_mediator.errors import ConfigError
@@ -17,7 +18,7 @@ from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.weights import Inputs
 
 # Of what a budget leaves for experts, this much is for the error of the prediction.
-_RESERVE = 0.02
+_RESERVE = 0.01
 # Of manifest and card: what they say of every weight besides its name, and the rest.
 _LISTED_BYTES, _CARD_BYTES = 10, 8000
 
@@ -27,18 +28,21 @@ def slopes_for(
     names: Sequence[str],
     measured: Mapping[str, Measured],
     dense: Mapping[str, Size],
+    checkpoint_bytes: int,
     other_bytes: int,
 ) -> dict[ModelReference, float]:
-    """The slope of each expert: its own for `bits`, one for all experts together for a `budget`.
+    """The slope of each expert: that which takes its `bits`, or its share of a `budget`.
 
-    One slope for all weights and experts means that no byte would save more squared error elsewhere.
+    One slope for all weights of an expert means that no byte would save more squared error elsewhere in
+    it; how experts share a budget is `Allocation`'s.
 
     Args:
         config: of the merge.
         names: of the routed weights.
         measured: by name, with costs.
         dense: the sizes of the dense expert's weights by name.
-        other_bytes: of tokenizer and other files, which a budget counts too.
+        checkpoint_bytes: of the dense expert's checkpoint, with tokenizer and configuration: what `1x` is.
+        other_bytes: that were written besides it and count too.
 
     Raises:
         ConfigError: the budget leaves too little, or the bits are fewer than the least possible.
@@ -47,23 +51,21 @@ def slopes_for(
     numel = parameters(names, measured, dense)
     if not numel or (config.bits is None and config.budget is None):
         return {}
-    costs = [total[0] for total in tradeoffs(names, measured)]
+    found = tradeoffs(names, measured)
     if config.bits is not None:
         return {
-            model: budget.slope_for(cost, numel, config.bits)
-            for model, cost in zip(models, costs, strict=True)
+            model: budget.slope_for(tradeoff[0], numel, config.bits)
+            for model, tradeoff in zip(models, found, strict=True)
         }
-    dense_bytes = sum(size.bytes for size in dense.values())
-    fixed = fixed_bytes(config, list(dense), names, dense_bytes + other_bytes)
-    left = config.budget_bytes(dense_bytes) - fixed
+    fixed = fixed_bytes(config, list(dense), names, checkpoint_bytes + other_bytes)
+    left = config.budget_bytes(checkpoint_bytes) - fixed
     if left <= 0:
         raise ConfigError(
-            f"budget: {config.budget} is {config.budget_bytes(dense_bytes):,} bytes, and the dense "
+            f"budget: {config.budget} is {config.budget_bytes(checkpoint_bytes):,} bytes, and the dense "
             f"expert, its tokenizer and the headers of {len(models)} experts take {fixed:,} alone"
         )
-    bits = 8 * left * (1 - _RESERVE) / (numel * len(models))
-    slope = budget.slope_for(sum(costs, torch.zeros(())), numel * len(models), bits)
-    return dict.fromkeys(models, slope)
+    slopes = Allocation(found).slopes(8 * left * (1 - _RESERVE))
+    return dict(zip(models, slopes, strict=True))
 
 
 def check_budget(config: MediatorConfig, dense: Mapping[str, Size]) -> None:
@@ -96,13 +98,12 @@ def predict(
     """
     dense = dense_sizes(inputs, weights)
     names = list(dense)
-    dense_bytes = sum(size.bytes for size in dense.values())
     along = [path for path in inputs.base_directory().iterdir() if path.suffix in (".json", ".txt")]
-    written = dense_bytes + sum(path.stat().st_size for path in along)
-    fixed = fixed_bytes(inputs.config, names, names, written)
+    checkpoint_bytes = sum(size.bytes for size in dense.values())
+    checkpoint_bytes += sum(path.stat().st_size for path in along)
+    fixed = fixed_bytes(inputs.config, names, names, checkpoint_bytes)
     numel = parameters(names, measured, dense) * len(inputs.experts)
-    total = torch.stack(tradeoffs(names, measured)).sum(dim=0)
-    return curve(total, numel, dense_bytes, fixed)
+    return curve(Allocation(tradeoffs(names, measured)), numel, checkpoint_bytes, fixed)
 
 
 def parameters(
@@ -127,7 +128,7 @@ def fixed_bytes(
         config: of the merge.
         names: of all weights.
         routed: of those that experts may store.
-        written: bytes of the dense expert and the files that go along with it.
+        written: bytes of the dense expert and all that is written before experts are.
     """
     listed = sum(len(name) + _LISTED_BYTES for name in names)
     return written + _CARD_BYTES + listed + len(config.experts) * header_bytes(routed)

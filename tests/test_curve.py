@@ -5,6 +5,8 @@ import yaml
 from test_cli import call, figures, write
 
 from mergekit_mediator import MediatorModel
+from mergekit_mediator.allocate import Allocation
+from mergekit_mediator.budget import SLOPES
 from mergekit_mediator.curve import curve, predicted_loss_recovered
 
 
@@ -59,10 +61,12 @@ def test_a_picture_of_nothing_is_refused(wide, tmp_path):
 
 
 def test_budgets_below_the_fixed_bytes_are_left_out():
-    tradeoffs = torch.tensor([[800.0, 8000.0], [1.0, 0.0]], dtype=torch.float64)
-    sizes = [p.over_dense for p in curve(tradeoffs, 1000, dense_bytes=1000, fixed_bytes=1100)]
+    bits = torch.linspace(800, 8000, len(SLOPES), dtype=torch.float64)
+    tradeoff = torch.stack([bits, 2.0 ** -torch.arange(len(SLOPES), dtype=torch.float64)])
+    points = curve(Allocation([tradeoff]), 1000, checkpoint_bytes=1000, fixed_bytes=1100)
+    sizes = [p.over_dense for p in points]
     assert min(sizes) == 1.25
-    assert max(sizes) == 2
+    assert points[-2].left >= 1e-3 > points[-1].left
 
 
 def test_what_is_left_out_altogether_recovers_nothing():
