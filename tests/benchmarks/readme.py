@@ -18,7 +18,8 @@ ROOMS = {
     "cli cli_merge",
     "Merge": "planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge "
     "checkpoint estimate curve workers",
-    "Store": "sparse factors approximate budget bits entropy description codec expert_file artifact "
+    "Store": "sparse factors approximate budget allocate bits entropy description codec factor_codec "
+    "expert_file artifact "
     "staging",
     "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
     "background heads confidence fit_router calibrate routers",
