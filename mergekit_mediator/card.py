@@ -53,7 +53,10 @@ Base: {base}
 def write_card(out: Path, manifest: Manifest, config_source: str) -> None:
     """Write README.md; needs no network, and shows no directory of this machine."""
     models = [manifest.base.source, *(e.source for e in manifest.experts)]
-    hub = sorted({part for model in models for part in model.split("+") if is_hub_id(part)})
+    parts = {part for model in models for part in model.split("+")}
+    hub = sorted(filter(is_hub_id, parts))
+    for local in sorted(parts.difference(hub), key=len, reverse=True):
+        config_source = config_source.replace(local, Path(local).name or local)
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["mergekit", "merge", "mergekit-mediator"],

@@ -117,12 +117,12 @@ def _stored(
 def _reason(settings: Mapping[str, Any]) -> str:
     """Why these layers, and why so much of each."""
     slopes = settings.get("slopes")
-    if slopes:
+    if isinstance(slopes, dict) and all(isinstance(x, float) for x in slopes.values()) and slopes:
         least, most = min(slopes.values()), max(slopes.values())
-        rate = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}"
+        rate = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}, by expert,"
         return (
-            f"numbers are stored as long as each saves a squared error of {rate}, in whichever layer, "
-            "so that no byte would save more elsewhere"
+            f"numbers are stored as long as each saves a squared error of {rate} in whichever layer, "
+            "so that no byte would save more elsewhere in its expert"
         )
     rules = ("conflict_threshold", "routed_fraction", "routed_layers", "route")
     return ", ".join(f"{rule}: {settings[rule]}" for rule in rules if rule in settings)

@@ -16,6 +16,7 @@ from mergekit_mediator.serving import Apply
 
 # An expert's name, `dense`, or weights by expert.
 Named = str | Mapping[str, float]
+_UNCALIBRATED_ENTROPY = 0.5
 
 
 @dataclass(eq=False)
@@ -79,13 +80,16 @@ class Requests:
         """The mixtures that a decision leads to, `[batch, n_experts]` float32."""
         own = self._settings
         entropy, ood = self._routers.thresholds(router)
+        entropy = _UNCALIBRATED_ENTROPY if entropy is None else entropy
+        if own.entropy_threshold is not None:
+            entropy = own.entropy_threshold
         action: OodAction = "blend"
         if own.fallback is not None:
             action = "dense" if own.fallback == "dense" else "fallback"
         return apply_policy(
             decision,
             own.policy,
-            own.entropy_threshold if own.entropy_threshold is not None else entropy or 0.5,
+            entropy,
             ood_threshold=own.ood_threshold if own.ood_threshold is not None else ood,
             ood_action=action,
             fallback=own.fallback,

@@ -95,10 +95,15 @@ def apply_policy(
         (the expert of that name alone) or `refuse`. A NaN score is never above it.
 
     Raises:
-        RoutingError: an unknown policy, action or fallback, or requests that are refused.
+        RoutingError: an unknown policy, action or fallback, a threshold of entropy out of range, or requests
+            that are refused.
     """
     if policy not in get_args(Policy):
         raise RoutingError(f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}")
+    if not 0 <= entropy_threshold <= 1:
+        raise RoutingError(
+            f"entropy_threshold must be a fraction of log(experts), 0 to 1, got {entropy_threshold!r}"
+        )
     if ood_action not in get_args(OodAction):
         names = ", ".join(get_args(OodAction))
         raise RoutingError(f"out-of-distribution action must be one of {names}, got {ood_action!r}")

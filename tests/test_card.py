@@ -28,7 +28,8 @@ def manifest(base="org/base", sources=("org/math", "/home/me/secret/code", "org/
 
 @pytest.fixture
 def card(tmp_path):
-    write_card(tmp_path, manifest(), "merge_method: mediator")
+    config = "merge_method: mediator\nmodels: [{model: /home/me/secret/code}]"
+    write_card(tmp_path, manifest(), config)
     return (tmp_path / "README.md").read_text()
 
 
@@ -49,11 +50,12 @@ def test_the_hub_reads_the_card_and_shows_it_as_a_merge(tmp_path):
 def test_no_directory_of_this_machine_is_shown(card):
     assert "/home/me" not in card
     assert "`code`" in card
+    assert "models: [{model: code}]" in card
 
 
 def test_the_card_shows_conflict_and_configuration(card):
     assert conflict_chart(["embed", "0"], [0.5, 1.0], [False, True]) in card
-    assert "```yaml\nmerge_method: mediator\n```" in card
+    assert "```yaml\nmerge_method: mediator\nmodels:" in card
 
 
 def test_the_card_is_named_after_the_directory_that_will_be_published(tmp_path):

@@ -1,6 +1,7 @@
 """Scores to decisions, and decisions to mixtures."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.requests import Requests, Settings
 from mergekit_mediator.router import RoutingDecision, apply_policy, decide_from_scores
 
 NAMES = ("code", "math", "chat")
@@ -96,6 +98,23 @@ def test_auto_is_hard_for_sure_rows_and_soft_for_others() -> None:
     got = apply_policy(both, "auto", 0.5)
     assert torch.equal(got[:1], one_hot(0))
     assert torch.equal(got[1], both.weights[1])
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "set_by_user", "blends"),
+    [(0.0, None, True), (None, None, False), (0.0, 1.0, False), (1.0, 0.0, True)],
+)
+def test_the_threshold_is_the_users_or_the_calibrated_one(calibrated, set_by_user, blends) -> None:
+    routers = SimpleNamespace(thresholds=lambda router: (calibrated, None))
+    requests = Requests(Settings(entropy_threshold=set_by_user), None, routers, None)
+    sure = decision([[0.98, 0.01, 0.01]])
+    assert torch.equal(requests.weights(sure), sure.weights if blends else one_hot(0))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 7, math.nan])
+def test_a_threshold_of_entropy_out_of_range_is_refused(threshold: float) -> None:
+    with pytest.raises(RoutingError, match=r"entropy_threshold must be .* 0 to 1, got"):
+        apply_policy(decision([[0.8, 0.1, 0.1]]), "auto", threshold)
 
 
 @pytest.mark.parametrize(
