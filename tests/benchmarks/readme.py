@@ -117,6 +117,10 @@ def experts_8() -> str:
     return experts("experts-8")
 
 
+def experts_overlap() -> str:
+    return experts("experts-overlap")
+
+
 def ablations() -> str:
     rows = [
         [
@@ -318,6 +322,7 @@ SECTIONS = {
     "merge-cost": merge_cost,
     "experts-4": experts_4,
     "experts-8": experts_8,
+    "experts-overlap": experts_overlap,
     "ablations": ablations,
     "scale-memory": scale_memory,
     "scale": scale,

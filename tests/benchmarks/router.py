@@ -68,6 +68,28 @@ def judge(
     return figures
 
 
+def ece_if_calibrated(weights: Tensor, wording: Tensor, draws: int = 200) -> dict[str, float]:
+    """The calibration error that a perfectly calibrated router of this confidence would be measured to have.
+
+    The prompts of a wording are mostly right or wrong together, so that there is chance in the error.
+    Mean and 95th percentile over draws in which a wording is right as often as its prompts' confidence says.
+
+    Args:
+        weights: `[n, n_experts]`.
+        wording: `[n]` int64, from 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    confidence, choice = weights.max(dim=1)
+    other = (choice + 1) % weights.shape[1]
+    errors = []
+    for _ in range(draws):
+        luck = torch.rand(int(wording.max()) + 1, generator=generator)[wording]
+        truth = torch.where(luck < confidence, choice, other)
+        errors.append(expected_calibration_error(weights, truth))
+    errors.sort()
+    return {"mean": sum(errors) / draws, "p95": errors[int(0.95 * draws)]}
+
+
 def accuracy(scores: Tensor, groups: Mapping[str, Any]) -> float:
     return float((scores.argmax(dim=1) == truths(groups)).double().mean())
 
@@ -161,6 +183,22 @@ class Bench:
             result[str(count)] = accuracy(router.decide(together(test)).weights, test)
         return result
 
+    def fewer_wordings(self) -> dict[str, float]:
+        """Accuracy on new wordings of `hidden` by how many ways the same number of prompts is worded in."""
+        made, _ = self.features("hidden", "hard")
+        result = {}
+        for count in (1, 2, len(prompts.FOR_CALIBRATION)):
+            texts = prompts.hard(PER_EXPERT, CALIBRATION_SEED, prompts.FOR_CALIBRATION[:count])
+            router = fit(
+                self.model.hidden(self.model.rows(texts)),
+                "hidden",
+                layers=self.model.layers,
+                background=together(made["background"]),
+            ).router
+            new = made["hard new"]
+            result[str(count)] = accuracy(router.decide(together(new)).weights, new)
+        return result
+
 
 def decide_ms(
     router: CalibratedRouter, rows: list[list[int]], table: Tensor, repeats: int = 400
@@ -210,11 +248,19 @@ def main() -> None:
     prefills, decisions = model.milliseconds(fitted["hidden"].router, some)
     time_hidden, time_prefill = quantiles(decisions), quantiles(prefills)
     hard = routers["hidden"]["hard"]["ridge"]["hard new"]
+    made, _ = bench.features("hidden", "hard")
+    decided = {
+        name: (fitted["hidden"].router.decide(together(made[k])).weights, truths(made[k]))
+        for name, k in (("familiar wordings", "hard familiar"), ("new wordings", "hard new"))
+    }
+    new, truth = decided["new wordings"]
+    wording = torch.arange(len(truth)) % len(prompts.FOR_REPORT) + len(prompts.FOR_REPORT) * truth
     figures: dict[str, Any] = {
         "default": "hidden with a ridge head",
         "easy_accuracy": routers["hidden"]["easy"]["ridge"]["easy test"]["accuracy"],
         "hard_accuracy": hard["accuracy"],
         "ece": hard["ece"],
+        "ece_if_calibrated": ece_if_calibrated(new, wording),
         "ood_far_auroc": hard["ood_far_auroc"],
         "ood_near_auroc": hard["ood_near_auroc"],
         "p99_ms": embedding["cpu_p99_ms"],
@@ -230,16 +276,11 @@ def main() -> None:
         "calibrated": routers,
         "others": others,
         "embedding_hard_new_accuracy_by_prompts": bench.more_prompts(),
+        "hidden_hard_new_accuracy_by_wordings": bench.fewer_wordings(),
         "time": {"embedding": embedding, "prefill": time_prefill, "hidden": time_hidden},
     }
     path = record.write("router", figures, {"calibration": CALIBRATION_SEED, "report": REPORT_SEED})
-    made, _ = bench.features("hidden", "hard")
-    decided = {
-        name: (fitted["hidden"].router.decide(together(made[k])).weights, truths(made[k]))
-        for name, k in (("familiar wordings", "hard familiar"), ("new wordings", "hard new"))
-    }
     router_plots.reliability(decided, path.with_name("router-reliability.png"))
-    new, truth = decided["new wordings"]
     names = list(bench.sets["hard new"])
     matrix = torch.zeros(len(names), len(names))
     matrix.index_put_((truth, new.argmax(dim=1)), torch.tensor(1.0), accumulate=True)
