@@ -7,8 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import transformers
-from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
+from mergekit.architecture import WeightInfo
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
@@ -21,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergekit_mediator.architecture import common_architecture
 from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.errors import ConfigError, InputError, MediatorError
 from mergekit_mediator.headers import TensorHeader, fetch_headers, first_line, read_headers
-from mergekit_mediator.planner import PlannedWeight, Planner, is_tied
+from mergekit_mediator.planner import PlannedWeight, Planner
 
 # What the loaders of all file formats raise where a checkpoint is missing or damaged.
 _UNREADABLE = (
@@ -60,7 +60,7 @@ class Inputs:
         # mergekit would convert every input at load; the arithmetic here is float32 in any case
         self.merge_config = merge_config.model_copy(update={"dtype": None}, deep=True)
         self.out_dtype: str | None = merge_config.out_dtype or merge_config.dtype
-        self.architecture = self._common_architecture()
+        self.architecture = common_architecture(self.base, self.experts, options)
         self.out_config = _model_out_config(
             merge_config, self.architecture, trust_remote_code=options.trust_remote_code
         )
@@ -248,43 +248,6 @@ class Inputs:
             return self.tokenizer
         return task.execute(**{name: self._run(t) for name, t in task.arguments().items()})
 
-    def _common_architecture(self) -> ModelArchitecture:
-        configs = {model: self._model_config(model) for model in self.models}
-        base = configs[self.base]
-        for model, config in configs.items():
-            if config.architectures != base.architectures:
-                raise InputError(
-                    f"model {model}: architecture {_names(config)}, but the base {self.base} is "
-                    f"{_names(base)}: experts must be fine-tunes of the base"
-                )
-            if is_tied(config) != is_tied(base):
-                raise InputError(
-                    f"model {model}: tie_word_embeddings is {is_tied(config)}, but "
-                    f"{is_tied(base)} in the base: untie or tie all models alike"
-                )
-        try:
-            architecture = arch_info_for_config(base)
-            if architecture is None:
-                from mergekit.architecture.auto import infer_architecture_info
-
-                architecture = infer_architecture_info(self.models, self.base, self.options)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"model {self.base}: {first_line(error)}") from error
-        return architecture
-
-    def _model_config(self, model: ModelReference) -> transformers.PretrainedConfig:
-        try:
-            config: transformers.PretrainedConfig = model.config(
-                trust_remote_code=self.options.trust_remote_code
-            )
-        except (OSError, ValueError, KeyError) as error:
-            role = "base_model" if model == self.base else "model"
-            raise InputError(
-                f"{role} {model}: neither a model directory here nor one that the Hub gives: "
-                f"{first_line(error)}"
-            ) from error
-        return config
-
     def _check_shapes(self, weight: PlannedWeight) -> None:
         aligned = isinstance(weight.inputs, PermutedVocabulary) or (
             self.options.unsafe_truncate_embeddings and weight.info.vocabulary_axis is not None
@@ -320,7 +283,3 @@ def _shape_error(
     if info.vocabulary_axis is not None:
         message += ": add `tokenizer: {source: base}` (or union) to align the vocabularies"
     return InputError(message)
-
-
-def _names(config: transformers.PretrainedConfig) -> str:
-    return ", ".join(config.architectures or ["unknown"])

@@ -13,9 +13,28 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 TENSORS_ONLY = {
     *("conflict", "plan", "sparse", "router", "threshold", "dense", "response"),
-    *("codec", "entropy", "bits", "description", "expert_file", "workers", "mixture"),
+    *(
+        "codec",
+        "factor_codec",
+        "entropy",
+        "bits",
+        "description",
+        "expert_file",
+        "workers",
+        "mixture",
+    ),
+    *("factors", "approximate", "budget", "allocate"),
 }
-MERGING = {"plugin", "config", "settings", "expert_names", "keys", "planner", "weights"}
+MERGING = {
+    "plugin",
+    "config",
+    "settings",
+    "expert_names",
+    "keys",
+    "planner",
+    "weights",
+    "architecture",
+}
 MERGING |= {"passes", "storing", "checkpoint", "merge"}
 MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals"}
 SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
