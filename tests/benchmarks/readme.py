@@ -105,8 +105,10 @@ def experts(name: str) -> str:
         [system, *("" if row.get(k) is None else format(row[k], f) for k, f in forms.items())]
         for system, row in load(name)["systems"].items()
     ]
+    prompts = min(load(name)["tasks"].values())
+    about = f"{prompts} held-out prompts per task: one answer is {100 / prompts:.1f}%."
     picture = f"![Quality against bytes](tests/benchmarks/results/{name}.png)"
-    return f"{table(head, rows)}\n\n{picture}"
+    return f"{table(head, rows)}\n\n{about}\n\n{picture}"
 
 
 def experts_4() -> str:
