@@ -255,6 +255,9 @@ def router() -> str:
         found = load("router-no-data")[name]
         rows.append([f"{name}, no data", f"{100 * found['accuracy']:.1f}", *[""] * 5])
     head = ["router", "easy", "familiar", "new wordings", "ECE", "AUROC near", "AUROC far"]
+    by_wordings = figures["hidden_hard_new_accuracy_by_wordings"]
+    ways, found = list(by_wordings), [f"{100 * x:.1f}" for x in by_wordings.values()]
+    chance = figures["ece_if_calibrated"]
     return "\n".join(
         [
             table(head, rows),
@@ -263,6 +266,12 @@ def router() -> str:
             f"its thread (p99 {figures['p99_ms']:.2f} ms, on a machine that others kept busy); by "
             f"`hidden` {figures['hidden_over_prefill']:.2f} of a prefill (p99 "
             f"{figures['hidden_over_prefill_p99']:.2f}).",
+            "",
+            f"Twenty prompts per expert, worded in {', '.join(ways)} ways: {', '.join(found)}% of new wordings.",
+            "",
+            "The prompts of a wording are mostly right or wrong together. With as many wordings as here a "
+            "perfectly calibrated router of the same confidence would be measured to have an ECE of "
+            f"{chance['mean']:.3f} on average, and of more than {chance['p95']:.3f} one time in twenty.",
         ]
     )
 
