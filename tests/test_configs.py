@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,12 +7,26 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_mediator.config import MediatorConfig
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
 
 
 def parse(path):
-    config = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
+    return parse_text(path.read_text())
+
+
+def parse_text(text):
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
     return config, MediatorConfig.from_merge_config(config)
+
+
+def test_every_configuration_in_the_readme_is_valid():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        config, parsed = parse_text(block)
+        assert config.merge_method == "mediator"
+        assert len(parsed.experts) > 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
