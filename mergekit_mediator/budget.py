@@ -33,12 +33,18 @@ _SAMPLE = 1 << 16  # weights of the remainder
 _FINE = 1000
 
 
-def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor:
+def tradeoff(
+    difference: Tensor, components: Components | None = None, importance: float = 1.0
+) -> Tensor:
     """What approximating a float32 difference of any shape takes and leaves, about: `[2, len(SLOPES)]`.
 
     The first row are bits, the second the squared error that is left, at each slope. Rank is counted
-    exactly, the remainder in a sample of the rows, by the entropy of its steps. `components` are those
-    of the difference as a matrix, where they are known.
+    exactly, the remainder in a sample of the rows, by the entropy of its steps.
+
+    Args:
+        difference: of an expert from the base.
+        components: those of the difference as a matrix, where they are known.
+        importance: what its squared error is weighted by; slopes are of weighted errors.
     """
     numel = difference.numel()
     if is_vector(difference):
@@ -53,7 +59,7 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
     largest = float(remainder.abs().max())
     bits: list[float] = []
     errors: list[float] = []
-    for slope in SLOPES:
+    for slope in (slope / importance for slope in SLOPES):
         halvings, step = components.bits_more(slope), remainder_step(slope)
         rank = halvings.numel()
         if rank > known:
@@ -76,7 +82,7 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
             coded = loss * entropy * numel
             bits.append(_factor_bits(components, halvings) + coded)
             errors.append(missed * _mean_square(remainder - codes * step) * numel)
-    return torch.tensor([bits, errors], dtype=torch.float64)
+    return torch.tensor([bits, [importance * e for e in errors]], dtype=torch.float64)
 
 
 def slope_for(costs: Tensor, numel: int, bits: float) -> float:

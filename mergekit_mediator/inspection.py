@@ -122,7 +122,7 @@ def _reason(settings: Mapping[str, Any]) -> str:
         rate = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}, by expert,"
         return (
             f"numbers are stored as long as each saves a squared error of {rate} in whichever layer, "
-            "so that no byte would save more elsewhere in its expert"
+            "weighted by the layer's place, so that no byte would save more elsewhere in its expert"
         )
     rules = ("conflict_threshold", "routed_fraction", "routed_layers", "route")
     return ", ".join(f"{rule}: {settings[rule]}" for rule in rules if rule in settings)

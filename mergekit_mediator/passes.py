@@ -162,7 +162,7 @@ class Passes:
                 weighted.add(expert)
             del expert  # before the next one is loaded
             if with_costs:
-                costs.append(budget.tradeoff(tau.cpu()))
+                costs.append(budget.tradeoff(tau.cpu(), importance=weight.importance))
             if with_directions:
                 directions.append(response.leading_directions(tau).cpu())
         dense: dict[bool, Tensor] = {}

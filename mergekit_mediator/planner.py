@@ -27,6 +27,7 @@ class PlannedWeight:
         scale: λ of averaged layers.
         shares: the expert's weight in the mean, by model.
         densities: the fraction that a sparse expert keeps, by model.
+        importance: of a squared error in it, to a budget; see `importance.importance`.
     """
 
     info: WeightInfo
@@ -36,6 +37,7 @@ class PlannedWeight:
     scale: float
     shares: dict[ModelReference, float]
     densities: dict[ModelReference, float]
+    importance: float = 1.0
 
 
 class Planner(MergePlanner):  # type: ignore[misc]

@@ -59,7 +59,8 @@ class Storing:
         if self._slopes:
             # a task vector is of lower rank than the difference from the mean of all experts
             (tau,) = task_vectors(load(self._config.base_model), [load(model)])
-            return approximate(tau, self._slopes[model], dense.dtype, share)
+            slope = self._slopes[model] / weight.importance
+            return approximate(tau, slope, dense.dtype, share)
         density, values = weight.densities[model], self._config.values
         return sparse.encode(load(model).to(dense.dtype), dense, density, values, self._device)
 

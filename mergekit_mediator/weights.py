@@ -3,6 +3,7 @@
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +25,7 @@ from mergekit_mediator.architecture import common_architecture
 from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.errors import ConfigError, InputError, MediatorError
 from mergekit_mediator.headers import TensorHeader, fetch_headers, first_line, read_headers
+from mergekit_mediator.importance import importance
 from mergekit_mediator.planner import PlannedWeight, Planner
 
 # What the loaders of all file formats raise where a checkpoint is missing or damaged.
@@ -147,7 +149,8 @@ class Inputs:
         self._tokenizer_task = planner._tokenizer_task
         for weight in planner.planned:
             self._check_shapes(weight)
-        return planner.planned
+        matters = importance(weight.layer for weight in planner.planned)
+        return [replace(w, importance=matters[w.layer]) for w in planner.planned]
 
     def load(
         self, weight: PlannedWeight, model: ModelReference, like: Tensor | None = None

@@ -56,3 +56,11 @@ def test_the_error_that_is_left_is_about_the_predicted_one(costs, bits):
         left += float((rebuilt - weight).square().sum())
     predicted = min(float(e) for s, e in zip(SLOPES, costs[1], strict=True) if s >= slope)
     assert left == pytest.approx(predicted, rel=0.25)
+
+
+def test_an_error_that_matters_more_is_brought_down_at_a_coarser_slope():
+    delta = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
+    plain, heavy = tradeoff(delta), tradeoff(delta, importance=2.0)
+    # half the slope is two places further in the grid
+    assert torch.allclose(heavy[0, :-2], plain[0, 2:], rtol=1e-6)
+    assert torch.allclose(heavy[1, :-2], 2 * plain[1, 2:], rtol=1e-6)
