@@ -1,4 +1,4 @@
-"""What several test files need: pico checkpoints on disk, and the stock `mergekit-yaml` command."""
+"""What several test files need: pico checkpoints, the stock `mergekit-yaml` command, a routed model."""
 
 import os
 
@@ -106,3 +106,47 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 def read() -> Callable[[Path], dict[str, torch.Tensor]]:
     """Reads all weights of a checkpoint directory."""
     return tensors
+
+
+@pytest.fixture
+def refused(mergekit_yaml, tmp_path):
+    """Runs the stock command, which must refuse; gives the one line that it says."""
+
+    def run(config, *options):
+        result = mergekit_yaml(config, tmp_path / "out", *options)
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code != 0
+        lines = [line for line in result.output.splitlines() if line.startswith("Error")]
+        assert len(lines) == 1, result.output
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def loaded(make, tmp_path_factory):
+    import routed_pico
+
+    return routed_pico.build(
+        tmp_path_factory.mktemp("runtime") / "out", make(dtype=torch.float32), density=0.3
+    )
+
+
+@pytest.fixture
+def model(loaded):
+    """The loaded model, with its settings as new."""
+    kept = dict(vars(loaded))
+    yield loaded
+    vars(loaded).update(kept)
+
+
+@pytest.fixture
+def batch():
+    """Five rows padded on the left, and their mask."""
+    ids = torch.randint(4, 60, (5, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    mask[3, :2] = 0
+    return ids, mask
