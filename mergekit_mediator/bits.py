@@ -32,6 +32,16 @@ def _flipped_if_negative(integers: Tensor) -> Tensor:
     return integers ^ (sign & torch.iinfo(integers.dtype).max)
 
 
+def raw_bytes(values: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor as they lie in memory, row by row: `[numel * itemsize]`."""
+    flat = values.contiguous().view(-1)
+    # an empty tensor may have a stride that no view allows
+    array: NDArray[np.uint8] = (
+        (flat if flat.numel() else flat.new_empty(0)).view(torch.uint8).numpy()
+    )
+    return array
+
+
 def by_exponent(weights: Tensor) -> NDArray[np.int64]:
     """An order `[n]` that puts weights of equal exponent together, block by block.
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_mediator.bits import by_exponent, from_ordered, to_ordered
+from mergekit_mediator.bits import by_exponent, from_ordered, raw_bytes, to_ordered
 from mergekit_mediator.description import DTYPES, Description
 from mergekit_mediator.entropy import (
     Bytes,
@@ -141,16 +141,9 @@ def _cut(stream: Bytes, sizes: tuple[int, ...]) -> list[Bytes]:
     return [stream[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _as_bytes(values: Tensor) -> Bytes:
-    flat = values.contiguous().view(-1)
-    # an empty tensor may have a stride that no view allows
-    array: Bytes = (flat if flat.numel() else flat.new_empty(0)).view(torch.uint8).numpy()
-    return array
-
-
 def _checksum(codes: Tensor, factors: Factors | None) -> int:
     """CRC-32 of the codes, and of the factors row by row if there are any."""
-    check = zlib.crc32(_as_bytes(codes).data)
+    check = zlib.crc32(raw_bytes(codes).data)
     for part in (factors.left, factors.right, factors.scales) if factors else ():
-        check = zlib.crc32(_as_bytes(part).data, check)
+        check = zlib.crc32(raw_bytes(part).data, check)
     return check

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_mediator.bits import from_ordered, to_ordered
+from mergekit_mediator.bits import from_ordered, raw_bytes, to_ordered
 from mergekit_mediator.description import FACTOR_DTYPES, Description, FactorsDescription
 from mergekit_mediator.entropy import Bytes, byte_planes, from_byte_planes, pack, unpack
 from mergekit_mediator.errors import ArtifactError
@@ -29,7 +29,7 @@ def encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
         (nibbles,) = byte_planes(integers[single:].reshape(-1).numpy(), all_planes=True)
         start = single * integers.shape[1]
         streams.append(pack(_join(nibbles), [(end - start) // 2 for end in ends if end > start]))
-    streams.append(pack(_bytes_of(factors.scales)))
+    streams.append(pack(raw_bytes(factors.scales)))
     dtype = str(numbers.dtype).removeprefix("torch.")
     sizes = tuple(len(stream) for stream in streams)
     return streams, FactorsDescription(rank=factors.rank, dtype=dtype, paired=paired, sizes=sizes)
@@ -89,8 +89,3 @@ def _column_groups(columns: Tensor) -> list[int]:
             ends.append(i * columns.shape[1])
             size = magnitude
     return ends[1:]
-
-
-def _bytes_of(scales: Tensor) -> Bytes:
-    array: Bytes = scales.contiguous().view(torch.uint8).numpy()
-    return array
