@@ -56,6 +56,13 @@ from mergekit_mediator.task_options import load_tasks, split
     show_default=True,
     help="Others, to choose coefficients on.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of all models; auto is the stored one. With float32 no score depends on its batch.",
+)
 @click.option("--seed", default=7, show_default=True, help="Of generated tasks.")
 @click.option(
     "--out",
@@ -75,6 +82,7 @@ def evaluate(
     given: tuple[str, ...],
     limit: int,
     tune: int,
+    dtype: str,
     seed: int,
     work: Path | None,
     as_json: bool,
@@ -91,7 +99,7 @@ def evaluate(
     names = _rivals(rivals)
     loaded = load_tasks(tasks, limit + (tune if names else 0), seed)
     reported, tuning = split(loaded, limit) if names else (loaded, {})
-    model = MediatorModel.from_pretrained(out)
+    model = MediatorModel.from_pretrained(out, dtype=dtype)
     routing = route(model, reported)
     from_manifest = {entry.name: entry.source for entry in model.manifest.experts}
     places = from_manifest | _pairs(given, model.experts)
@@ -101,7 +109,7 @@ def evaluate(
         if work is not None:
             _make(work)
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scorer = Scorer(model.tokenizer, folder / "scores.json", quiet=as_json)
+        scorer = Scorer(model.tokenizer, folder / "scores.json", quiet=as_json, dtype=dtype)
         wanted = with_experts or each or bool(names)
         if wanted or base is not None:
             start = located("the base", start)

@@ -94,21 +94,20 @@ def mediator_systems(
 def sizes(model: MediatorModel) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes of weights and routers, stored and in memory, over those of the base's weights.
 
-    Gives those of the dense expert alone, and those of everything with all experts decoded.
+    Gives those of the dense expert alone, and those of everything with all experts decoded, where the
+    dense expert is loaded in the dtype that it is stored in.
     """
     base = base_bytes(model)
-    dense = sum(p.numel() * p.element_size() for p in model.model.parameters())
     for name in model.experts:
         with model.mixture({name: 1.0}):
             pass  # an expert is decoded when it is first used, and counts as resident from then on
     weights = {path: f.bytes for path, f in model.manifest.files.items() if ".safetensors" in path}
     alone = sum(size for path, size in weights.items() if "/" not in path)
-    resident = dense + model.resident_bytes
     return (
-        {"total_bytes_over_base": alone / base, "resident_bytes_over_base": dense / base},
+        {"total_bytes_over_base": alone / base, "resident_bytes_over_base": alone / base},
         {
             "total_bytes_over_base": sum(weights.values()) / base,
-            "resident_bytes_over_base": resident / base,
+            "resident_bytes_over_base": (alone + model.resident_bytes) / base,
         },
     )
 
@@ -171,7 +170,7 @@ def compare(model: MediatorModel, tasks: Tasks, base: Any = None) -> dict[str, A
         "routed": systems["mediator"],
     }
     if base is not None:
-        contender = Contender("base", lambda: nullcontext(base))
+        contender = Contender("base", lambda _: nullcontext(base))
         named = {"base": scorer.alike("base", tasks, contender), **named}
     return {
         "systems": {

@@ -21,11 +21,12 @@ class Contender:
     """Weights that answer prompts.
 
     identity: tells these weights from all others, so that scores can be kept by it.
-    load: gives the model for as long as it is used.
+    load: gives the model for as long as it is used, in a dtype; `auto` is the stored one. A model that
+        is loaded already stays as it is.
     """
 
     identity: str
-    load: Callable[[], AbstractContextManager[Any]]
+    load: Callable[[str], AbstractContextManager[Any]]
 
 
 def located(what: str, source: str) -> str:
@@ -53,8 +54,8 @@ def checkpoint(source: str | Path) -> Contender:
         return adapted(model, Path(adapter))
 
     @contextmanager
-    def load() -> Iterator[Any]:
-        yield load_plain(source)
+    def load(dtype: str) -> Iterator[Any]:
+        yield load_plain(source, dtype)
 
     return Contender(_identity(source), load)
 
@@ -62,19 +63,19 @@ def checkpoint(source: str | Path) -> Contender:
 def mixed(model: MediatorModel, mixture: Mixture) -> Contender:
     """An artifact under one mixture."""
     weights = dict(mixture)
-    return Contender(model.mixture_digest(weights), lambda: model.mixture(weights))
+    return Contender(model.mixture_digest(weights), lambda _: model.mixture(weights))
 
 
 def adapted(source: str | Path, adapter: Path) -> Contender:
     """An ordinary model with a LoRA adapter merged in, as PEFT does it."""
 
     @contextmanager
-    def load() -> Iterator[Any]:
+    def load(dtype: str) -> Iterator[Any]:
         try:
             from peft import PeftModel
         except ImportError as error:
             raise InputError(f"adapter {adapter} needs PEFT: pip install peft") from error
-        model = load_plain(source)
+        model = load_plain(source, dtype)
         with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are merged once
             merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         yield merged

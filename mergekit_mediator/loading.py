@@ -40,14 +40,14 @@ class DenseCheckpoint:
         return shards
 
 
-def load_plain(source: str | Path) -> PreTrainedModel:
-    """An ordinary causal language model, in its stored dtype.
+def load_plain(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """An ordinary causal language model, in its stored dtype unless another one is named.
 
     Raises:
         ArtifactError: it cannot be loaded.
     """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
     plain: PreTrainedModel = model.eval()

@@ -21,17 +21,22 @@ Tasks = Mapping[str, Task]
 class Scorer:
     """Scores contenders; what was scored once, in this process or an earlier one, is not run again."""
 
-    def __init__(self, tokenizer: Any, memory: Path | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, memory: Path | None = None, quiet: bool = False, dtype: str = "auto"
+    ) -> None:
         """
         Args:
             tokenizer: of all contenders.
             memory: the file that answers are remembered in.
             quiet: show no progress.
+            dtype: that contenders are loaded in; `auto` is the one they are stored in. With `float32`
+                scores do not depend on which examples share a batch.
 
         Raises:
             OutputError: the file is damaged.
         """
         self._tokenizer, self._memory, self._quiet = tokenizer, memory, quiet
+        self._dtype = dtype
         self._known: dict[str, AnswerScore] = {}
         if memory is not None and memory.exists():
             try:
@@ -64,24 +69,24 @@ class Scorer:
         contenders: dict[str, Contender] = {}
         for task, answerers in answering.items():
             for example, contender in zip(tasks[task].examples, answerers, strict=True):
-                if _key(contender, example) not in self._known:
+                if self._key(contender, example) not in self._known:
                     contenders[contender.identity] = contender
                     by_task = missing.setdefault(contender.identity, {})
                     by_task.setdefault(task, []).append(example)
         count = sum(len(e) for by_task in missing.values() for e in by_task.values())
         with tqdm(total=count, desc=name, unit="prompt", disable=self._quiet or not count) as bar:
             for identity, by_task in missing.items():
-                with contenders[identity].load() as model:
+                with contenders[identity].load(self._dtype) as model:
                     for examples in by_task.values():
                         answers = score_answers(model, self._tokenizer, examples)
                         for example, answer in zip(examples, answers, strict=True):
-                            self._known[_key(contenders[identity], example)] = answer
+                            self._known[self._key(contenders[identity], example)] = answer
                         bar.update(len(examples))
                 self._save()
         return {
             task: Score.of(
                 [
-                    self._known[_key(contender, example)]
+                    self._known[self._key(contender, example)]
                     for example, contender in zip(tasks[task].examples, answerers, strict=True)
                 ]
             )
@@ -96,7 +101,7 @@ class Scorer:
             written.write_text(json.dumps(kept), encoding="utf-8")
             written.replace(self._memory)
 
-
-def _key(contender: Contender, example: Example) -> str:
-    text = json.dumps([example.prompt, example.answer])
-    return f"{contender.identity} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    def _key(self, contender: Contender, example: Example) -> str:
+        text = json.dumps([example.prompt, example.answer])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{contender.identity} {self._dtype} {digest}"

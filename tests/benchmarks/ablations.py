@@ -18,7 +18,7 @@ from typing import Any
 
 import record
 import torch
-from artifacts import artifact, source, tasks_of
+from artifacts import DTYPE, artifact, source, tasks_of
 from train_experts import FAMILIES, REPORT_SEED
 
 from mergekit_mediator import MediatorModel
@@ -152,7 +152,7 @@ def main() -> None:
     work = args.work or args.experts / "work" / f"{len(names)}"
     made = Rivals(str(base), {n: source(base, folder) for n, folder in folders.items()}, work)
     model, _ = artifact(made, "mediator", BUDGET)
-    scorer = Scorer(model.tokenizer, work / "scores.json")
+    scorer = Scorer(model.tokenizer, work / "scores.json", dtype=DTYPE)
     table = Ablations(made, scorer, tasks_of(folders, args.prompts, REPORT_SEED))
     for part in args.part or PARTS:
         getattr(table, part)()

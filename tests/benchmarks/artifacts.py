@@ -22,6 +22,8 @@ from mergekit_mediator.tasks import Task, from_reasoning_gym
 
 # far from each other and from those of training, stopping and reporting
 TUNE_SEED, CALIBRATION_SEED = 50_000, 300_007
+# Everything is scored in it: in bfloat16 an answer may change with the prompts that share its batch.
+DTYPE = "float32"
 CALIBRATION_PROMPTS = 20
 
 
@@ -55,7 +57,7 @@ def artifact(made: Rivals, label: str, parameters: dict[str, Any]) -> tuple[Medi
         "out_dtype": "bfloat16",
     }
     folder, seconds = made.merged(config, label.replace(" ", "-").replace(":", ""))
-    return MediatorModel.from_pretrained(folder), seconds
+    return MediatorModel.from_pretrained(folder, dtype=DTYPE), seconds
 
 
 def artifact_systems(
@@ -84,7 +86,7 @@ def calibrated(model: MediatorModel, folders: dict[str, Path], copy: Path) -> Me
         lines = (json.dumps({"prompt": example.prompt}) for example in task.examples)
         data[name].write_text("\n".join(lines), encoding="utf-8")
     calibrate_artifact(copy, model.model, model.tokenizer, data)
-    return MediatorModel.from_pretrained(copy)
+    return MediatorModel.from_pretrained(copy, dtype=DTYPE)
 
 
 @torch.inference_mode()

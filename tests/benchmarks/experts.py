@@ -21,6 +21,7 @@ import torch
 from artifacts import (
     CALIBRATION_PROMPTS,
     CALIBRATION_SEED,
+    DTYPE,
     TUNE_SEED,
     artifact,
     artifact_systems,
@@ -76,7 +77,7 @@ def main() -> None:
     budget: dict[str, Any] = {"budget": args.budget or (FOUR if len(names) <= 4 else EIGHT)}
     made = Rivals(str(base), experts, work)
     model, _ = artifact(made, "mediator", budget)
-    scorer = Scorer(model.tokenizer, work / "scores.json")
+    scorer = Scorer(model.tokenizer, work / "scores.json", dtype=DTYPE)
     routing = route(model, tasks)
     results = [
         base_system(scorer, tasks, made.base),
