@@ -18,16 +18,18 @@ from mergekit_mediator.approximate import (
     remainder_step,
 )
 from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.factor_steps import BITS, KEPT
 from mergekit_mediator.factors import Components, decompose
 
 # Half octaves: squared errors of weights from 1 down to below what float32 resolves.
 SLOPES: tuple[float, ...] = tuple(2.0 ** (-k / 2) for k in range(120))
-# Of a number of a factor, and for each time that its step is halved; measured.
-_FACTOR_BITS, _HALVING_BITS = 2.1, 0.93
 _SCALE_BITS = 32
+# What factors take over the entropy of their codes, and any part of a weight over its own: Huffman codes are
+# stored too. Measured.
+_FACTOR_CODING_LOSS, _CODES_BITS = 1.02, 400
 # What is stored over the entropy of the steps, measured: gaps adapt to where the steps are, which makes up
 # for half of what Huffman codes lose; with a bit per weight and more there are no gaps.
-_CODING_LOSS, _CODING_LOSS_PER_BIT, _MOST_CODING_LOSS = 1.04, 0.06, 1.1
+_CODING_LOSS, _CODING_LOSS_PER_BIT, _MOST_CODING_LOSS = 1.03, 0.07, 1.12
 _VECTOR_BITS = 6.5
 _SAMPLE = 1 << 16  # weights of the remainder
 _FINE = 1000
@@ -60,27 +62,27 @@ def tradeoff(
     bits: list[float] = []
     errors: list[float] = []
     for slope in (slope / importance for slope in SLOPES):
-        halvings, step = components.bits_more(slope), remainder_step(slope)
-        rank = halvings.numel()
+        fineness, step = components.fineness(slope), remainder_step(slope)
+        rank = fineness.numel()
         if rank > known:
             remainder = remainder - left[:, known:rank] @ right[:, known:rank].T
             known, largest = rank, float(remainder.abs().max())
         # what quantised factors miss comes back in the remainder
-        missed = 1 + _missed(components, halvings)
+        missed = 1 + _missed(components, fineness)
         step /= math.sqrt(missed)
         if step * _FINE < largest:
             # fine steps: a quarter of a bit more for each half octave of the slope
             bits.append(bits[-1] + numel / 4)
             errors.append(missed * step**2 / 12 * numel)
         elif is_dropped(largest, step):
-            bits.append(_factor_bits(components, halvings))
+            bits.append(_factor_bits(components, fineness))
             errors.append(missed * _mean_square(remainder) * numel)
         else:
             codes = quantise_steps(remainder, step)
             entropy = _entropy(codes)
             loss = min(_MOST_CODING_LOSS, _CODING_LOSS + _CODING_LOSS_PER_BIT * entropy)
-            coded = loss * entropy * numel
-            bits.append(_factor_bits(components, halvings) + coded)
+            coded = loss * entropy * numel + (_CODES_BITS if entropy else 0)
+            bits.append(_factor_bits(components, fineness) + coded)
             errors.append(missed * _mean_square(remainder - codes * step) * numel)
     return torch.tensor([bits, [importance * e for e in errors]], dtype=torch.float64)
 
@@ -110,19 +112,19 @@ def slope_for(costs: Tensor, numel: int, bits: float) -> float:
     return math.pow(2.0, -(first - 1 + part) / 2)
 
 
-def _missed(components: Components, halvings: Tensor) -> float:
+def _missed(components: Components, fineness: Tensor) -> float:
     """Squared error of quantising the factors over that of leaving out the other components."""
-    squares = components.values[: halvings.numel()].double().square()
+    squares = components.values[: fineness.numel()].double().square()
     remaining = max(components.energy - float(squares.sum()), 1e-9 * components.energy)
-    # a twelfth of a squared step for each of two factors
-    return float((squares * torch.pow(0.25, halvings) / 6).sum()) / remaining if remaining else 0.0
+    return float((squares * (1 - KEPT[fineness])).sum()) / remaining if remaining else 0.0
 
 
-def _factor_bits(components: Components, halvings: Tensor) -> float:
+def _factor_bits(components: Components, fineness: Tensor) -> float:
     length = components.left.shape[0] + components.right.shape[0]
-    numbers = length * halvings.numel()
-    finer = length * int(halvings.sum()) * _HALVING_BITS
-    return numbers * _FACTOR_BITS + finer + halvings.numel() * _SCALE_BITS
+    if not fineness.numel():
+        return 0.0
+    codes = _FACTOR_CODING_LOSS * length * float(BITS[fineness].sum())
+    return codes + fineness.numel() * _SCALE_BITS + _CODES_BITS
 
 
 def _mean_square(values: Tensor) -> float:

@@ -10,6 +10,9 @@ from mergekit_mediator.entropy import Bytes, byte_planes, from_byte_planes, pack
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.factors import Factors
 
+# Where the codes of a column are this many times smaller than those of an earlier one, another block may begin.
+_FALLS = (0.75, 0.55, 0.35, 0.0)
+
 
 def encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
     """Each column of the left factor with its right one, as byte planes; then the scales.
@@ -19,16 +22,11 @@ def encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
     """
     numbers = torch.cat([factors.left, factors.right]).T.contiguous()
     integers = to_ordered(numbers) if numbers.is_floating_point() else numbers
-    paired = _trailing_nibbles(integers) if integers.dtype == torch.int8 else 0
-    single = factors.rank - paired
-    ends = _column_groups(integers) if integers.dtype == torch.int8 else []
-    whole = [end for end in ends if end < single * integers.shape[1]]
-    planes = byte_planes(integers[:single].reshape(-1).numpy(), all_planes=True)
-    streams = [pack(plane, whole) for plane in planes]
-    if paired:
-        (nibbles,) = byte_planes(integers[single:].reshape(-1).numpy(), all_planes=True)
-        start = single * integers.shape[1]
-        streams.append(pack(_join(nibbles), [(end - start) // 2 for end in ends if end > start]))
+    if integers.dtype == torch.int8:
+        paired, streams = _encode_codes(integers)
+    else:
+        planes = byte_planes(integers.reshape(-1).numpy(), all_planes=True)
+        paired, streams = 0, [pack(plane) for plane in planes]
     streams.append(pack(raw_bytes(factors.scales)))
     dtype = str(numbers.dtype).removeprefix("torch.")
     sizes = tuple(len(stream) for stream in streams)
@@ -65,6 +63,37 @@ def decode_factors(
     return Factors(columns[:, :out].T.contiguous(), columns[:, out:].T.contiguous(), scales)
 
 
+def _encode_codes(columns: Tensor) -> tuple[int, list[bytes]]:
+    """How many of the columns `[r, out + in]` int8 are paired, and the streams of the others and of those."""
+    rank, length = columns.shape
+    paired = _trailing_nibbles(columns)
+    single = rank - paired
+    (plane,) = byte_planes(columns.reshape(-1).numpy(), all_planes=True)
+    sizes = columns.abs().to(torch.float32).mean(1).tolist()
+    streams = [_shortest(plane[: single * length], sizes[:single], length)]
+    if paired:
+        pairs = _join(plane[single * length :])
+        streams.append(_shortest(pairs, sizes[single:], length / 2))
+    return paired, streams
+
+
+def _shortest(content: Bytes, sizes: list[float], length: float) -> bytes:
+    """Packed in blocks of columns of similar size: the more alike, the better each block's code, but the more
+    codes there are to be stored."""
+    ends = {tuple(int(i * length) for i in _falls(sizes, by)) for by in _FALLS}
+    return min((pack(content, e) for e in sorted(ends)), key=len)
+
+
+def _falls(sizes: list[float], by: float) -> list[int]:
+    """Which columns are smaller than the first of their block by a factor, and begin the next one."""
+    found, first = [], sizes[0] if sizes else 0.0
+    for i, size in enumerate(sizes):
+        if size < by * first:
+            found.append(i)
+            first = size
+    return found
+
+
 def _trailing_nibbles(columns: Tensor) -> int:
     """How many of the last columns `[r, out + in]` int8 are in -8 to 7 throughout."""
     fits = (columns.amin(1) >= -8) & (columns.amax(1) <= 7)
@@ -79,13 +108,3 @@ def _join(nibbles: Bytes) -> Bytes:
 
 def _split(pairs: Bytes) -> Bytes:
     return np.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=1).reshape(-1)
-
-
-def _column_groups(columns: Tensor) -> list[int]:
-    """Where, in numbers, the magnitude of columns `[r, out + in]` falls by half: codes differ from there on."""
-    ends, size = [], torch.inf
-    for i, magnitude in enumerate(columns.abs().to(torch.float32).mean(1).tolist()):
-        if magnitude < 0.7 * size:
-            ends.append(i * columns.shape[1])
-            size = magnitude
-    return ends[1:]

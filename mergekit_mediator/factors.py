@@ -5,11 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The weakest components are kept in steps of their own root mean square: 2.1 bits a number if Gaussian.
-# A bit more takes off three quarters of the error of a component, and is worth it wherever the component
-# is this much stronger than the weakest that is worth its numbers; and so on, up to this many bits.
-_FINER_FROM = 1.8
-_MOST_BITS_MORE = 3
+from mergekit_mediator.factor_steps import LEAST_SLOPES, codes, fineness
+
 # A component of energy σ² takes 2.1 (out + in) bits and, kept to five sixths, saves 0.6 σ²/s² bits in
 # coding a remainder of variance s².
 _REMAINDER_RATIO = 3.4
@@ -76,27 +73,26 @@ class Components:
 
         A component must also save more bits in coding the remainder weight by weight than it takes.
         """
-        return self.bits_more(slope).numel()
+        return self.fineness(slope).numel()
 
-    def bits_more(self, slope: float) -> Tensor:
-        """For each component that is kept at this slope `[rank]`: how often its step is halved, int64."""
+    def fineness(self, slope: float) -> Tensor:
+        """That of each component which is kept at this slope, `[rank]` int64; see `factor_steps`."""
         out, width = self.left.shape[0], self.right.shape[0]
         squares = self.values.double().square()
         remaining = (self.energy - squares.cumsum(0)).clamp(min=0)
         least = (_REMAINDER_RATIO / (out * width) * remaining).clamp(min=slope) * (out + width)
-        rank = int((squares >= least).to(torch.int64).cumprod(0).sum())
+        rank = int((squares >= LEAST_SLOPES * least).to(torch.int64).cumprod(0).sum())
         if rank == 0:
             return torch.empty(0, dtype=torch.int64)
-        ratio = (squares[:rank] / least[rank - 1]).sqrt() / _FINER_FROM
-        return (ratio.log2().floor() + 1).clamp(0, _MOST_BITS_MORE).to(torch.int64)
+        return fineness(squares[:rank], out + width, float(least[rank - 1]) / (out + width))
 
     def quantise(self, slope: float, matrix: Tensor) -> Factors | None:
         """Factors of int8 codes whose scales bring their product nearest to `matrix` `[out, in]`."""
-        halvings = self.bits_more(slope)
-        if not halvings.numel():
+        chosen = self.fineness(slope)
+        if not chosen.numel():
             return None
-        left = _codes(self.left[:, : halvings.numel()], halvings)
-        right = _codes(self.right[:, : halvings.numel()], halvings)
+        left = codes(self.left[:, : chosen.numel()], chosen)
+        right = codes(self.right[:, : chosen.numel()], chosen)
         # those whose codes need more than half a byte come first, which the stored form makes use of
         large = torch.maximum(left.abs().amax(0), right.abs().amax(0)) > 7
         order = large.logical_not().to(torch.int64).argsort(stable=True)
@@ -145,12 +141,3 @@ def _energy(matrix: Tensor) -> float:
 def _limit(width: int) -> int:
     """How many components are looked at: with more, factors take as much as coding every weight."""
     return width if width <= _SMALL else max(_SMALL, width // 8)
-
-
-def _codes(vectors: Tensor, halvings: Tensor) -> Tensor:
-    """int8 codes `[n, r]` of unit vectors, in steps of their root mean square, halved so often."""
-    steps = torch.exp2(-halvings.to(torch.float32)) / vectors.shape[0] ** 0.5
-    # a vector with few large entries takes larger steps rather than lose them
-    steps = torch.maximum(steps, vectors.abs().amax(0) / 127)
-    codes: Tensor = (vectors / steps).round_()
-    return codes.to(torch.int8)

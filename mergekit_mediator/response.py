@@ -15,20 +15,25 @@ reading routes off the right singular vectors of low-rank experts is the idea of
 et al., arXiv 2405.11157).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from mergekit_mediator.entropy import byte_planes, from_byte_planes, pack, unpack
 from mergekit_mediator.errors import ArtifactError, RoutingError
+from mergekit_mediator.factor_steps import codes
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
 from mergekit_mediator.router_file import load_tensors, save_tensors
 
 TEMPERATURE = 0.03  # nats of response; the benchmark's file says how it was chosen
 _SCALE = ".scale"
+_FINENESS = 3.0  # of stored directions, see `factor_steps`
 _SMALLEST = 1e-20  # keeps the log finite for an expert that left a weight as it was
 
 
@@ -142,14 +147,21 @@ class ResponseRouter:
         return decide_from_scores(scores, self.experts, temperature, -scores.max(dim=1).values)
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file, as int8 with a float32 scale per direction."""
-        tensors = {}
+        """Write to a safetensors file, each direction in steps of 0.7 of its root mean square: a probability
+        changes by less than 0.01. The streams of codes are as those of factors, see FORMAT.md."""
+        tensors, shapes = {}, {}
         for name, directions in self.directions.items():
-            scale = directions.to(torch.float32).abs().amax(dim=2, keepdim=True) / 127
-            codes = directions.to(torch.float32) / scale.clamp_min(_SMALLEST)
-            tensors[name] = codes.round().to(torch.int8)
-            tensors[name + _SCALE] = scale
-        save_tensors(path, "response", tensors, {"experts": list(self.experts)})
+            vectors = directions.to("cpu", torch.float32).flatten(0, 1).T
+            lengths = vectors.norm(dim=0).clamp_min(_SMALLEST)
+            steps = codes(vectors / lengths, torch.full_like(lengths, _FINENESS))
+            found = steps.to(torch.float32)
+            # the length that brings the codes nearest to the direction
+            scale = (found * vectors).sum(0) / found.square().sum(0).clamp_min(_SMALLEST)
+            (plane,) = byte_planes(steps.T.reshape(-1).numpy(), all_planes=True)
+            tensors[name] = torch.frombuffer(bytearray(pack(plane)), dtype=torch.uint8)
+            tensors[name + _SCALE] = scale.view(*directions.shape[:2], 1)
+            shapes[name] = list(directions.shape)
+        save_tensors(path, "response", tensors, {"experts": list(self.experts), "shapes": shapes})
 
     @classmethod
     def load(cls, path: Path) -> "ResponseRouter":
@@ -159,25 +171,37 @@ class ResponseRouter:
             ArtifactError: the file is missing, damaged, of another kind, or inconsistent.
         """
         tensors, about = load_tensors(path, "response")
-        experts = about.get("experts")
+        experts, shapes = about.get("experts"), about.get("shapes")
         if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
             raise ArtifactError(f"{path}: `experts` must be a list of names, got {experts!r}")
+        if not isinstance(shapes, dict):
+            raise ArtifactError(f"{path}: `shapes` must be an object, got {shapes!r}")
         directions = {}
-        for name, codes in tensors.items():
-            if name.endswith(_SCALE):
-                continue
-            if codes.dtype != torch.int8 or codes.ndim != 3 or codes.shape[0] != len(experts):
+        for name, shape in shapes.items():
+            where = f"{path}: {name}"
+            if not _is_shape(shape) or shape[0] != len(experts):
                 raise ArtifactError(
-                    f"{path}: {name} must be int8 [{len(experts)}, rank, in], got {codes.dtype} "
-                    f"{list(codes.shape)}"
+                    f"{where}: a shape [{len(experts)}, rank, in] required, got {shape!r}"
                 )
-            scale = tensors.get(name + _SCALE)
-            if scale is None or scale.shape != (*codes.shape[:2], 1):
-                got = None if scale is None else list(scale.shape)
-                wanted = [*codes.shape[:2], 1]
-                raise ArtifactError(f"{path}: {name}{_SCALE} must be {wanted}, got {got}")
-            directions[name] = (codes.to(torch.float32) * scale).to(torch.float16)
+            stored, scale = tensors.get(name), tensors.get(name + _SCALE)
+            if stored is None or stored.dtype != torch.uint8 or stored.ndim != 1:
+                got = "none" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+                raise ArtifactError(f"{where} must be a stream of bytes, got {got}")
+            if scale is None or list(scale.shape) != [*shape[:2], 1]:
+                found = None if scale is None else list(scale.shape)
+                raise ArtifactError(f"{where}{_SCALE} must be {[*shape[:2], 1]}, got {found}")
+            plane = unpack(stored.numpy(), math.prod(shape), where)
+            steps = torch.from_numpy(from_byte_planes([plane], 1)).view(*shape)
+            directions[name] = (steps.to(torch.float32) * scale).to(torch.float16)
         return cls(tuple(experts), directions)
+
+
+def _is_shape(shape: object) -> TypeGuard[list[int]]:
+    return (
+        isinstance(shape, list)
+        and len(shape) == 3
+        and all(isinstance(n, int) and n > 0 for n in shape)
+    )
 
 
 def _hook(

@@ -18,7 +18,7 @@ from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.weights import Inputs
 
 # Of what a budget leaves for experts, this much is for the error of the prediction.
-_RESERVE = 0.02
+_RESERVE = 0.01
 # Of manifest and card: what they say of every weight besides its name, and the rest.
 _LISTED_BYTES, _CARD_BYTES = 10, 8000
 

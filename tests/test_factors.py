@@ -48,8 +48,8 @@ def test_large_matrices_are_decomposed_by_projection_and_repeatably(monkeypatch)
 def test_rank_counts_the_components_that_are_worth_their_numbers():
     values = torch.tensor([8.0, 4.0, 2.0, 1.0])
     components = Components(torch.eye(50, 4), values, torch.eye(50, 4), energy=85.0)
-    # squares of 64, 16, 4 and 1 for a hundred numbers each
-    assert [components.rank(s) for s in (0.65, 0.63, 0.1, 0.03, 0.009)] == [0, 1, 2, 3, 4]
+    # squares of 64, 16, 4 and 1 for a hundred numbers each; the coarsest steps pay from 0.9 slopes on
+    assert [components.rank(s) for s in (0.73, 0.7, 0.15, 0.03, 0.01)] == [0, 1, 2, 3, 4]
 
 
 def test_components_of_noise_are_not_worth_their_numbers():
@@ -82,8 +82,8 @@ def test_the_scales_of_quantised_factors_are_the_best_ones():
 def test_stronger_components_are_kept_in_finer_steps():
     values = torch.tensor([16.0, 6.0, 3.0, 1.0])
     components = Components(torch.eye(50, 4), values, torch.eye(50, 4), energy=302.0)
-    assert components.bits_more(0.01).tolist() == [3, 2, 1, 0]
-    assert components.bits_more(0.08).tolist() == [2, 1, 0]
+    assert components.fineness(0.01).tolist() == [9, 6, 4, 1]
+    assert components.fineness(0.08).tolist() == [6, 3, 1]
 
 
 def test_large_entries_of_a_column_are_not_cut_off():

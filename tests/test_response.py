@@ -125,35 +125,50 @@ def test_a_model_without_the_weights_is_refused() -> None:
             pass
 
 
-def test_a_saved_router_comes_back_within_half_a_step(tmp_path: Path) -> None:
-    directions = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).half()
+def test_a_saved_router_comes_back_within_about_half_a_step(tmp_path: Path) -> None:
+    directions = torch.randn(2, 3, 600, generator=torch.Generator().manual_seed(0)).half()
     directions[1, 2] = 0
     router = ResponseRouter(("a", "b"), {WEIGHT: directions})
     router.save(tmp_path / "response.safetensors")
     again = ResponseRouter.load(tmp_path / "response.safetensors")
     assert again.experts == router.experts
     error = (again.directions[WEIGHT].float() - directions.float()).abs()
-    largest = directions.float().abs().amax(dim=2, keepdim=True)
-    assert bool((error <= (0.5 / 127 + 2**-11) * largest).all())
+    step = 2**-0.5 * directions.float().square().mean(dim=2, keepdim=True).sqrt()
+    assert bool((error <= 0.7 * step).all())  # the scale that is best on the whole differs a little
+    assert (tmp_path / "response.safetensors").stat().st_size < 3 * directions.numel() / 8 + 500
+
+
+STREAM = torch.zeros(48, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "shapes", "message"),
     [
-        ({WEIGHT: torch.zeros(2, 4, 6)}, r"must be int8 \[2, rank, in\], got torch.float32"),
-        ({WEIGHT: torch.zeros(2, 4, 6, dtype=torch.int8)}, r"scale must be \[2, 4, 1\], got None"),
+        ({}, None, "`shapes` must be an object, got None"),
+        ({}, {WEIGHT: [2, 4]}, r"a shape \[2, rank, in\] required, got \[2, 4\]"),
+        ({}, {WEIGHT: [2, 4, -6]}, r"a shape \[2, rank, in\] required, got \[2, 4, -6\]"),
+        ({}, {WEIGHT: [2, 4, 6]}, "must be a stream of bytes, got none"),
         (
-            {
-                WEIGHT: torch.zeros(2, 4, 6, dtype=torch.int8),
-                f"{WEIGHT}.scale": torch.zeros(2, 4),
-            },
+            {WEIGHT: torch.zeros(2, 4, 6)},
+            {WEIGHT: [2, 4, 6]},
+            "must be a stream of bytes, got torch.float32",
+        ),
+        ({WEIGHT: STREAM}, {WEIGHT: [2, 4, 6]}, r"scale must be \[2, 4, 1\], got None"),
+        (
+            {WEIGHT: STREAM, f"{WEIGHT}.scale": torch.zeros(2, 4)},
+            {WEIGHT: [2, 4, 6]},
             r"scale must be \[2, 4, 1\], got \[2, 4\]",
+        ),
+        (
+            {WEIGHT: STREAM[:40], f"{WEIGHT}.scale": torch.zeros(2, 4, 1)},
+            {WEIGHT: [2, 4, 6]},
+            "a stream",
         ),
     ],
 )
-def test_directions_of_another_form_are_refused(tmp_path: Path, tensors, message) -> None:
+def test_directions_of_another_form_are_refused(tmp_path: Path, tensors, shapes, message) -> None:
     path = tmp_path / "response.safetensors"
-    save_tensors(path, "response", tensors, {"experts": ["a", "b"]})
+    save_tensors(path, "response", tensors, {"experts": ["a", "b"], "shapes": shapes})
     with pytest.raises(ArtifactError, match=message):
         ResponseRouter.load(path)
 

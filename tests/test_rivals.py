@@ -150,6 +150,20 @@ def test_an_artifact_alone_is_compared_with_its_own_experts(out, tasks):
     assert sum(figures["routing"]["math"]["chosen"].values()) == 2
 
 
+def test_every_model_is_scored_in_the_dtype_that_is_asked_for(out, tasks, monkeypatch):
+    seen, own = set(), scorer.score_answers
+
+    def watched(model, *arguments):
+        seen.add(next(model.parameters()).dtype)
+        return own(model, *arguments)
+
+    monkeypatch.setattr(scorer, "score_answers", watched)
+    options = ["--rivals", "extract_lora,average", "--limit", 4, "--tune", 4, "--dtype", "float16"]
+    result = call("evaluate", out, *tasks, *options)
+    assert result.exit_code == 0, result.output
+    assert seen == {torch.float16}
+
+
 def test_an_unknown_rival_is_named_with_the_known_ones(out, tasks):
     result = call("evaluate", out, *tasks, "--rivals", "ties,slerp")
     assert result.exit_code == 1

@@ -28,7 +28,7 @@ from mergekit_mediator.results import SystemResult, to_json
 from mergekit_mediator.rivals import Rivals
 from mergekit_mediator.scorer import Scorer, Tasks
 
-BUDGET = {"budget": "1.059x"}
+BUDGET = {"budget": "1.0595x"}
 METRICS = ("sign", "mass", "dispersion")
 RANDOM_CHOICES = 2
 PARTS = ("parts", "layers", "stored", "reference")

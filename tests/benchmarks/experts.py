@@ -45,7 +45,7 @@ from mergekit_mediator.rivals import KNOWN, Rivals, known
 from mergekit_mediator.scorer import Scorer
 
 # Of the whole directory; weights and routers alone are at most 1.06 and 1.10 of the base's weights then.
-FOUR, EIGHT = "1.059x", "1.098x"
+FOUR, EIGHT = "1.0595x", "1.099x"
 RANKS = (4, 16)
 TUNE_PROMPTS = 16
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
     parser.add_argument("--prompts", type=int, default=128, help="prompts a task in the report")
-    parser.add_argument("--budget", help="of ours; 1.059x for up to 4 experts, else 1.098x")
+    parser.add_argument("--budget", help="of ours; 1.0595x for up to 4 experts, else 1.099x")
     parser.add_argument("--rivals", default="all", help=f"of {', '.join(KNOWN)}, with commas")
     parser.add_argument("--each", action="store_true", help="every expert on every task")
     parser.add_argument("--name", help="of the results file; experts-N unless given")

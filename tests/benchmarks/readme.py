@@ -18,7 +18,7 @@ ROOMS = {
     "cli cli_merge",
     "Merge": "architecture planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge importance "
     "checkpoint estimate curve workers",
-    "Store": "sparse factors approximate budget allocate bits entropy description codec factor_codec "
+    "Store": "sparse factor_steps factors approximate budget allocate bits entropy description codec factor_codec "
     "expert_file artifact "
     "staging",
     "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
