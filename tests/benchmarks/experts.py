@@ -59,7 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
-    parser.add_argument("--prompts", type=int, default=128, help="prompts a task in the report")
+    parser.add_argument("--prompts", type=int, default=256, help="prompts a task in the report")
     parser.add_argument("--budget", help="of ours; 1.0595x for up to 4 experts, else 1.099x")
     parser.add_argument("--rivals", default="all", help=f"of {', '.join(KNOWN)}, with commas")
     parser.add_argument("--each", action="store_true", help="every expert on every task")
