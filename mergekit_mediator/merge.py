@@ -32,7 +32,7 @@ from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.plan import LayerPlan, select_routed
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.response import ResponseRouter
-from mergekit_mediator.slopes import check_budget, slopes_for
+from mergekit_mediator.slopes import bytes_over, check_budget, slopes_for
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for
 from mergekit_mediator.weights import Inputs
@@ -116,7 +116,7 @@ class _Merge:
     def run(self, merge_config: MergeConfiguration, config_source: str | None) -> Manifest:
         inputs = self.inputs
         inputs.open()
-        (self.out / artifact.EXPERTS).mkdir(parents=True)
+        (self.out / artifact.EXPERTS).parent.mkdir(parents=True)
         weights = inputs.weights()
         check_budget(inputs.config, dense_sizes(inputs, weights))
         _check_space(self.out, inputs, weights)
@@ -126,8 +126,7 @@ class _Merge:
             routed = _routed(weights, plans)
             self._write_directions(measured)
             write_model_files(inputs, merge_config, self.out)
-            slopes = self._slopes(weights, routed, measured)
-            self._write_experts(weights, routed, slopes)
+            slopes = self._store(weights, routed, measured)
             return describe(
                 inputs,
                 merge_config,
@@ -158,25 +157,39 @@ class _Merge:
             self.inputs.out_config.dtype = writer.dtype
         return plans, measured, writer.parameters
 
-    def _slopes(
+    def _store(
         self,
         weights: list[PlannedWeight],
         routed: list[PlannedWeight],
         measured: dict[str, Measured],
     ) -> dict[ModelReference, float]:
-        """What `bits` or a `budget` buy, now that everything but the experts is written."""
-        if not self.inputs.config.needs_costs:
+        """The second pass; a third one, with less, in the rare case that a budget did not suffice.
+
+        Everything but the experts must be written. Gives what `bits` or a `budget` bought.
+        """
+        config = self.inputs.config
+        if not config.needs_costs:
+            self._write_experts(weights, routed, {})
             return {}
-        written = {name: (self.out / name).stat().st_size for name in files_below(self.out)}
-        checkpoint = sum(size for name, size in written.items() if "/" not in name)
-        return slopes_for(
-            self.inputs.config,
-            sorted(_names(routed)),
-            measured,
-            dense_sizes(self.inputs, weights),
-            checkpoint,
-            sum(written.values()) - checkpoint,
-        )
+        dense = dense_sizes(self.inputs, weights)
+        checkpoint, others = self._written()
+        spare = 0
+        while True:
+            slopes = slopes_for(
+                config, sorted(_names(routed)), measured, dense, checkpoint, others + spare
+            )
+            self._write_experts(weights, routed, slopes)
+            over = bytes_over(config, list(dense), checkpoint, sum(self._written()))
+            if over <= 0:
+                return slopes
+            spare += over
+            shutil.rmtree(self.out / artifact.EXPERTS)
+
+    def _written(self) -> tuple[int, int]:
+        """Bytes of the checkpoint, and of all else that is written by now."""
+        sizes = {name: (self.out / name).stat().st_size for name in files_below(self.out)}
+        checkpoint = sum(size for name, size in sizes.items() if "/" not in name)
+        return checkpoint, sum(sizes.values()) - checkpoint
 
     def _write_experts(
         self,
@@ -186,6 +199,7 @@ class _Merge:
     ) -> None:
         """The second pass."""
         config = self.inputs.config
+        (self.out / artifact.EXPERTS).mkdir(parents=True)
         storing = Storing(config, self.passes.device, slopes, adapters_for(config, weights))
         with ExitStack() as stack:
             files = {}

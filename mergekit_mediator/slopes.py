@@ -86,6 +86,22 @@ def check_budget(config: MediatorConfig, dense: Mapping[str, Size]) -> None:
         )
 
 
+def bytes_over(
+    config: MediatorConfig, names: Sequence[str], checkpoint_bytes: int, written: int
+) -> int:
+    """By how much an artifact will exceed its budget; negative if it stays within, 0 without one.
+
+    Args:
+        config: of the merge.
+        names: of all weights.
+        checkpoint_bytes: as for `slopes_for`.
+        written: bytes of everything but manifest and card.
+    """
+    if config.budget is None:
+        return 0
+    return written + described_bytes(names) - config.budget_bytes(checkpoint_bytes)
+
+
 def predict(
     inputs: Inputs, weights: Sequence[PlannedWeight], measured: Mapping[str, Measured]
 ) -> list[Point]:
@@ -122,7 +138,7 @@ def tradeoffs(names: Sequence[str], measured: Mapping[str, Measured]) -> list[Te
 def fixed_bytes(
     config: MediatorConfig, names: Sequence[str], routed: Sequence[str], written: int
 ) -> int:
-    """What an artifact takes before anything of an expert is stored, about.
+    """What an artifact takes before anything of an expert is stored.
 
     Args:
         config: of the merge.
@@ -130,5 +146,9 @@ def fixed_bytes(
         routed: of those that experts may store.
         written: bytes of the dense expert and all that is written before experts are.
     """
-    listed = sum(len(name) + _LISTED_BYTES for name in names)
-    return written + _CARD_BYTES + listed + len(config.experts) * header_bytes(routed)
+    return written + described_bytes(names) + len(config.experts) * header_bytes(routed)
+
+
+def described_bytes(names: Sequence[str]) -> int:
+    """What manifest and card take at most, with weights of these names."""
+    return _CARD_BYTES + sum(len(name) + _LISTED_BYTES for name in names)

@@ -1,7 +1,7 @@
 import pico
 import pytest
 
-from mergekit_mediator import MediatorModel
+from mergekit_mediator import MediatorModel, merge, slopes
 from mergekit_mediator.artifact import open_expert, read_manifest
 
 
@@ -79,6 +79,19 @@ def test_a_budget_bounds_the_whole_directory(wide, merged):
         total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         ratio = total / checkpoint_bytes(out)
         assert multiple - 0.25 * (multiple - 1) < ratio <= multiple
+
+
+def test_a_budget_holds_even_where_sizes_were_predicted_too_small(wide, merged, monkeypatch):
+    monkeypatch.setattr(slopes, "_RESERVE", -0.2)
+    passes, own = [], merge._Merge._write_experts
+    monkeypatch.setattr(
+        merge._Merge, "_write_experts", lambda *given: [passes.append(1), own(*given)]
+    )
+    out = merged(wide.config(budget="1.5x"))
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert 1.35 < total / checkpoint_bytes(out) <= 1.5
+    assert len(passes) > 1
+    assert set(MediatorModel.from_pretrained(out).experts) == set(wide.experts)
 
 
 def test_a_budget_may_be_given_in_bytes(wide, merged):
