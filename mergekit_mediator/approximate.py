@@ -17,6 +17,9 @@ from mergekit_mediator.threshold import nonzero
 _REMAINDER_STEP = 2.0
 _DEAD_ZONE = 0.65
 _LARGEST_CODE = 32767
+# What is left out makes a change smaller than it was, and its expert less sure than it was. What is kept is
+# multiplied by this power of the ratio of their norms. Found on prompts that are not reported.
+_NORM_POWER = 0.375
 # Vectors are few and matter much: a sixteenth of their root mean square as the step, about 6 bits each.
 _VECTOR_STEP = 1 / 16
 
@@ -92,14 +95,25 @@ def _steps(
     magnitude = (flat[positions] / step).abs_() if step else flat[positions]
     shift = float((kept.abs() - magnitude).mean()) if kept.numel() else 0.0
     index_dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
+    lost = flat.index_add(0, positions, (shift * kept.sign() - kept) * step)
+    strength = _strength(difference.reshape(-1), lost)
     return SparseTensor(
         shape=tuple(difference.shape),
         dtype=dtype,
         values="steps",
         positions=positions.to(index_dtype),
         codes=kept,
-        scale=step,
+        scale=step * strength,
         shift=shift,
-        factors=factors,
+        factors=factors and factors.scaled(strength),
         share=share,
     )
+
+
+def _strength(difference: Tensor, lost: Tensor) -> float:
+    """What a part of a difference is multiplied by, given what it lacks."""
+    whole, kept = (
+        float(torch.linalg.vector_norm(x, dtype=torch.float64))
+        for x in (difference, difference - lost)
+    )
+    return max(1.0, whole / kept) ** _NORM_POWER if kept else 1.0

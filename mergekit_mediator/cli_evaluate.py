@@ -14,6 +14,7 @@ from mergekit_mediator.compare import (
     expert_systems,
     mediator_systems,
     route,
+    sizes,
 )
 from mergekit_mediator.contenders import located
 from mergekit_mediator.errors import OutputError
@@ -99,7 +100,11 @@ def evaluate(
     names = _rivals(rivals)
     loaded = load_tasks(tasks, limit + (tune if names else 0), seed)
     reported, tuning = split(loaded, limit) if names else (loaded, {})
-    model = MediatorModel.from_pretrained(out, dtype=dtype)
+    model = MediatorModel.from_pretrained(out)
+    stored = sizes(model)
+    if dtype != "auto":
+        del model  # before the other one is there
+        model = MediatorModel.from_pretrained(out, dtype=dtype)
     routing = route(model, reported)
     from_manifest = {entry.name: entry.source for entry in model.manifest.experts}
     places = from_manifest | _pairs(given, model.experts)
@@ -117,7 +122,7 @@ def evaluate(
         if wanted:
             experts = {name: located(f"expert {name}", place) for name, place in places.items()}
             results += expert_systems(scorer, reported, experts, each)
-        mine = mediator_systems(model, scorer, reported, routing)
+        mine = mediator_systems(model, scorer, reported, routing, stored)
         if names:
             from mergekit_mediator.rival_systems import RivalSystems
             from mergekit_mediator.rivals import Rivals

@@ -13,6 +13,9 @@ from mergekit_mediator.runtime import MediatorModel
 from mergekit_mediator.scorer import Scorer, Tasks
 from mergekit_mediator.tasks import Example
 
+# Ratios to the base: of the dense expert alone, and of everything.
+Sizes = tuple[dict[str, float], dict[str, float]]
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -60,6 +63,7 @@ def mediator_systems(
     scorer: Scorer,
     tasks: Tasks,
     routing: Mapping[str, Routing] | None = None,
+    stored: Sizes | None = None,
 ) -> list[SystemResult]:
     """An artifact without experts, with each task's own, and routed; the figures are ratios to the base.
 
@@ -68,12 +72,13 @@ def mediator_systems(
         scorer: of everything.
         tasks: by the name of the expert that they belong to.
         routing: of the artifact on the tasks, if it is known.
+        stored: the sizes of the artifact as it is stored, if the model is not in that dtype.
 
     Raises:
         MediatorError: see `Scorer.score`.
     """
     routing = routing if routing is not None else route(model, tasks)
-    alone, figures = sizes(model)
+    alone, figures = stored if stored is not None else sizes(model)
     own = {name: [mixed(model, ((name, 1.0),))] * len(t.examples) for name, t in tasks.items()}
     routed = {name: [mixed(model, m) for m in r.mixtures] for name, r in routing.items()}
     return [
@@ -91,23 +96,23 @@ def mediator_systems(
     ]
 
 
-def sizes(model: MediatorModel) -> tuple[dict[str, float], dict[str, float]]:
+def sizes(model: MediatorModel) -> Sizes:
     """Bytes of weights and routers, stored and in memory, over those of the base's weights.
 
-    Gives those of the dense expert alone, and those of everything with all experts decoded, where the
-    dense expert is loaded in the dtype that it is stored in.
+    Gives those of the dense expert alone, and those of everything with all experts decoded.
     """
     base = base_bytes(model)
+    dense = sum(p.numel() * p.element_size() for p in model.model.parameters())
     for name in model.experts:
         with model.mixture({name: 1.0}):
             pass  # an expert is decoded when it is first used, and counts as resident from then on
     weights = {path: f.bytes for path, f in model.manifest.files.items() if ".safetensors" in path}
     alone = sum(size for path, size in weights.items() if "/" not in path)
     return (
-        {"total_bytes_over_base": alone / base, "resident_bytes_over_base": alone / base},
+        {"total_bytes_over_base": alone / base, "resident_bytes_over_base": dense / base},
         {
             "total_bytes_over_base": sum(weights.values()) / base,
-            "resident_bytes_over_base": (alone + model.resident_bytes) / base,
+            "resident_bytes_over_base": (dense + model.resident_bytes) / base,
         },
     )
 

@@ -47,6 +47,10 @@ class Factors:
         """The matrix `[out, in]` in float32."""
         return (self.left.to(torch.float32) * self.scales) @ self.right.to(torch.float32).T
 
+    def scaled(self, factor: float) -> "Factors":
+        """The factors of a multiple of the matrix."""
+        return Factors(self.left, self.right, self.scales * factor)
+
     def to(self, device: torch.device) -> "Factors":
         """The same factors on a device."""
         return Factors(self.left.to(device), self.right.to(device), self.scales.to(device))

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,3 +114,23 @@ def test_an_adapter_is_stored_and_applied_exactly():
     weight = torch.zeros(30, 20)
     mix_(weight, [(1.0, decode_bytes(stream, description, "here"))])
     assert torch.allclose(weight, 0.75 * 4 / 3 * lora_b.float() @ lora_a, atol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [3e-2, 1e-2])
+def test_what_is_kept_is_strengthened_by_what_is_left_out(slope):
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(80, 4, generator=generator) @ torch.randn(4, 60, generator=generator)
+    delta = 0.1 * (low_rank + torch.randn(80, 60, generator=generator))
+    kept = rebuilt(approximate(delta, slope, torch.float32))
+    plain = (
+        kept * (kept * delta).sum() / kept.square().sum()
+    )  # the multiple nearest to the difference
+    assert float(plain.norm()) < 0.98 * float(delta.norm())
+    strength = float(kept.norm() / plain.norm())
+    assert strength == pytest.approx(float(delta.norm() / plain.norm()) ** 0.375, rel=0.01)
+
+
+def test_what_is_kept_whole_is_not_strengthened():
+    delta = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    kept = rebuilt(approximate(delta, 1e-8, torch.float32))
+    assert float((kept * delta).sum() / kept.square().sum()) == pytest.approx(1, abs=1e-4)

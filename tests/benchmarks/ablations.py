@@ -74,7 +74,11 @@ class Ablations:
         scores = self.scorer.score(name, self.tasks, answering)
         layers = sum(layer.routed for layer in model.manifest.layers)
         figures = {"part": part, "parameters": parameters, "routed_layers": layers}
-        self.results.append(SystemResult(name, scores, {**sizes(model)[1], **figures}))
+        self.results.append(
+            SystemResult(
+                name, scores, {**sizes(MediatorModel.from_pretrained(model.root))[1], **figures}
+            )
+        )
         self.write()
 
     def write(self) -> Path:

@@ -14,7 +14,7 @@ from train_experts import Pair, answer_logits
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.calibrate import calibrate_artifact
-from mergekit_mediator.compare import Routing, mediator_systems
+from mergekit_mediator.compare import Routing, mediator_systems, sizes
 from mergekit_mediator.results import AnswerScore, SystemResult
 from mergekit_mediator.rivals import Rivals
 from mergekit_mediator.scorer import Scorer
@@ -70,7 +70,8 @@ def artifact_systems(
 ) -> list[SystemResult]:
     """`mediator_systems` of our merge, with the CPU seconds it took; routed as it routes unless told otherwise."""
     model, seconds = artifact(made, label, parameters)
-    results = mediator_systems(model, scorer, tasks, routing)
+    stored = sizes(MediatorModel.from_pretrained(model.root))
+    results = mediator_systems(model, scorer, tasks, routing, stored)
     taken = {"merge_cpu_seconds": seconds, "parameters": parameters}
     return [replace(r, figures={**r.figures, **taken}) for r in results]
 

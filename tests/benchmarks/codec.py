@@ -21,6 +21,7 @@ from typing import Any
 
 import record
 import torch
+from artifacts import DTYPE
 from safetensors.torch import load_file
 from torch import Tensor
 from train_experts import REPORT_SEED
@@ -55,7 +56,7 @@ class Family:
             for name, w in self.base.items()
         }
         self.numel = sum(w.numel() for w in self.base.values())
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPE).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.examples = {
             t: from_reasoning_gym(t, prompts, seed, _config(experts / t)).examples for t in tasks

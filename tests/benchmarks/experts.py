@@ -31,12 +31,14 @@ from artifacts import (
 )
 from train_experts import FAMILIES, REPORT_SEED
 
+from mergekit_mediator import MediatorModel
 from mergekit_mediator.compare import (
     base_bytes,
     base_system,
     expert_systems,
     mediator_systems,
     route,
+    sizes,
 )
 from mergekit_mediator.quality_plot import plot_quality
 from mergekit_mediator.results import to_json, to_markdown
@@ -86,7 +88,13 @@ def main() -> None:
     ]
     informed = calibrated(model, folders, work / "mediator-calibrated")
     informed_routing = route(informed, tasks)
-    *_, routed = mediator_systems(informed, scorer, tasks, informed_routing)
+    *_, routed = mediator_systems(
+        informed,
+        scorer,
+        tasks,
+        informed_routing,
+        sizes(MediatorModel.from_pretrained(informed.root)),
+    )
     results.append(replace(routed, name="mediator_calibrated"))
     rivals = RivalSystems(made, scorer, tasks, tuning, routing, base_bytes(model))
     results += rivals.score(known(args.rivals.split(",")), RANKS)

@@ -24,6 +24,7 @@ import layer_metrics
 import layer_plots
 import record
 import torch
+from artifacts import DTYPE
 from baselines import State, average, load
 from layer_gains import Layers, Losses, layer_names, recovered
 from layer_metrics import Profile
@@ -53,7 +54,7 @@ class Family:
         self._folder = base
 
     def model(self, state: State) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=DTYPE).eval()
         model.load_state_dict(state, strict=False)  # the tied head is not in it
         model.tie_weights()
         return model
