@@ -131,8 +131,13 @@ class Rivals:
 
 
 def truncated(adapter: Path, rank: int) -> Path:
-    """An extracted adapter cut to a smaller rank: singular vectors stand in the order of their values."""
+    """An extracted adapter cut to a smaller rank: singular vectors stand in the order of their values.
+
+    It is made once; scores are remembered by its files.
+    """
     out = adapter.with_name(f"{adapter.name}-to-{rank}")
+    if (out / "adapter_config.json").exists():  # written last
+        return out
     out.mkdir(exist_ok=True)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config |= {"r": rank, "lora_alpha": rank}

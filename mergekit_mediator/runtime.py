@@ -1,5 +1,6 @@
 """MediatorModel: loads an artifact, and answers each request with the mixture of experts that it needs."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -296,8 +297,12 @@ class MediatorModel(Settings):
 
     @cached_property
     def _identity(self) -> str:
-        """What tells this artifact from others: the digests of its files."""
-        return self.manifest.model_dump_json(include={"files"})
+        """What tells this artifact's mixtures from others': digests of its weights, not of its routers."""
+        routers = (artifact.ROUTER, artifact.RESPONSE)
+        parts = [(n, d.sha256) for n, d in self.manifest.files.items() if n not in routers]
+        return json.dumps(
+            sorted(p for p in parts if p[0].endswith((".safetensors", "config.json")))
+        )
 
 
 def _forget_remote_code(config: Any) -> None:

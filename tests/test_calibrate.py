@@ -70,6 +70,12 @@ def test_the_same_data_and_seed_give_the_same_router(out, data):
     assert (out / artifact.ROUTER).read_bytes() == first
 
 
+def test_mixtures_keep_their_digest_when_a_router_is_calibrated(out, data):
+    before = MediatorModel.from_pretrained(out).mixture_digest("math")
+    calibrate(out, data)
+    assert MediatorModel.from_pretrained(out).mixture_digest("math") == before
+
+
 def test_the_data_of_one_expert_can_be_replaced_alone(out, data):
     calibrate(out, data)
     digests = read_manifest(out).router["data"]

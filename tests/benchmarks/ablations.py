@@ -15,13 +15,14 @@ import argparse
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import record
 import torch
 from artifacts import DTYPE, artifact, source, tasks_of
 from train_experts import FAMILIES, REPORT_SEED
 
-from mergekit_mediator import MediatorModel
+from mergekit_mediator import MediatorModel, approximate
 from mergekit_mediator.compare import base_system, expert_systems, route, sizes
 from mergekit_mediator.contenders import Contender, mixed
 from mergekit_mediator.results import SystemResult, to_json
@@ -31,7 +32,7 @@ from mergekit_mediator.scorer import Scorer, Tasks
 BUDGET = {"budget": "1.0595x"}
 METRICS = ("sign", "mass", "dispersion")
 RANDOM_CHOICES = 2
-PARTS = ("parts", "layers", "stored", "reference")
+PARTS = ("parts", "layers", "stored", "reference", "strength")
 # What experts keep of routed layers where layers are compared.
 PLAIN = {"density": 0.1, "values": "exact"}
 STORED: dict[str, dict[str, Any]] = {
@@ -130,6 +131,14 @@ class Ablations:
         name = "without averaging: relative to the base"
         self.add("parts", name, {**BUDGET, "reference": "base"})
 
+    def strength(self) -> None:
+        """What is kept, not strengthened for what is left out."""
+        parameters = {**BUDGET, "strength": "none"}
+        with patch.object(approximate, "_NORM_POWER", 0.0):
+            model, _ = artifact(self.made, "-".join(parameters.values()), BUDGET)
+        own = {t: [mixed(model, ((t, 1.0),))] * len(x.examples) for t, x in self.tasks.items()}
+        self.add_of(model, "parts", "without strengthening what is kept", parameters, own)
+
     def stored(self) -> None:
         """All layers routed, each way of storing."""
         for name, parameters in STORED.items():
@@ -145,7 +154,7 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts a task")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts a task")
     parser.add_argument("--part", choices=PARTS, action="append", help="these rows only")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

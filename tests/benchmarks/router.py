@@ -3,8 +3,8 @@
     python tests/benchmarks/router.py BASE_DIR [--cache DIR]
 
 BASE_DIR is the model that the experts come from and stands for the dense expert. `easy` are four
-tasks in their own wording; `hard` are 25 tasks, calibrated on four wordings each and tested on two
-others (`new`) and on the same four (`familiar`). Everything that had to be chosen was chosen on the
+tasks in their own wording; `hard` are 25 tasks, calibrated on 20 prompts each in 16 wordings and
+tested on ten others (`new`) and on the same ones (`familiar`). Everything that had to be chosen was chosen on the
 tasks of router_development.py. router_dataless.py measures the routers that need no data.
 """
 
@@ -32,6 +32,7 @@ from mergekit_mediator.fit_router import Calibration, fit
 # reasoning-gym draws problem i of seed s as problem i - 1 of seed s + 1: seeds must lie far apart
 CALIBRATION_SEED, REPORT_SEED = 11, 100_007
 PER_EXPERT = 20
+WAYS = (1, 2, 4, 8, 16)
 HEADS = ("ridge", "mahalanobis", "prototype")
 
 
@@ -99,15 +100,14 @@ class Bench:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        ways, others = prompts.FOR_CALIBRATION, prompts.FOR_REPORT
         self.sets: dict[str, Rows] = {
             name: model.rows(texts)
             for name, texts in {
                 "easy train": prompts.easy(PER_EXPERT, CALIBRATION_SEED),
                 "easy test": prompts.easy(50, REPORT_SEED),
-                "hard train": prompts.hard(PER_EXPERT, CALIBRATION_SEED, ways),
-                "hard new": prompts.hard(16, REPORT_SEED, others),
-                "hard familiar": prompts.hard(8, REPORT_SEED, ways),
+                "hard train": prompts.hard(PER_EXPERT, CALIBRATION_SEED, "calibration"),
+                "hard new": prompts.hard(40, REPORT_SEED, "report"),
+                "hard familiar": prompts.hard(16, REPORT_SEED, "calibration"),
                 "near": {"near": prompts.near(6, REPORT_SEED)},
                 "far": {"far": prompts.far(96, REPORT_SEED)},
                 "background": {"background": list(BACKGROUND)},
@@ -174,7 +174,7 @@ class Bench:
         """Accuracy on new wordings of `embedding` by prompts per expert."""
         result = {}
         for count in (8, 20, 40, 80):
-            texts = prompts.hard(count, CALIBRATION_SEED, prompts.FOR_CALIBRATION)
+            texts = prompts.hard(count, CALIBRATION_SEED, "calibration")
             rows = self.model.rows(texts)
             excluded = shared_tokens(rows)
             known = embedding_features(rows, self.model.table, excluded)
@@ -187,8 +187,8 @@ class Bench:
         """Accuracy on new wordings of `hidden` by how many ways the same number of prompts is worded in."""
         made, _ = self.features("hidden", "hard")
         result = {}
-        for count in (1, 2, len(prompts.FOR_CALIBRATION)):
-            texts = prompts.hard(PER_EXPERT, CALIBRATION_SEED, prompts.FOR_CALIBRATION[:count])
+        for count in WAYS:
+            texts = prompts.hard(PER_EXPERT, CALIBRATION_SEED, "calibration", count)
             router = fit(
                 self.model.hidden(self.model.rows(texts)),
                 "hidden",
@@ -254,7 +254,8 @@ def main() -> None:
         for name, k in (("familiar wordings", "hard familiar"), ("new wordings", "hard new"))
     }
     new, truth = decided["new wordings"]
-    wording = torch.arange(len(truth)) % len(prompts.FOR_REPORT) + len(prompts.FOR_REPORT) * truth
+    ways = len(next(iter(prompts.WORDINGS.values()))["report"])
+    wording = torch.arange(len(truth)) % ways + ways * truth
     figures: dict[str, Any] = {
         "default": "hidden with a ridge head",
         "easy_accuracy": routers["hidden"]["easy"]["ridge"]["easy test"]["accuracy"],
