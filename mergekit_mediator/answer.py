@@ -1,5 +1,6 @@
 """Text in, text out: each prompt's mixture and answer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,20 +24,29 @@ def answer(
         router: the router's name, or None for the default one.
 
     Returns:
-        For each prompt `prompt`, `mixture`, `entropy` in nats (None without routing), `answer`.
+        For each prompt `prompt`, `mixture`, `entropy` in nats and the out-of-distribution score `ood` (None
+        without routing, or where the router cannot tell), `answer`.
     """
     results = []
     for prompt in prompts:
-        entropy, chosen = None, dict(mixture or {})
+        entropy, ood, chosen = None, None, dict(mixture or {})
         ids, mask = model.tokenize([prompt])
         if mixture is None:
             decision = model.route(ids, mask, router=router)
             weights = model.mixtures(decision, router)[0]
-            entropy = float(decision.entropy[0])
+            entropy, ood = float(decision.entropy[0]), float(decision.ood[0])
             chosen = {e: p for e, p in zip(model.experts, weights.tolist(), strict=True) if p > 0}
         output = model.generate(
             ids, mask, mixture=chosen, max_new_tokens=max_new_tokens, do_sample=False
         )
         text = model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        results.append({"prompt": prompt, "mixture": chosen, "entropy": entropy, "answer": text})
+        results.append(
+            {
+                "prompt": prompt,
+                "mixture": chosen,
+                "entropy": entropy,
+                "ood": None if ood is None or math.isnan(ood) else ood,
+                "answer": text,
+            }
+        )
     return results

@@ -183,6 +183,21 @@ def calibrate(
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--expert", "experts", multiple=True, help="NAME or NAME=WEIGHT, instead of routing.")
 @click.option("--router", help="Route by this router instead of the default one.")
+@click.option(
+    "--policy",
+    type=click.Choice(["hard", "soft", "auto"]),
+    default="auto",
+    show_default=True,
+    help="One expert, a blend, or whichever the router is sure enough for.",
+)
+@click.option(
+    "--ood-action",
+    type=click.Choice(["blend", "dense", "fallback", "refuse"]),
+    default="blend",
+    show_default=True,
+    help="What is done with a prompt unlike all that the calibrated router knows.",
+)
+@click.option("--fallback", help="The expert of --ood-action fallback, or dense.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @_json
 def generate(
@@ -190,6 +205,9 @@ def generate(
     prompts: tuple[str, ...],
     experts: tuple[str, ...],
     router: str | None,
+    policy: Literal["hard", "soft", "auto"],
+    ood_action: Literal["blend", "dense", "fallback", "refuse"],
+    fallback: str | None,
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
@@ -200,7 +218,10 @@ def generate(
     from mergekit_mediator.answer import answer
     from mergekit_mediator.runtime import MediatorModel
 
+    if (ood_action == "fallback") != (fallback is not None):
+        raise click.UsageError("--ood-action fallback and --fallback NAME go together")
     model = MediatorModel.from_pretrained(out)
+    model.policy, model.ood_action, model.fallback = policy, ood_action, fallback
     mixture = _mixture(experts)
     results = answer(model, prompts, max_new_tokens, mixture=mixture, router=router)
     if as_json:

@@ -28,8 +28,9 @@ class Settings:
         entropy_threshold: of the policy `auto`, as a fraction of log(number of experts); None is the
             calibrated one, or 0.5 without calibration.
         ood_threshold: requests beyond it count as out of distribution; None is the calibrated one.
-        fallback: what answers a request that is out of distribution or has no text to route by: an
-            expert's name or `dense`; None blends the former and refuses the latter.
+        ood_action: what is done with a request that is out of distribution; see `router.apply_policy`.
+        fallback: what answers a request that has no text to route by, and with the action `fallback` one
+            that is out of distribution: an expert's name or `dense`. None refuses the former.
         route_on: what routing looks at: the whole `prompt`, or the `last_user` turn of a chat.
         apply: `merge` puts a mixture into the weights, and rows that need different ones are run one
             mixture after the other; `rows` gives every row its own without touching the weights (see
@@ -40,6 +41,7 @@ class Settings:
     policy: Policy = "auto"
     entropy_threshold: float | None = None
     ood_threshold: float | None = None
+    ood_action: OodAction = "blend"
     fallback: str | None = None
     route_on: RouteOn = "prompt"
     apply: Apply = "auto"
@@ -77,20 +79,32 @@ class Requests:
             return self._routers.decide(ids, mask, counted, router, temperature)
 
     def weights(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
-        """The mixtures that a decision leads to, `[batch, n_experts]` float32."""
+        """The mixtures that a decision leads to, `[batch, n_experts]` float32.
+
+        Raises:
+            RoutingError: see `router.apply_policy`; or an action for what is out of distribution where the
+                router cannot tell what is.
+        """
         own = self._settings
         entropy, ood = self._routers.thresholds(router)
         entropy = _UNCALIBRATED_ENTROPY if entropy is None else entropy
         if own.entropy_threshold is not None:
             entropy = own.entropy_threshold
-        action: OodAction = "blend"
-        if own.fallback is not None:
-            action = "dense" if own.fallback == "dense" else "fallback"
+        if own.ood_threshold is not None:
+            ood = own.ood_threshold
+        action = own.ood_action
+        if ood is None and action != "blend":
+            raise RoutingError(
+                f"ood_action {action!r} needs a router that knows what is out of distribution: run "
+                "`mergekit-mediator calibrate`, or set ood_threshold"
+            )
+        if action == "fallback" and own.fallback == "dense" and "dense" not in decision.experts:
+            action = "dense"
         return apply_policy(
             decision,
             own.policy,
             entropy,
-            ood_threshold=own.ood_threshold if own.ood_threshold is not None else ood,
+            ood_threshold=ood,
             ood_action=action,
             fallback=own.fallback,
         )

@@ -184,7 +184,7 @@ class MediatorModel(Settings):
 
     def mixtures(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
         """The mixtures that a decision leads to, `[batch, n_experts]` float32, by the policy,
-        thresholds and fallback of this model."""
+        thresholds, action and fallback of this model."""
         return self._requests.weights(decision, router)
 
     @torch.no_grad()

@@ -121,7 +121,28 @@ def test_a_fallback_answers_what_cannot_be_routed(model, batch):
     model.fallback = "chat"
     rows = model._requests.mixtures(ids, mask, None, None, None)
     assert rows[1] == (("chat", 1.0),)
-    model.ood_threshold = -1e9
-    assert model.mixtures(model.route(*batch)).tolist() == [[0, 0, 1]] * 5
-    model.fallback = "dense"
-    assert model.mixtures(model.route(*batch)).tolist() == [[0, 0, 0]] * 5
+
+
+@pytest.mark.parametrize(
+    ("action", "fallback", "mixture"),
+    [("dense", None, [0, 0, 0]), ("fallback", "chat", [0, 0, 1]), ("fallback", "dense", [0, 0, 0])],
+)
+def test_what_is_out_of_distribution_gets_the_action_that_is_set(
+    model, batch, action, fallback, mixture
+):
+    model.ood_threshold, model.ood_action, model.fallback = -1e9, action, fallback
+    assert model.mixtures(model.route(*batch)).tolist() == [mixture] * 5
+
+
+def test_what_is_out_of_distribution_is_refused_if_so_set(model, batch):
+    model.ood_threshold, model.ood_action = -1e9, "refuse"
+    with pytest.raises(RoutingError, match="request 0 is out of distribution"):
+        model.generate(*batch, max_new_tokens=1)
+
+
+def test_an_action_that_nothing_would_ever_trigger_is_refused(model, batch):
+    model.ood_action = "refuse"
+    with pytest.raises(
+        RoutingError, match=r"'refuse' needs a router .* `mergekit-mediator calibrate`"
+    ):
+        model.mixtures(model.route(*batch))

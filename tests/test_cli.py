@@ -244,6 +244,27 @@ def test_generate_takes_a_mixture_instead_of_routing(out):
     assert call("generate", out, "w1", "--expert", "law").exit_code == 1
 
 
+def test_generate_follows_the_policy_that_is_given(out):
+    (hard,) = figures("generate", out, "w1", "--policy", "hard", "--max-new-tokens", 1)
+    (soft,) = figures("generate", out, "w1", "--policy", "soft", "--max-new-tokens", 1)
+    assert list(hard["mixture"].values()) == [1.0]
+    assert len(soft["mixture"]) == 3
+    assert max(soft["mixture"], key=soft["mixture"].get) in hard["mixture"]
+
+
+def test_generate_asks_for_calibration_before_it_refuses_what_is_foreign(out):
+    result = call("generate", out, "w1", "--ood-action", "refuse")
+    assert result.exit_code == 1
+    assert "run `mergekit-mediator calibrate`" in result.output
+
+
+@pytest.mark.parametrize("options", [["--ood-action", "fallback"], ["--fallback", "code"]])
+def test_a_fallback_is_named_and_used_or_neither(out, options):
+    result = call("generate", out, "w1", *options)
+    assert result.exit_code == 2
+    assert "--ood-action fallback and --fallback NAME go together" in result.output
+
+
 @pytest.mark.parametrize("text", ["- a\n", "just text", ""])
 def test_a_configuration_that_is_no_mapping_says_what_is_required(tmp_path, text):
     path = tmp_path / "config.yml"
