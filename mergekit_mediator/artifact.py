@@ -40,6 +40,7 @@ class BaseEntry(_Model):
 
     source: str
     revision: str | None = None
+    license: str | None = None
     files: dict[str, FileDigest]
 
 

@@ -30,8 +30,8 @@ model = MediatorModel.from_pretrained("{name}")
 
 Base: {base}
 
-| expert | source | share of the mean |
-| --- | --- | --- |
+| expert | source | licence | share of the mean |
+| --- | --- | --- | --- |
 {experts}
 
 ## Conflict
@@ -64,7 +64,13 @@ def write_card(out: Path, manifest: Manifest, config_source: str) -> None:
     if hub:
         metadata |= {"base_model": hub, "base_model_relation": "merge"}
     metric = manifest.parameters["conflict"]
-    rows = [f"| {e.name} | {_show(e.source)} | {e.weight} |" for e in manifest.experts]
+    licenses = {manifest.base.license, *(expert.license for expert in manifest.experts)}
+    if len(licenses) == 1 and None not in licenses:
+        metadata["license"] = licenses.pop()
+    rows = [
+        f"| {e.name} | {_show(e.source)} | {e.license or 'not stated'} | {e.weight} |"
+        for e in manifest.experts
+    ]
     chart = conflict_chart(
         [layer.name for layer in manifest.layers],
         [layer.conflict.get(metric, 0.0) for layer in manifest.layers],

@@ -14,6 +14,7 @@ from mergekit_mediator import __version__, artifact
 from mergekit_mediator.artifact import BaseEntry, ExpertEntry, FileDigest, LayerEntry, Manifest
 from mergekit_mediator.card import write_card
 from mergekit_mediator.headers import first_line
+from mergekit_mediator.licenses import license_of
 from mergekit_mediator.plan import LayerPlan
 from mergekit_mediator.remote_code import write_remote_code
 from mergekit_mediator.weights import Inputs
@@ -75,6 +76,7 @@ def describe(
         base=BaseEntry(
             source=str(inputs.base.model.path),
             revision=inputs.base.model.revision,
+            license=license_of(str(inputs.base.model.path), inputs.base.model.revision),
             files=base_digests.result(),
         ),
         experts=tuple(
@@ -82,6 +84,9 @@ def describe(
                 name=name,
                 source=_source(model),
                 revision=(model.lora or model.model).revision,
+                license=license_of(
+                    str((model.lora or model.model).path), (model.lora or model.model).revision
+                ),
                 weight=_given(merge_config, model, "weight", 1.0),
                 file=f"experts/{name}.safetensors",
             )

@@ -47,6 +47,24 @@ def test_the_hub_reads_the_card_and_shows_it_as_a_merge(tmp_path):
     assert read.data.to_dict()["base_model_relation"] == "merge"
 
 
+@pytest.mark.parametrize(
+    ("of_base", "of_experts", "stated"),
+    [("mit", "mit", "mit"), ("mit", "apache-2.0", None), (None, "mit", None), (None, None, None)],
+)
+def test_a_licence_is_claimed_only_if_every_model_states_it(tmp_path, of_base, of_experts, stated):
+    given = manifest()
+    licensed = given.model_copy(
+        update={
+            "base": given.base.model_copy(update={"license": of_base}),
+            "experts": tuple(e.model_copy(update={"license": of_experts}) for e in given.experts),
+        }
+    )
+    write_card(tmp_path, licensed, "merge_method: mediator")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict().get("license") == stated
+    assert f"| {of_experts or 'not stated'} |" in card.text
+
+
 def test_no_directory_of_this_machine_is_shown(card):
     assert "/home/me" not in card
     assert "`code`" in card
