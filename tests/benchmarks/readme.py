@@ -17,7 +17,7 @@ ROOMS = {
     "Start and configure": "__init__ _autoload _build plugin config settings expert_names keys "
     "cli cli_merge",
     "Merge": "architecture planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge importance "
-    "checkpoint estimate curve workers",
+    "checkpoint licenses estimate curve workers",
     "Store": "sparse factor_steps factors approximate budget allocate bits entropy description codec factor_codec "
     "expert_file artifact "
     "staging",
