@@ -16,7 +16,7 @@ from mergekit_mediator.errors import ConfigError
 
 # The divergence of an expert's answers from those of the whole expert, and the part of the loss between
 # average and expert that is not recovered, are about this power of the part of the squared change that is
-# left out: tests/benchmarks/results/codec.json gives 4 for weak fine-tunes and 6 for strong ones.
+# left out: in tests/benchmarks/results/codec.json 5 for weak fine-tunes at half a bit and more, 7 for strong ones.
 LOSS_POWER = 5
 _STEPS = 64  # between two slopes of the grid
 _ROUNDS = 80
