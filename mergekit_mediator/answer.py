@@ -34,7 +34,8 @@ def answer(
         if mixture is None:
             decision = model.route(ids, mask, router=router)
             weights = model.mixtures(decision, router)[0]
-            entropy, ood = float(decision.entropy[0]), float(decision.ood[0])
+            entropy, score = float(decision.entropy[0]), float(decision.ood[0])
+            ood = None if math.isnan(score) else score
             chosen = {e: p for e, p in zip(model.experts, weights.tolist(), strict=True) if p > 0}
         output = model.generate(
             ids, mask, mixture=chosen, max_new_tokens=max_new_tokens, do_sample=False
@@ -45,7 +46,7 @@ def answer(
                 "prompt": prompt,
                 "mixture": chosen,
                 "entropy": entropy,
-                "ood": None if ood is None or math.isnan(ood) else ood,
+                "ood": ood,
                 "answer": text,
             }
         )

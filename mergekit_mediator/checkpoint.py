@@ -80,17 +80,7 @@ def describe(
             files=base_digests.result(),
         ),
         experts=tuple(
-            ExpertEntry(
-                name=name,
-                source=_source(model),
-                revision=(model.lora or model.model).revision,
-                license=license_of(
-                    str((model.lora or model.model).path), (model.lora or model.model).revision
-                ),
-                weight=_given(merge_config, model, "weight", 1.0),
-                file=f"experts/{name}.safetensors",
-            )
-            for model, name in inputs.config.experts.items()
+            _expert(merge_config, model, name) for model, name in inputs.config.experts.items()
         ),
         layers=tuple(
             LayerEntry(name=p.name, weights=p.weights, conflict=p.metrics, routed=bool(p.routed))
@@ -106,6 +96,18 @@ def describe(
         write_card(out, manifest, source)
     files = artifact.digests(out, artifact.vouched_for(out))
     return manifest.model_copy(update={"files": files})
+
+
+def _expert(config: MergeConfiguration, model: ModelReference, name: str) -> ExpertEntry:
+    own = model.lora or model.model
+    return ExpertEntry(
+        name=name,
+        source=_source(model),
+        revision=own.revision,
+        license=license_of(str(own.path), own.revision),
+        weight=_given(config, model, "weight", 1.0),
+        file=f"experts/{name}.safetensors",
+    )
 
 
 def _source(model: ModelReference) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mergekit_mediator.factor_steps import LEAST_SLOPES, codes, fineness
 
@@ -123,9 +124,7 @@ def _refit(matrix: Tensor, other: Tensor) -> Tensor:
     b = other.to(torch.float32)
     # rounded vectors of small matrices may depend on each other, so no plain inverse
     inverse = torch.linalg.pinv((b.T @ b).to(torch.float64), hermitian=True)
-    vectors: Tensor = (matrix @ b) @ inverse.to(torch.float32)
-    vectors /= torch.linalg.vector_norm(vectors, dim=0).clamp(min=_TINY)
-    return vectors
+    return normalize((matrix @ b) @ inverse.to(torch.float32), dim=0, eps=_TINY)
 
 
 def decompose(matrix: Tensor) -> Components:

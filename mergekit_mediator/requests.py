@@ -98,7 +98,7 @@ class Requests:
                 f"ood_action {action!r} needs a router that knows what is out of distribution: run "
                 "`mergekit-mediator calibrate`, or set ood_threshold"
             )
-        if action == "fallback" and own.fallback == "dense" and "dense" not in decision.experts:
+        if action == "fallback" and self._is_dense(own.fallback):
             action = "dense"
         return apply_policy(
             decision,
@@ -116,9 +116,12 @@ class Requests:
             MixtureError: see `mixture.Mixer.mixture`.
         """
         if isinstance(mixture, str):
-            is_dense = mixture == "dense" and "dense" not in self._mixer.experts.files
-            mixture = {} if is_dense else {mixture: 1.0}
+            mixture = {} if self._is_dense(mixture) else {mixture: 1.0}
         return self._mixer.check(mixture)
+
+    def _is_dense(self, name: str | None) -> bool:
+        """Whether a name is that of the dense expert, and of no sparse one."""
+        return name == "dense" and name not in self._mixer.experts.files
 
     def mixtures(
         self,

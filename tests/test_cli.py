@@ -1,4 +1,5 @@
 import json
+from typing import get_args
 
 import click.testing
 import pytest
@@ -6,6 +7,7 @@ import yaml
 
 from mergekit_mediator.artifact import read_manifest
 from mergekit_mediator.cli import main
+from mergekit_mediator.router import OodAction, Policy
 
 COMMANDS = ["calibrate", "demo", "evaluate", "generate", "inspect", "merge", "plan", "verify"]
 
@@ -250,6 +252,12 @@ def test_generate_follows_the_policy_that_is_given(out):
     assert list(hard["mixture"].values()) == [1.0]
     assert len(soft["mixture"]) == 3
     assert max(soft["mixture"], key=soft["mixture"].get) in hard["mixture"]
+
+
+def test_generate_offers_what_the_policy_knows():
+    options = {option.name: option.type for option in main.commands["generate"].params}
+    assert tuple(options["policy"].choices) == get_args(Policy)
+    assert tuple(options["ood_action"].choices) == get_args(OodAction)
 
 
 def test_generate_asks_for_calibration_before_it_refuses_what_is_foreign(out):
