@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import IO, Any
 
 import safetensors
+import zstandard
 from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_mediator.codec import decode_bytes, encode_bytes
 from mergekit_mediator.description import Description, parse_description
+from mergekit_mediator.entropy import unpack
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.sparse import SparseTensor
 
 _FORMAT = "mediator-expert"
-_VERSION = 1
-# What a weight within `bits` or a `budget` adds to the header besides its name (twice), about.
-_ENTRY_BYTES = 330
+_VERSION = 2
+# The entry that describes all others.
+_DESCRIPTIONS = "__descriptions__"
+# What a weight within `bits` or a `budget` adds to the header and to the descriptions besides its name, about.
+_ENTRY_BYTES = 120
 _COPY_BYTES = 1 << 24
 
 
 def header_bytes(weights: Sequence[str]) -> int:
-    """The size of a file's header, about."""
-    return 200 + sum(2 * len(json.dumps(name)) + _ENTRY_BYTES for name in weights)
+    """The size of a file's header and descriptions, about."""
+    return 400 + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in weights)
 
 
 class ExpertWriter:
@@ -64,18 +68,23 @@ class ExpertWriter:
         self._end += stream.numel()
 
     def close(self) -> None:
-        """Write the file: header, then what has come."""
-        weights = {
+        """Write the file: header, then what has come, then its descriptions."""
+        descriptions = {
             name: d.model_dump(exclude_defaults=True) for name, (_, _, d) in self._entries.items()
         }
+        plain = json.dumps(descriptions, separators=(",", ":")).encode()
+        stored = min(plain, zstandard.ZstdCompressor(level=19).compress(plain), key=len)
+        self._data.write(stored)
         metadata = {
             "format": _FORMAT,
             "version": str(_VERSION),
             "expert": self._expert,
-            "weights": json.dumps(weights, separators=(",", ":")),
+            "descriptions_bytes": str(len(plain)),
         }
         header: dict[str, Any] = {"__metadata__": metadata}
-        for name, (start, end, _) in self._entries.items():
+        places = {name: (start, end) for name, (start, end, _) in self._entries.items()}
+        places[_DESCRIPTIONS] = (self._end, self._end + len(stored))
+        for name, (start, end) in places.items():
             header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text = text.ljust(len(text) + -len(text) % 8)
@@ -104,7 +113,6 @@ class ExpertFile:
             opened: Any = safe_open(path, framework="pt")
             self._file = opened.__enter__()
             metadata = self._file.metadata() or {}
-            fields = json.loads(metadata.get("weights", "null"))
         except (OSError, safetensors.SafetensorError, ValueError) as error:
             raise ArtifactError(f"{path}: cannot be read as a sparse expert: {error}") from error
         if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
@@ -112,10 +120,9 @@ class ExpertFile:
                 f"{path}: format {_FORMAT!r} version {_VERSION} required, got "
                 f"{metadata.get('format')!r} version {metadata.get('version')!r}"
             )
-        if not isinstance(fields, dict) or set(fields) != set(self._file.keys()):
-            raise ArtifactError(
-                f"{path}: the stored weights are not those that its header describes"
-            )
+        fields = self._descriptions(metadata.get("descriptions_bytes", ""))
+        if set(fields) != set(self._file.keys()) - {_DESCRIPTIONS}:
+            raise ArtifactError(f"{path}: the stored weights are not those that it describes")
         self.expert = metadata.get("expert", "")
         self.weights = {
             name: parse_description(entry, f"{path}: {name!r}") for name, entry in fields.items()
@@ -138,3 +145,14 @@ class ExpertFile:
     def stored_bytes(self, weight: str) -> int:
         """The bytes that one weight takes in the file."""
         return int(self._file.get_slice(weight).get_shape()[0])
+
+    def _descriptions(self, size: str) -> dict[str, Any]:
+        where = f"{self.path}: {_DESCRIPTIONS}"
+        try:
+            stored = self._file.get_tensor(_DESCRIPTIONS).numpy()
+            fields = json.loads(unpack(stored, int(size), where).tobytes())
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ArtifactError(f"{where}: cannot be read: {error}") from error
+        if not isinstance(fields, dict):
+            raise ArtifactError(f"{where}: an object required, got {type(fields).__name__}")
+        return fields

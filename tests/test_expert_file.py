@@ -55,7 +55,7 @@ def test_the_file_is_ordinary_safetensors(tmp_path):
     dense, _ = write(tmp_path / "e.safetensors")
     file = ExpertFile(tmp_path / "e.safetensors")
     with safe_open(tmp_path / "e.safetensors", framework="np") as opened:
-        assert set(opened.keys()) == set(dense)
+        assert set(opened.keys()) == {*dense, "__descriptions__"}
         for name in dense:
             assert opened.get_tensor(name).dtype == "uint8"
             assert opened.get_tensor(name).nbytes == file.stored_bytes(name)
@@ -108,7 +108,7 @@ def rewrite_header(path, change):
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + room :])
 
 
-@pytest.mark.parametrize("key", ["format", "version", "weights"])
+@pytest.mark.parametrize("key", ["format", "version", "descriptions_bytes"])
 def test_a_foreign_header_is_refused(tmp_path, key):
     path = tmp_path / "e.safetensors"
     write(path)
@@ -120,14 +120,38 @@ def test_a_foreign_header_is_refused(tmp_path, key):
 def test_a_weight_without_a_description_is_refused(tmp_path):
     path = tmp_path / "e.safetensors"
     write(path)
+    rewrite_header(path, lambda header: header.update(d=header.pop("c")))
+    with pytest.raises(ArtifactError, match="not those that it describes"):
+        ExpertFile(path)
 
-    def drop(header):
-        described = json.loads(header["__metadata__"]["weights"])
-        del described["c"]
-        header["__metadata__"]["weights"] = json.dumps(described)
 
-    rewrite_header(path, drop)
-    with pytest.raises(ArtifactError, match="header describes"):
+def test_descriptions_that_claim_to_be_huge_are_refused_before_they_are_read(tmp_path):
+    path = tmp_path / "e.safetensors"
+    write(path)
+    change = {"descriptions_bytes": str(10**12)}
+    rewrite_header(path, lambda header: header["__metadata__"].update(change))
+    with pytest.raises(ArtifactError, match=r"__descriptions__: \d+ bytes cannot hold 10{12}"):
+        ExpertFile(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "an object required, got list"), ("{", "cannot be read")]
+)
+def test_descriptions_that_are_no_object_are_refused(tmp_path, text, message):
+    path = tmp_path / "e.safetensors"
+    write(path)
+    with safe_open(path, framework="np") as opened:
+        stored = opened.get_tensor("__descriptions__").nbytes
+
+    def shorten(header):
+        header["__metadata__"]["descriptions_bytes"] = str(len(text))
+        entry = header["__descriptions__"]
+        start = entry["data_offsets"][0]
+        entry.update(shape=[len(text)], data_offsets=[start, start + len(text)])
+
+    rewrite_header(path, shorten)
+    path.write_bytes(path.read_bytes()[:-stored] + text.encode())
+    with pytest.raises(ArtifactError, match=f"__descriptions__: {message}"):
         ExpertFile(path)
 
 
