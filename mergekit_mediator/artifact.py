@@ -44,6 +44,16 @@ class BaseEntry(_Model):
     files: dict[str, FileDigest]
 
 
+class Tuned(_Model):
+    """What an expert was tuned on, and what that did: KL(expert ‖ stored) in nats for each answer, of prompts
+    that were not learnt from, before and after."""
+
+    prompts: Annotated[int, Field(gt=0)]
+    data: str
+    divergence_before: float
+    divergence_after: float
+
+
 class ExpertEntry(_Model):
     """One expert: where it came from, its share in the mean, and its file below `mediator/`."""
 
@@ -53,6 +63,7 @@ class ExpertEntry(_Model):
     license: str | None = None
     weight: Any = 1.0
     file: str
+    tuned: Tuned | None = None
 
 
 class LayerEntry(_Model):

@@ -11,7 +11,14 @@ from mergekit.config import MergeConfiguration
 from tqdm import tqdm
 
 from mergekit_mediator import __version__, artifact
-from mergekit_mediator.artifact import BaseEntry, ExpertEntry, FileDigest, LayerEntry, Manifest
+from mergekit_mediator.artifact import (
+    BaseEntry,
+    ExpertEntry,
+    FileDigest,
+    LayerEntry,
+    Manifest,
+    Tuned,
+)
 from mergekit_mediator.card import write_card
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.licenses import license_of
@@ -60,11 +67,13 @@ def describe(
     parameter_count: int,
     base_digests: "Future[dict[str, FileDigest]]",
     slopes: Mapping[ModelReference, float],
+    tuned: Mapping[str, Tuned],
     out: Path,
 ) -> Manifest:
     """Write card and configuration to `out`; gives the manifest of everything that is there.
 
-    Slopes are those of `slopes.slopes_for`, if experts were stored within bits or a budget.
+    Slopes are those of `slopes.slopes_for`, if experts were stored within bits or a budget; `tuned` is what
+    `tuning.tune` gave.
     """
     parameters = _parameters(merge_config, inputs)
     if slopes:
@@ -80,7 +89,8 @@ def describe(
             files=base_digests.result(),
         ),
         experts=tuple(
-            _expert(merge_config, model, name) for model, name in inputs.config.experts.items()
+            _expert(merge_config, model, name, tuned.get(name))
+            for model, name in inputs.config.experts.items()
         ),
         layers=tuple(
             LayerEntry(name=p.name, weights=p.weights, conflict=p.metrics, routed=bool(p.routed))
@@ -93,12 +103,16 @@ def describe(
     source = config_source or merge_config.to_yaml()
     (out / "mergekit_config.yml").write_text(source, encoding="utf-8")
     if inputs.options.write_model_card:
+        for path in inputs.config.prompts.values():
+            source = source.replace(path, Path(path).name)
         write_card(out, manifest, source)
     files = artifact.digests(out, artifact.vouched_for(out))
     return manifest.model_copy(update={"files": files})
 
 
-def _expert(config: MergeConfiguration, model: ModelReference, name: str) -> ExpertEntry:
+def _expert(
+    config: MergeConfiguration, model: ModelReference, name: str, tuned: Tuned | None
+) -> ExpertEntry:
     own = model.lora or model.model
     return ExpertEntry(
         name=name,
@@ -107,6 +121,7 @@ def _expert(config: MergeConfiguration, model: ModelReference, name: str) -> Exp
         license=license_of(str(own.path), own.revision),
         weight=_given(config, model, "weight", 1.0),
         file=f"experts/{name}.safetensors",
+        tuned=tuned,
     )
 
 
@@ -126,7 +141,7 @@ def _given(config: MergeConfiguration, model: ModelReference, name: str, default
 
 def _parameters(config: MergeConfiguration, inputs: Inputs) -> dict[str, Any]:
     """All parameters with their defaults, as plain values."""
-    hidden = {"experts", "base_model", "storage_given"}
+    hidden = {"experts", "prompts", "base_model", "storage_given"}
     own = inputs.config.model_dump(exclude=hidden, exclude_none=True)
     if inputs.config.selection.rule != own["route"]:
         own.pop("route")

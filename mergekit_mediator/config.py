@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mergekit_mediator.conflict import Metric
 from mergekit_mediator.errors import ConfigError
-from mergekit_mediator.expert_names import PER_EXPERT, check_known, named_experts
+from mergekit_mediator.expert_names import PER_EXPERT, check_known, named_experts, prompt_files
 from mergekit_mediator.plan import Selection
 from mergekit_mediator.settings import (
     PER_WEIGHT,
@@ -48,6 +48,8 @@ class MediatorConfig(BaseModel):
         reference: what the dense expert holds in routed layers: the weighted mean, or the base.
         base_model: what all experts are fine-tunes of.
         experts: name by model, in the order of the configuration; at least two.
+        prompts: by model, a file of prompts that what is stored of it is tuned on; see `distil`. Takes
+            `bits` or a `budget`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +67,7 @@ class MediatorConfig(BaseModel):
     reference: Literal["mean", "base"] = "mean"
     base_model: ModelReference
     experts: dict[ModelReference, str]
+    prompts: dict[ModelReference, str] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -134,7 +137,7 @@ class MediatorConfig(BaseModel):
         for key, dtype in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
             if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
                 raise ConfigError(f"{key}: one of {', '.join(_DTYPES)} required, got {dtype!r}")
-        hidden = {"base_model", "experts", "storage_given"}
+        hidden = {"base_model", "experts", "prompts", "storage_given"}
         known = (set(cls.model_fields) - hidden) | PER_WEIGHT | PER_EXPERT
         own: dict[str, Any] = {}
         for where, parameters in shared_parameters(config):
@@ -158,9 +161,18 @@ class MediatorConfig(BaseModel):
             raise ConfigError(f"parameters: {' and '.join(sorted(given))} contradict each other")
         own["storage_given"] = bool(given)
         try:
-            parsed = cls(**own, base_model=config.base_model, experts=named_experts(config, known))
+            parsed = cls(
+                **own,
+                base_model=config.base_model,
+                experts=named_experts(config, known),
+                prompts=prompt_files(config),
+            )
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error
+        if parsed.prompts and not parsed.needs_costs:
+            raise ConfigError(
+                "prompts: they tune what a `budget` or `bits` store of an expert: give one of these"
+            )
         if parsed.route == "auto" and parsed.keeps_factors:
             return parsed.model_copy(update={"route": "all"})
         return parsed

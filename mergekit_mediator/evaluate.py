@@ -14,7 +14,7 @@ from mergekit_mediator.results import AnswerScore, Score
 from mergekit_mediator.tasks import Example
 
 # Prompt and answer as token ids.
-_Pair = tuple[list[int], list[int]]
+Pair = tuple[list[int], list[int]]
 
 
 def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 8) -> Score:
@@ -55,7 +55,7 @@ def score_answers(
         begun = _begin(model, [prompt for prompt, _ in pairs])
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            found = _answer_logits(model, [pairs[i] for i in rows], begun)
+            found = answer_logits(model, [pairs[i] for i in rows], begun)
             for i, logits in zip(rows, found, strict=True):
                 target = torch.tensor(pairs[i][1], device=logits.device)
                 chosen = logits.float().log_softmax(-1).gather(-1, target[:, None])
@@ -88,8 +88,8 @@ def _cache_argument(model: Any) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
-def _answer_logits(model: Any, batch: Sequence[_Pair], begun: Any) -> Iterable[Tensor]:
-    """For each (prompt, answer) the logits that predict the answer, [answer tokens, vocabulary].
+def answer_logits(model: Any, batch: Sequence[Pair], begun: Any = None) -> Iterable[Tensor]:
+    """For each (prompt, answer) as token ids the logits that predict the answer, `[answer tokens, vocabulary]`.
 
     begun: the cache of the tokens that all prompts begin with, which are not read again, or None.
     """

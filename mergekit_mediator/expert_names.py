@@ -10,7 +10,7 @@ from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.settings import PER_WEIGHT, check_per_weight, scalar, sources
 
 # Belong to one expert, and are given with its model.
-PER_EXPERT = frozenset({"expert"})
+PER_EXPERT = frozenset({"expert", "prompts"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -57,6 +57,21 @@ def named_experts(config: MergeConfiguration, known: Collection[str]) -> dict[Mo
             )
         by_name[name.lower()] = model
     return experts
+
+
+def prompt_files(config: MergeConfiguration) -> dict[ModelReference, str]:
+    """The file of prompts that each expert is tuned on, by model; only of those that have one.
+
+    Raises:
+        ConfigError: a model has two, or no plain name of a file.
+    """
+    files: dict[ModelReference, str] = {}
+    for model, parameters in sources(config):
+        if "prompts" in parameters:
+            given = str(scalar(parameters["prompts"], f"model {model}: prompts"))
+            if files.setdefault(model, given) != given:
+                raise ConfigError(f"model {model}: prompts: both {files[model]!r} and {given!r}")
+    return files
 
 
 def _expert_name(model: ModelReference, explicit: str | None) -> str:

@@ -19,7 +19,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_mediator import artifact
-from mergekit_mediator.artifact import Manifest, files_below
+from mergekit_mediator.artifact import Manifest, Tuned, files_below
 from mergekit_mediator.checkpoint import describe, digest_base, write_model_files
 from mergekit_mediator.conflict import Conflict
 from mergekit_mediator.dense_writer import DenseWriter
@@ -35,6 +35,7 @@ from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.slopes import bytes_over, check_budget, slopes_for
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for
+from mergekit_mediator.tuning import Prompts, read_all, tune
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import Workers, workers
 
@@ -72,10 +73,12 @@ def run(
             merged_adapters = stack.enter_context(tempfile.TemporaryDirectory())
             options = options.model_copy(update={"lora_merge_cache": merged_adapters})
         inputs = Inputs(merge_config, options)
+        prompts = read_all(inputs.config)
         stack.callback(inputs.close)
         staging = stack.enter_context(Staging(Path(out_path), overwrite))
         try:
-            merge = _Merge(inputs, staging.path, allow_nonfinite, stack.enter_context(workers()))
+            over = stack.enter_context(workers())
+            merge = _Merge(inputs, staging.path, allow_nonfinite, over, prompts)
             manifest = merge.run(merge_config, config_source)
             staging.publish(manifest)
         except (OSError, safetensors.SafetensorError) as error:
@@ -109,8 +112,15 @@ def plan_layers(
 class _Merge:
     """One merge into a staging directory."""
 
-    def __init__(self, inputs: Inputs, out: Path, allow_nonfinite: bool, over: Workers) -> None:
-        self.inputs, self.out = inputs, out
+    def __init__(
+        self,
+        inputs: Inputs,
+        out: Path,
+        allow_nonfinite: bool,
+        over: Workers,
+        prompts: Prompts,
+    ) -> None:
+        self.inputs, self.out, self._over, self._prompts = inputs, out, over, prompts
         self.passes = Passes(inputs, over, allow_nonfinite)
 
     def run(self, merge_config: MergeConfiguration, config_source: str | None) -> Manifest:
@@ -126,7 +136,7 @@ class _Merge:
             routed = _routed(weights, plans)
             self._write_directions(measured)
             write_model_files(inputs, merge_config, self.out)
-            slopes = self._store(weights, routed, measured)
+            slopes, tuned = self._store(weights, routed, measured)
             return describe(
                 inputs,
                 merge_config,
@@ -135,6 +145,7 @@ class _Merge:
                 parameter_count,
                 base_digests,
                 slopes,
+                tuned,
                 self.out,
             )
 
@@ -162,15 +173,15 @@ class _Merge:
         weights: list[PlannedWeight],
         routed: list[PlannedWeight],
         measured: dict[str, Measured],
-    ) -> dict[ModelReference, float]:
+    ) -> tuple[dict[ModelReference, float], dict[str, Tuned]]:
         """The second pass; a third one, with less, in the rare case that a budget did not suffice.
 
-        Everything but the experts must be written. Gives what `bits` or a `budget` bought.
+        Everything but the experts must be written. Gives what `bits` or a `budget` bought, and what tuning did.
         """
         config = self.inputs.config
         if not config.needs_costs:
             self._write_experts(weights, routed, {})
-            return {}
+            return {}, {}
         dense = dense_sizes(self.inputs, weights)
         checkpoint, others = self._written()
         spare = 0
@@ -178,10 +189,12 @@ class _Merge:
             slopes = slopes_for(
                 config, sorted(_names(routed)), measured, dense, checkpoint, others + spare
             )
-            self._write_experts(weights, routed, slopes)
+            files = self._write_experts(weights, routed, slopes)
+            with self._over.idle():
+                tuned = tune(self.inputs, weights, self._prompts, files, self.out)
             over = bytes_over(config, list(dense), checkpoint, sum(self._written()))
             if over <= 0:
-                return slopes
+                return slopes, tuned
             spare += over
             shutil.rmtree(self.out / artifact.EXPERTS)
 
@@ -196,22 +209,23 @@ class _Merge:
         weights: list[PlannedWeight],
         routed: list[PlannedWeight],
         slopes: dict[ModelReference, float],
-    ) -> None:
-        """The second pass."""
+    ) -> dict[ModelReference, Path]:
+        """The second pass; gives the experts' files."""
         config = self.inputs.config
         (self.out / artifact.EXPERTS).mkdir(parents=True)
         storing = Storing(config, self.passes.device, slopes, adapters_for(config, weights))
         with ExitStack() as stack:
-            files = {}
+            paths, files = {}, {}
             for model, name in self.inputs.config.experts.items():
-                path = self.out / artifact.EXPERTS / f"{name}.safetensors"
-                files[model] = ExpertWriter(path, name)
+                paths[model] = self.out / artifact.EXPERTS / f"{name}.safetensors"
+                files[model] = ExpertWriter(paths[model], name)
                 stack.callback(files[model].abandon)
             for weight, model, stored in self.passes.second(routed, self.out, storing.encode):
                 if stored is not None:
                     files[model].append(weight.info.name, *stored)
             for file in files.values():
                 file.close()
+            return paths
 
     def _write_directions(self, measured: dict[str, Measured]) -> None:
         directions = {n: m.directions for n, m in measured.items() if m.directions is not None}

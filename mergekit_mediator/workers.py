@@ -29,8 +29,8 @@ class Map(Protocol):
 class Workers:
     """A few threads that work through a list in order; use `workers`."""
 
-    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
-        self._pool, self.count = pool, count
+    def __init__(self, pool: ThreadPoolExecutor, count: int, threads: int) -> None:
+        self._pool, self.count, self._threads = pool, count, threads
 
     def __call__(
         self,
@@ -61,6 +61,16 @@ class Workers:
             for future, _ in pending:
                 future.cancel()
 
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """torch has all its threads back while the workers have nothing to do."""
+        few = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(few)
+
 
 def count_workers() -> int:
     """How many workers there are on this machine."""
@@ -74,6 +84,6 @@ def workers() -> Iterator[Workers]:
     torch.set_num_threads(max(1, threads // count))
     try:
         with ThreadPoolExecutor(count) as pool:
-            yield Workers(pool, count)
+            yield Workers(pool, count, threads)
     finally:
         torch.set_num_threads(threads)

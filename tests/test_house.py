@@ -36,7 +36,7 @@ MERGING = {
     "architecture",
 }
 MERGING |= {"passes", "storing", "checkpoint", "merge"}
-MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals"}
+MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals", "tuning"}
 SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
 
 

@@ -25,6 +25,8 @@ TUNE_SEED, CALIBRATION_SEED = 50_000, 300_007
 # Everything is scored in it: in bfloat16 an answer may change with the prompts that share its batch.
 DTYPE = "float32"
 CALIBRATION_PROMPTS = 20
+# That experts are tuned on, where a row says so.
+TUNING_PROMPTS = 128
 
 
 def tasks_of(folders: dict[str, Path], prompts: int, seed: int) -> dict[str, Task]:
@@ -44,13 +46,21 @@ def source(base: Path, folder: Path) -> str:
     return str(folder.resolve()) if full else f"{base.resolve()}+{folder.resolve()}"
 
 
-def artifact(made: Rivals, label: str, parameters: dict[str, Any]) -> tuple[MediatorModel, float]:
-    """Our merge of all experts with these parameters, and the CPU seconds it took."""
+def artifact(
+    made: Rivals,
+    label: str,
+    parameters: dict[str, Any],
+    prompts: dict[str, Path] | None = None,
+) -> tuple[MediatorModel, float]:
+    """Our merge of all experts with these parameters, tuned on prompts if any are given, and the CPU seconds
+    it took."""
+    own = {name: {"prompts": str(path)} for name, path in (prompts or {}).items()}
     config = {
         "merge_method": "mediator",
         "base_model": made.base,
         "models": [
-            {"model": place, "parameters": {"expert": name}} for name, place in made.experts.items()
+            {"model": place, "parameters": {"expert": name, **own.get(name, {})}}
+            for name, place in made.experts.items()
         ],
         "parameters": parameters,
         "dtype": "float32",
@@ -67,9 +77,10 @@ def artifact_systems(
     label: str,
     parameters: dict[str, Any],
     routing: dict[str, Routing] | None = None,
+    prompts: dict[str, Path] | None = None,
 ) -> list[SystemResult]:
     """`mediator_systems` of our merge, with the CPU seconds it took; routed as it routes unless told otherwise."""
-    model, seconds = artifact(made, label, parameters)
+    model, seconds = artifact(made, label, parameters, prompts)
     stored = sizes(MediatorModel.from_pretrained(model.root))
     results = mediator_systems(model, scorer, tasks, routing, stored)
     taken = {"merge_cpu_seconds": seconds, "parameters": parameters}
@@ -81,13 +92,19 @@ def calibrated(model: MediatorModel, folders: dict[str, Path], copy: Path) -> Me
     if copy.exists():
         shutil.rmtree(copy)
     shutil.copytree(model.root, copy)
-    data = {}
-    for name, task in tasks_of(folders, CALIBRATION_PROMPTS, CALIBRATION_SEED).items():
-        data[name] = copy.with_name(f"{copy.name}-{name}.jsonl")
-        lines = (json.dumps({"prompt": example.prompt}) for example in task.examples)
-        data[name].write_text("\n".join(lines), encoding="utf-8")
+    data = prompt_files(folders, CALIBRATION_PROMPTS, copy)
     calibrate_artifact(copy, model.model, model.tokenizer, data)
     return MediatorModel.from_pretrained(copy, dtype=DTYPE)
+
+
+def prompt_files(folders: dict[str, Path], count: int, beside: Path) -> dict[str, Path]:
+    """Files of prompts of each expert's task, without answers."""
+    data = {}
+    for name, task in tasks_of(folders, count, CALIBRATION_SEED).items():
+        data[name] = beside.with_name(f"{beside.name}-{name}.jsonl")
+        lines = (json.dumps({"prompt": example.prompt}) for example in task.examples)
+        data[name].write_text("\n".join(lines), encoding="utf-8")
+    return data
 
 
 @torch.inference_mode()

@@ -23,9 +23,11 @@ from artifacts import (
     CALIBRATION_SEED,
     DTYPE,
     TUNE_SEED,
+    TUNING_PROMPTS,
     artifact,
     artifact_systems,
     calibrated,
+    prompt_files,
     source,
     tasks_of,
 )
@@ -86,6 +88,13 @@ def main() -> None:
         *expert_systems(scorer, tasks, made.experts, args.each),
         *artifact_systems(made, scorer, tasks, "mediator", budget, routing),
     ]
+    prompts = prompt_files(folders, TUNING_PROMPTS, work / "mediator-tuned")
+    tuned = artifact_systems(made, scorer, tasks, "mediator tuned", budget, prompts=prompts)
+    results += [
+        replace(row, name=row.name.replace("mediator", "mediator_tuned"))
+        for row in tuned
+        if row.name != "mediator_dense"
+    ]
     informed = calibrated(model, folders, work / "mediator-calibrated")
     informed_routing = route(informed, tasks)
     *_, routed = mediator_systems(
@@ -104,6 +113,7 @@ def main() -> None:
         "tasks": {task: len(t.examples) for task, t in tasks.items()},
         "tuning_prompts_per_task": TUNE_PROMPTS,
         "calibration_prompts_per_task": CALIBRATION_PROMPTS,
+        "prompts_tuned_on_per_task": TUNING_PROMPTS,
         "systems": rows,
         "routing": {task: found.figures(model.experts) for task, found in routing.items()},
         "routing_calibrated": {

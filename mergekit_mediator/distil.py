@@ -1,0 +1,293 @@
+"""Brings what is stored of an expert nearer to the expert itself, on prompts, without a byte more.
+
+Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) of the expert into its own stored form:
+the scales of low-rank components and the stored vectors, such as norms, are fitted to what the expert
+answers. The loss of an answer is Σ_tokens KL(expert ‖ stored) in nats, with the tokens that the expert
+finds likely by themselves and all others as one.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_mediator.approximate import approximate
+from mergekit_mediator.evaluate import answer_logits
+from mergekit_mediator.sparse import SparseTensor, mix_
+
+# Found on prompts that are not reported: relative steps, and how often each prompt is seen.
+_RATE = 0.01
+_ROUNDS = 3
+_WARM_UP = 5  # steps
+_BATCH = 8
+# Every so many prompts one is not learnt from, and tells whether it helped.
+_HELD_OUT = 8
+_LIKELY = 128
+_ANSWER_TOKENS = 128
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with the expert's own answer.
+
+    Attributes:
+        prompt: token ids.
+        answer: token ids, `n` of them.
+        likely: `[n, k]` int64, the tokens that the expert finds likeliest in each place.
+        logs: `[n, k]` float32, the logarithms of their probabilities.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    likely: Tensor
+    logs: Tensor
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of it.
+
+    Attributes:
+        stored: by weight, those that are stored otherwise now; empty if that was of no use.
+        before, after: KL(expert ‖ stored) in nats for each answer, of prompts that were not learnt from.
+    """
+
+    stored: Mapping[str, SparseTensor]
+    before: float
+    after: float
+
+
+def answer(
+    model: Any,
+    prompts: Sequence[list[int]],
+    pad: int,
+    step: Callable[[int], Any] = lambda _: None,
+) -> list[Answered]:
+    """What a model answers by greedy decoding, and how likely it finds each token.
+
+    Args:
+        model: any `AutoModelForCausalLM`, holding the expert's weights.
+        prompts: token ids.
+        pad: the token that fills up rows.
+        step: called with the number of prompts that were answered.
+    """
+    found: dict[int, Answered] = {}
+    with torch.no_grad():
+        for rows in _batches([len(prompt) for prompt in prompts]):
+            batch = [prompts[i] for i in rows]
+            pairs = list(zip(batch, _decode(model, batch, pad), strict=True))
+            for i, pair, logits in zip(rows, pairs, answer_logits(model, pairs), strict=True):
+                k = min(_LIKELY, logits.shape[-1])
+                logs, likely = logits.float().log_softmax(-1).topk(k)
+                found[i] = Answered(*pair, likely, logs)
+            step(len(rows))
+    return [found[i] for i in range(len(prompts))]
+
+
+def distil(
+    model: Any,
+    weights: Mapping[str, Tensor],
+    stored: Mapping[str, SparseTensor],
+    answers: Sequence[Answered],
+    step: Callable[[int], Any] = lambda _: None,
+) -> Distilled:
+    """Fit what is stored of an expert to its answers.
+
+    Args:
+        model: any `AutoModelForCausalLM` in float32.
+        weights: by name, the storage of the model's weights; those of `stored` hold what the expert's
+            differences are from. All are changed.
+        stored: by weight, what is stored of the expert.
+        answers: of the expert, at least two.
+        step: called with the number of answers in each batch that was learnt from.
+    """
+    held_out, learnt = answers[::_HELD_OUT], [a for i, a in enumerate(answers) if i % _HELD_OUT]
+    for name, tensor in stored.items():
+        mix_(weights[name], [(1.0, replace(tensor, share=0.0).to(weights[name].device))])
+    parts = [
+        _Part(name, weights[name], tensor)
+        for name, tensor in stored.items()
+        if tensor.factors or _is_kept_vector(tensor)
+    ]
+    before = _divergence(model, held_out)
+    with _gradients(model, parts):
+        _fit(model, parts, learnt, step)
+    after = _divergence(model, held_out)
+    if after >= before:
+        return Distilled({}, before, before)
+    return Distilled({part.name: part.result() for part in parts}, before, after)
+
+
+def seen(answers: int) -> int:
+    """How many answers `distil` learns from, each as often as it is seen."""
+    return _ROUNDS * (answers - len(range(0, answers, _HELD_OUT)))
+
+
+class _Part:
+    """One stored weight: how far each scale of it is moved, relative to itself, and the gradient of that."""
+
+    def __init__(self, name: str, weight: Tensor, stored: SparseTensor) -> None:
+        self.name, self.weight, self._stored = name, weight, stored
+        self._matrix = weight.view(-1, weight.shape[-1])
+        if stored.factors:
+            self._left = stored.factors.left.to(weight) * stored.factors.scales.to(weight)
+            self._right = stored.factors.right.to(weight)
+            count = stored.factors.rank
+        else:
+            self._change = stored.difference(torch.zeros(stored.positions.numel()))
+            self._unit = float(self._change.square().mean().sqrt())
+            count = weight.numel()
+        self.moved = nn.Parameter(weight.new_zeros(count))
+        self._applied = weight.new_zeros(count)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add to the gradient of the scales, given that of the weight."""
+        if self._stored.factors:
+            product = gradient.reshape(self._matrix.shape).T @ self._left
+            own = (product * self._right).sum(0)
+        else:
+            own = gradient.reshape(-1) * self._unit
+        self.moved.grad = own if self.moved.grad is None else self.moved.grad + own
+
+    def apply(self) -> None:
+        """Bring the weight to where the scales are."""
+        change = self.moved.detach() - self._applied
+        self._applied += change
+        if self._stored.factors:
+            self._matrix.addmm_(self._left * change, self._right.T)
+        else:
+            self.weight.view(-1).add_(change, alpha=self._unit)
+
+    def result(self) -> SparseTensor:
+        """What is stored of the weight now."""
+        moved, old = self.moved.detach().cpu(), self._stored
+        if old.factors:
+            scales = old.factors.scales * (1 + moved)
+            return replace(old, factors=replace(old.factors, scales=scales))
+        change = moved * self._unit
+        change.index_add_(0, old.positions, self._change)
+        return approximate(change.view(old.shape), 1.0, old.dtype, old.share)
+
+
+def _fit(
+    model: Any,
+    parts: Sequence[_Part],
+    answers: Sequence[Answered],
+    step: Callable[[int], Any],
+) -> None:
+    """Adam (Kingma and Ba, arXiv 1412.6980) with a rate that rises at first and then falls to zero."""
+    order = _batches([len(a.prompt) + len(a.answer) for a in answers])
+    optimizer = torch.optim.Adam(
+        [part.moved for part in parts], lr=_RATE, betas=(0.9, 0.98), eps=1e-12
+    )
+    total, done = _ROUNDS * len(order), 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_ROUNDS):
+        for place in torch.randperm(len(order), generator=generator).tolist():
+            rows = [answers[i] for i in order[place]]
+            loss = torch.stack(list(_losses(model, rows))).mean()
+            torch.autograd.backward(loss)
+            done += 1
+            optimizer.param_groups[0]["lr"] = _RATE * min(done / _WARM_UP, 1 - done / (total + 1))
+            optimizer.step()
+            optimizer.zero_grad()
+            for part in parts:
+                part.apply()
+            step(len(rows))
+
+
+@contextmanager
+def _gradients(model: nn.Module, parts: Sequence[_Part]) -> Iterator[None]:
+    """Every gradient of a weight goes to its parts at once, so that only one is in memory."""
+    hooks = []
+
+    def collect(owned: Sequence[_Part], parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is not None:
+            gradient = gradient.contiguous()
+            for part in owned:
+                offset = part.weight.storage_offset() - parameter.storage_offset()
+                place = part.weight.shape, part.weight.stride(), offset
+                part.add_gradient(gradient.as_strided(*place))
+            parameter.grad = None
+
+    storages: dict[int, list[_Part]] = {}
+    for part in parts:
+        storages.setdefault(part.weight.untyped_storage().data_ptr(), []).append(part)
+    for parameter in model.parameters():
+        owned = storages.get(parameter.untyped_storage().data_ptr(), [])
+        parameter.requires_grad_(bool(owned))
+        if owned:
+            register: Any = parameter.register_post_accumulate_grad_hook
+            hooks.append(register(partial(collect, owned)))
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.requires_grad_(False)
+
+
+def _losses(model: Any, answers: Sequence[Answered]) -> Iterator[Tensor]:
+    """KL(expert ‖ model) of each answer in nats, summed over its tokens."""
+    logits = answer_logits(model, [(a.prompt, a.answer) for a in answers])
+    for answered, found in zip(answers, logits, strict=True):
+        logs = found.float().log_softmax(-1).gather(-1, answered.likely)
+        p = answered.logs.exp()
+        others = (1 - p.sum(-1)).clamp(min=_LEAST)
+        of_others = (1 - logs.exp().sum(-1)).clamp(min=_LEAST)
+        likely = (p * (answered.logs - logs)).sum()
+        yield likely + (others * (others.log() - of_others.log())).sum()
+
+
+def _divergence(model: Any, answers: Sequence[Answered]) -> float:
+    """The mean of their losses."""
+    total = 0.0
+    with torch.no_grad():
+        for rows in _batches([len(a.prompt) + len(a.answer) for a in answers]):
+            total += sum(float(loss) for loss in _losses(model, [answers[i] for i in rows]))
+    return total / len(answers)
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of what is alike in length together: less padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+
+
+def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int]]:
+    """The answers, each with the token that ends it, if it was reached."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad, device=model.device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=model.device)
+        mask[row, width - len(prompt) :] = 1
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=_ANSWER_TOKENS,
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    given = model.generation_config.eos_token_id
+    ends = set(given if isinstance(given, list) else [given])
+    answers: list[list[int]] = output[:, width:].tolist()
+    return [_until(tokens, ends) for tokens in answers]
+
+
+def _until(tokens: list[int], ends: Collection[int | None]) -> list[int]:
+    """Tokens up to the first that is an end, and that one."""
+    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
+
+
+def _is_kept_vector(stored: SparseTensor) -> bool:
+    """Whether a weight is a vector, of which something is stored."""
+    return len(stored.shape) == 1 and stored.positions.numel() > 0

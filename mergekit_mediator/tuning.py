@@ -1,0 +1,121 @@
+"""Tunes the experts of a merge on prompts, where the configuration gives any; see `distil`.
+
+One model in float32 is in memory for it: it holds first the expert's own weights, which answer the prompts,
+and then the base with what is stored of the expert.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from torch import Tensor
+from tqdm import tqdm
+
+from mergekit_mediator.artifact import Tuned
+from mergekit_mediator.calibration_data import data_digest, read_prompts
+from mergekit_mediator.config import MediatorConfig
+from mergekit_mediator.distil import answer, distil, seen
+from mergekit_mediator.errors import ConfigError, RoutingError
+from mergekit_mediator.expert_file import ExpertFile, ExpertWriter
+from mergekit_mediator.loading import load_plain, load_tokenizer
+from mergekit_mediator.locate import locate_weights
+from mergekit_mediator.planner import PlannedWeight
+from mergekit_mediator.prompts import Prompt, render
+from mergekit_mediator.sparse import SparseTensor
+from mergekit_mediator.weights import Inputs
+
+Prompts = Mapping[ModelReference, Sequence[Prompt]]
+
+
+def read_all(config: MediatorConfig) -> Prompts:
+    """The prompts of every expert that has any.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    return {model: _read(model, path) for model, path in config.prompts.items()}
+
+
+def tune(
+    inputs: Inputs,
+    weights: Sequence[PlannedWeight],
+    prompts: Prompts,
+    files: Mapping[ModelReference, Path],
+    out: Path,
+) -> dict[str, Tuned]:
+    """Replace the files of experts that have prompts by tuned ones; by name, what that did.
+
+    Args:
+        inputs: opened.
+        weights: all of them.
+        prompts: by expert.
+        files: of the experts.
+        out: the directory of the dense expert, complete with configuration and tokenizer.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+        ArtifactError: the dense expert cannot be loaded as a causal language model.
+        MixtureError: its loader has converted the weights.
+    """
+    if not prompts:
+        return {}
+    tokenizer: Any = load_tokenizer(out)
+    if tokenizer is None:
+        raise ConfigError("prompts: the base model has no tokenizer to read them with")
+    model: Any = load_plain(out, "float32")
+    model.to(inputs.options.device or "cpu")
+    written = inputs.reader(out)
+    shapes = {w.info.name: tuple(written(w.info.name).shape) for w in weights}
+    floating = [w for w in weights if written(w.info.name).is_floating_point()]
+    located = locate_weights(model, [w.info.name for w in floating], shapes)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    results = {}
+    for expert, asked in prompts.items():
+        name, path = inputs.config.experts[expert], files[expert]
+        ids = [render(tokenizer, prompt) for prompt in asked]
+        total = len(ids) + seen(len(ids))
+        with tqdm(
+            total=total, desc=f"tune {name}", unit="prompt", disable=inputs.options.quiet
+        ) as bar:
+            for weight in floating:
+                _put(located[weight.info.name], inputs.load(weight, expert))
+            answers = answer(model, ids, pad or 0, bar.update)
+            file = ExpertFile(path)
+            for weight in floating:
+                stored = weight.info.name in file.weights
+                source = inputs.load(weight, inputs.base) if stored else written(weight.info.name)
+                _put(located[weight.info.name], source)
+            kept = {weight: file.read(weight) for weight in file.weights}
+            found = distil(model, located, kept, answers, bar.update)
+        _rewrite(path, name, {**kept, **found.stored})
+        results[name] = Tuned(
+            prompts=len(ids),
+            data=data_digest(asked),
+            divergence_before=found.before,
+            divergence_after=found.after,
+        )
+    return results
+
+
+def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
+    try:
+        return read_prompts(Path(path))
+    except RoutingError as error:
+        raise ConfigError(f"model {model}: prompts: {error}") from error
+
+
+def _put(weight: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(source)
+
+
+def _rewrite(path: Path, name: str, stored: Mapping[str, SparseTensor]) -> None:
+    partial = path.with_suffix(".tuned")
+    writer = ExpertWriter(partial, name)
+    for weight, tensor in stored.items():
+        writer.write(weight, tensor)
+    writer.close()
+    os.replace(partial, path)
