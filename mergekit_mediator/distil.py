@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_mediator.approximate import approximate
+from mergekit_mediator.errors import PromptError
 from mergekit_mediator.evaluate import answer_logits
-from mergekit_mediator.sparse import SparseTensor, mix_
+from mergekit_mediator.sparse import SparseTensor
 
 # Found on prompts that are not reported: relative steps, and how often each prompt is seen.
 _RATE = 0.01
@@ -75,6 +76,9 @@ def answer(
         prompts: token ids.
         pad: the token that fills up rows.
         step: called with the number of prompts that were answered.
+
+    Raises:
+        PromptError: a prompt that leaves no room for an answer.
     """
     found: dict[int, Answered] = {}
     with torch.no_grad():
@@ -99,20 +103,18 @@ def distil(
     """Fit what is stored of an expert to its answers.
 
     Args:
-        model: any `AutoModelForCausalLM` in float32.
-        weights: by name, the storage of the model's weights; those of `stored` hold what the expert's
-            differences are from. All are changed.
-        stored: by weight, what is stored of the expert.
+        model: any `AutoModelForCausalLM` in float32, holding what is served as the expert.
+        weights: by name, the storage of the model's weights; those that are tuned are changed.
+        stored: by weight, what is stored of the expert. With a share w in the dense weight a change of it
+            counts 1 − w; see `sparse.mix_`.
         answers: of the expert, at least two.
         step: called with the number of answers in each batch that was learnt from.
     """
     held_out, learnt = answers[::_HELD_OUT], [a for i, a in enumerate(answers) if i % _HELD_OUT]
-    for name, tensor in stored.items():
-        mix_(weights[name], [(1.0, replace(tensor, share=0.0).to(weights[name].device))])
     parts = [
         _Part(name, weights[name], tensor)
         for name, tensor in stored.items()
-        if tensor.factors or _is_kept_vector(tensor)
+        if tensor.share < 1 and (tensor.factors or _is_kept_vector(tensor))
     ]
     before = _divergence(model, held_out)
     with _gradients(model, parts):
@@ -135,12 +137,13 @@ class _Part:
         self.name, self.weight, self._stored = name, weight, stored
         self._matrix = weight.view(-1, weight.shape[-1])
         if stored.factors:
-            self._left = stored.factors.left.to(weight) * stored.factors.scales.to(weight)
+            scales = stored.factors.scales.to(weight) * (1 - stored.share)
+            self._left = stored.factors.left.to(weight) * scales
             self._right = stored.factors.right.to(weight)
             count = stored.factors.rank
         else:
             self._change = stored.difference(torch.zeros(stored.positions.numel()))
-            self._unit = float(self._change.square().mean().sqrt())
+            self._unit = float(self._change.square().mean().sqrt()) * (1 - stored.share)
             count = weight.numel()
         self.moved = nn.Parameter(weight.new_zeros(count))
         self._applied = weight.new_zeros(count)
@@ -169,7 +172,7 @@ class _Part:
         if old.factors:
             scales = old.factors.scales * (1 + moved)
             return replace(old, factors=replace(old.factors, scales=scales))
-        change = moved * self._unit
+        change = moved * (self._unit / (1 - old.share))
         change.index_add_(0, old.positions, self._change)
         return approximate(change.view(old.shape), 1.0, old.dtype, old.share)
 
@@ -264,6 +267,12 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int]]:
     """The answers, each with the token that ends it, if it was reached."""
     width = max(map(len, prompts))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = _ANSWER_TOKENS if limit is None else min(_ANSWER_TOKENS, limit - width)
+    if room < 1:
+        raise PromptError(
+            f"prompts: one of {width} tokens leaves no room for an answer: the model reads {limit}"
+        )
     ids = torch.full((len(prompts), width), pad, device=model.device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -272,7 +281,7 @@ def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int
     output = model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=_ANSWER_TOKENS,
+        max_new_tokens=room,
         do_sample=False,
         pad_token_id=pad,
     )

@@ -1,7 +1,7 @@
 """Tunes the experts of a merge on prompts, where the configuration gives any; see `distil`.
 
 One model in float32 is in memory for it: it holds first the expert's own weights, which answer the prompts,
-and then the base with what is stored of the expert.
+and then what will be served as this expert.
 """
 
 import os
@@ -24,7 +24,7 @@ from mergekit_mediator.loading import load_plain, load_tokenizer
 from mergekit_mediator.locate import locate_weights
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.prompts import Prompt, render
-from mergekit_mediator.sparse import SparseTensor
+from mergekit_mediator.sparse import SparseTensor, mix_
 from mergekit_mediator.weights import Inputs
 
 Prompts = Mapping[ModelReference, Sequence[Prompt]]
@@ -83,12 +83,11 @@ def tune(
             for weight in floating:
                 _put(located[weight.info.name], inputs.load(weight, expert))
             answers = answer(model, ids, pad or 0, bar.update)
-            file = ExpertFile(path)
             for weight in floating:
-                stored = weight.info.name in file.weights
-                source = inputs.load(weight, inputs.base) if stored else written(weight.info.name)
-                _put(located[weight.info.name], source)
-            kept = {weight: file.read(weight) for weight in file.weights}
+                _put(located[weight.info.name], written(weight.info.name))
+            opened = {other: ExpertFile(other_path) for other, other_path in files.items()}
+            _mix(located, expert, opened)
+            kept = {weight: opened[expert].read(weight) for weight in opened[expert].weights}
             found = distil(model, located, kept, answers, bar.update)
         _rewrite(path, name, {**kept, **found.stored})
         results[name] = Tuned(
@@ -110,6 +109,20 @@ def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
 def _put(weight: Tensor, source: Tensor) -> None:
     with torch.no_grad():
         weight.copy_(source)
+
+
+def _mix(
+    weights: Mapping[str, Tensor], expert: ModelReference, files: Mapping[ModelReference, ExpertFile]
+) -> None:
+    """Bring the dense expert's weights to what is served as one expert."""
+    for name, weight in weights.items():
+        parts = [
+            (float(other == expert), file.read(name).to(weight.device))
+            for other, file in files.items()
+            if name in file.weights
+        ]
+        if parts:
+            mix_(weight, parts)
 
 
 def _rewrite(path: Path, name: str, stored: Mapping[str, SparseTensor]) -> None:

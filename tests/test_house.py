@@ -23,7 +23,7 @@ TENSORS_ONLY = {
         "workers",
         "mixture",
     ),
-    *("factor_steps", "factors", "approximate", "budget", "allocate", "importance"),
+    *("factor_steps", "factors", "approximate", "budget", "allocate", "importance", "distil"),
 }
 MERGING = {
     "plugin",

@@ -1,0 +1,161 @@
+"""What prompts change of a stored expert, against the expert itself."""
+
+import copy
+from dataclasses import replace
+
+import pico
+import pytest
+import torch
+
+from mergekit_mediator import distil
+from mergekit_mediator.approximate import approximate
+from mergekit_mediator.distil import answer
+from mergekit_mediator.errors import PromptError
+from mergekit_mediator.locate import locate_weights
+from mergekit_mediator.sparse import mix_
+
+PROMPTS = [[1, 4 + i, 5 + i % 7, 6 + i % 5] for i in range(24)]
+END = 2
+
+
+def located(model):
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return locate_weights(model, shapes, shapes)
+
+
+def put(model, weights, stored=None):
+    """The base's weights, with what is stored of the expert if that is given."""
+    with torch.no_grad():
+        for name, weight in located(model).items():
+            weight.copy_(weights[name])
+            if stored is not None:
+                mix_(weight, [(1.0, replace(stored[name], share=0.0))])
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A base's weights, what is stored of its expert, the expert's answers, and a model to hold them."""
+    torch.manual_seed(0)
+    base = pico.llama(hidden_size=64, intermediate_size=96, head_dim=32)
+    expert = copy.deepcopy(base).eval()
+    generator = torch.Generator().manual_seed(1)
+    for weight in located(expert).values():
+        change = torch.randn(weight.shape, generator=generator) * 0.01
+        if weight.dim() == 2:
+            left, right = (torch.randn(n, 3, generator=generator) for n in weight.shape)
+            change += 0.03 * left @ right.T
+        weight.add_(change)
+    answers = answer(expert, PROMPTS, pad=0)
+    own = dict(located(base))
+    stored = {
+        name: approximate(weight - own[name], 2e-3, torch.bfloat16)
+        for name, weight in located(expert).items()
+    }
+    return {n: w.clone() for n, w in own.items()}, stored, answers, base.eval()
+
+
+@pytest.fixture
+def model(case, monkeypatch):
+    monkeypatch.setattr(distil, "_ROUNDS", 20)
+    monkeypatch.setattr(distil, "_RATE", 0.03)
+    put(case[3], case[0], case[1])
+    return case[3]
+
+
+def test_answers_are_those_of_greedy_decoding_with_their_end(case):
+    base, _, _, model = case
+    put(model, base)
+    for answered in answer(model, PROMPTS[:9], pad=0):
+        prompt = torch.tensor([answered.prompt])
+        alone = model.generate(prompt, max_new_tokens=60, do_sample=False)[0, prompt.shape[1] :]
+        assert answered.answer == alone.tolist()[: len(answered.answer)]
+        assert answered.answer[-1] == END or prompt.shape[1] + len(answered.answer) == 64
+        logits = model(torch.tensor([answered.prompt + answered.answer])).logits[0]
+        logs = logits[prompt.shape[1] - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(logs.gather(1, answered.likely), answered.logs)
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(model):
+    with pytest.raises(PromptError, match="one of 64 tokens leaves no room .* reads 64"):
+        answer(model, [[4] * 64], pad=0)
+
+
+def test_the_gradient_of_scales_is_that_of_autograd_through_the_product(case, model):
+    _, stored, answers, _ = case
+    weights = located(model)
+    names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    parts = []
+    for name in names:
+        parts.append(distil._Part(name, weights[name], stored[name]))
+    with distil._gradients(model, parts):
+        torch.stack(list(distil._losses(model, answers[:3]))).mean().backward()
+
+    factors = stored[names[0]].factors
+    kept = {name: weights[name].clone() for name in names}
+    moved = [torch.zeros(factors.rank, requires_grad=True)]
+    moved.append(torch.zeros(kept[names[1]].numel(), requires_grad=True))
+    left = factors.left.float() * factors.scales * moved[0]
+    unit = stored[names[1]].difference(torch.zeros(stored[names[1]].positions.numel()))
+    changed = {
+        names[0]: kept[names[0]] + left @ factors.right.float().T,
+        names[1]: kept[names[1]] + moved[1] * unit.square().mean().sqrt(),
+    }
+    call = torch.func.functional_call
+
+    class Changed:
+        config, forward = model.config, model.forward
+        parameters = model.parameters
+
+        def __call__(self, **inputs):
+            return call(model, changed, kwargs=inputs)
+
+    torch.stack(list(distil._losses(Changed(), answers[:3]))).mean().backward()
+    for part, expected in zip(parts, moved, strict=True):
+        torch.testing.assert_close(part.moved.grad, expected.grad, rtol=1e-3, atol=1e-6)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_what_is_stored_comes_nearer_and_takes_no_other_codes(case, model):
+    base, stored, answers, _ = case
+    weights = located(model)
+    seen = []
+    found = distil.distil(model, weights, stored, answers, seen.append)
+    assert found.after < 0.8 * found.before
+    assert sum(seen) == distil.seen(len(answers))
+    for name, tensor in found.stored.items():
+        old = stored[name]
+        assert torch.equal(tensor.positions, old.positions) or len(old.shape) == 1
+        if old.factors:
+            assert torch.equal(tensor.factors.left, old.factors.left)
+            assert torch.equal(tensor.factors.right, old.factors.right)
+            assert torch.equal(tensor.codes, old.codes)
+            assert not torch.equal(tensor.factors.scales, old.factors.scales)
+            rebuilt = base[name].clone()
+            mix_(rebuilt, [(1.0, tensor)])
+            torch.testing.assert_close(rebuilt, weights[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_figures_are_those_of_what_is_stored(case, model):
+    base, stored, answers, _ = case
+    found = distil.distil(model, located(model), stored, answers)
+    put(model, base, {**stored, **found.stored})
+    again = distil._divergence(model, answers[:: distil._HELD_OUT])
+    assert again == pytest.approx(found.after, rel=0.05)
+
+
+def test_nothing_changes_where_prompts_do_not_help(case, model, monkeypatch):
+    monkeypatch.setattr(distil, "_RATE", 3.0)
+    found = distil.distil(model, located(model), case[1], case[2])
+    assert not found.stored
+    assert found.after == found.before
+
+
+def test_equal_inputs_give_equal_results(case, model):
+    base, stored, answers, _ = case
+    first = distil.distil(model, located(model), stored, answers)
+    put(model, base, stored)
+    second = distil.distil(model, located(model), stored, answers)
+    for name, tensor in first.stored.items():
+        other = second.stored[name]
+        assert torch.equal(tensor.codes, other.codes)
+        assert not tensor.factors or torch.equal(tensor.factors.scales, other.factors.scales)
