@@ -117,8 +117,9 @@ def distil(
         if tensor.share < 1 and (tensor.factors or _is_kept_vector(tensor))
     ]
     before = _divergence(model, held_out)
-    with _gradients(model, parts):
-        _fit(model, parts, learnt, step)
+    if parts:
+        with _gradients(model, parts):
+            _fit(model, parts, learnt, step)
     after = _divergence(model, held_out)
     if after >= before:
         return Distilled({}, before, before)

@@ -19,6 +19,9 @@ _PROCESS_BYTES = 700_000_000
 _MEASURING_BYTES = 9
 _KEPT_BYTES = 30
 _APPROXIMATING_BYTES = 20
+# While experts are tuned on prompts: the whole model in float32, and the gradient of its largest weight, which
+# is copied once.
+_TUNED_BYTES, _GRADIENT_BYTES = 4, 8
 _CODE_BITS = {"int8": 8, "int4": 4, "sign": 1}
 
 
@@ -48,7 +51,8 @@ class Estimate:
     Attributes:
         layers: in order.
         passes: 2 where experts' weights may be read once more, to store them.
-        peak_memory: predicted. It does not depend on the number of layers and experts.
+        peak_memory: predicted. It does not depend on the number of layers and experts, but where experts are
+            tuned on prompts: that takes the whole model in float32 and, not counted, what a few prompts need.
     """
 
     layers: tuple[LayerEstimate, ...]
@@ -104,6 +108,9 @@ def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int) -
     mapped = min(MAPPED_BYTES, sum(inputs.input_bytes(weight) for weight in weights))
     shard = min(inputs.options.out_shard_size, dense)
     peak: int = _PROCESS_BYTES + mapped + shard + max(measuring, storing)
+    if config.prompts:
+        tuning = _TUNED_BYTES * sum(sizes) + _GRADIENT_BYTES * max(sizes, default=0)
+        peak = max(peak, _PROCESS_BYTES + mapped + tuning)
     return peak
 
 

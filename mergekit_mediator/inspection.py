@@ -26,6 +26,7 @@ def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
                 "bytes": stored,
                 "routed_parameters": parameters,
                 "bits_per_parameter": 8 * stored / parameters if parameters else 0.0,
+                "tuned": entry.tuned.model_dump() if entry.tuned else None,
             }
         )
     dense = sum(
@@ -59,6 +60,7 @@ def inspect_report(figures: dict[str, Any]) -> str:
             size(expert["bytes"]),
             f"{expert['bits_per_parameter']:.3f}",
             str(expert["weight"]),
+            _tuning(expert["tuned"]),
             expert["source"],
         ]
         for expert in figures["experts"]
@@ -88,7 +90,7 @@ def inspect_report(figures: dict[str, Any]) -> str:
             f"dense expert {size(figures['dense_bytes'])}, all files {size(figures['total_bytes'])} "
             f"= {figures['total_over_dense']:.3f} of the dense expert",
             "",
-            table(["expert", "bytes", "bits/param", "weight", "source"], experts),
+            table(["expert", "bytes", "bits/param", "weight", "KL, nats", "source"], experts),
             "",
             table(["layer", "", metric, "bits/param", "mean rank", "kept, %"], rows),
             "",
@@ -112,6 +114,14 @@ def _stored(
         "rank": sum(ranks) / len(ranks) if ranks else 0.0,
         "density": sum(d.count for d in found) / parameters,
     }
+
+
+def _tuning(tuned: Mapping[str, Any] | None) -> str:
+    """How far an expert's answers are from those of the whole expert, where that was measured."""
+    if tuned is None:
+        return "-"
+    before, after = tuned["divergence_before"], tuned["divergence_after"]
+    return f"{before:.2g} to {after:.2g} by {tuned['prompts']} prompts"
 
 
 def _reason(settings: Mapping[str, Any]) -> str:

@@ -112,7 +112,9 @@ def _put(weight: Tensor, source: Tensor) -> None:
 
 
 def _mix(
-    weights: Mapping[str, Tensor], expert: ModelReference, files: Mapping[ModelReference, ExpertFile]
+    weights: Mapping[str, Tensor],
+    expert: ModelReference,
+    files: Mapping[ModelReference, ExpertFile],
 ) -> None:
     """Bring the dense expert's weights to what is served as one expert."""
     for name, weight in weights.items():

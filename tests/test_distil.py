@@ -76,7 +76,7 @@ def test_answers_are_those_of_greedy_decoding_with_their_end(case):
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused(model):
-    with pytest.raises(PromptError, match="one of 64 tokens leaves no room .* reads 64"):
+    with pytest.raises(PromptError, match=r"one of 64 tokens leaves no room .* reads 64"):
         answer(model, [[4] * 64], pad=0)
 
 
@@ -84,9 +84,7 @@ def test_the_gradient_of_scales_is_that_of_autograd_through_the_product(case, mo
     _, stored, answers, _ = case
     weights = located(model)
     names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-    parts = []
-    for name in names:
-        parts.append(distil._Part(name, weights[name], stored[name]))
+    parts = [distil._Part(name, weights[name], stored[name]) for name in names]
     with distil._gradients(model, parts):
         torch.stack(list(distil._losses(model, answers[:3]))).mean().backward()
 

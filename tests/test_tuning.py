@@ -5,11 +5,15 @@ import json
 import pico
 import pytest
 import torch
-from transformers import AutoTokenizer
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator import MediatorModel, distil
 from mergekit_mediator.artifact import read_manifest, verify_files
-from mergekit_mediator.report import size
+from mergekit_mediator.cli import main
+from mergekit_mediator.inspection import inspect_figures, inspect_report
+from mergekit_mediator.prompts import render
 
 TEXTS = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
 
@@ -54,25 +58,13 @@ def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged
     out = merged(tuned(family, prompts, "math", bits=2, route="all"))
     entry = read_manifest(out).experts[0]
     model = MediatorModel.from_pretrained(out, dtype=torch.float32)
-    expert = pico_model(family.experts["math"])
+    expert = AutoModelForCausalLM.from_pretrained(family.experts["math"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    ids = [distil_render(tokenizer, text) for text in TEXTS]
+    ids = [render(tokenizer, text) for text in TEXTS]
     answers = distil.answer(expert, ids, pad=0)[:: distil._HELD_OUT]
     with model.mixture({"math": 1.0}) as mixed:
         served = distil._divergence(mixed, answers)
     assert served == pytest.approx(entry.tuned.divergence_after, rel=0.1)
-
-
-def pico_model(path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def distil_render(tokenizer, text):
-    from mergekit_mediator.prompts import render
-
-    return render(tokenizer, text)
 
 
 @pytest.mark.parametrize("architecture", ["llama_tied", "gemma3", "gpt2", "qwen3_moe"])
@@ -95,7 +87,7 @@ def test_a_budget_holds_for_what_was_tuned(make, merged, prompts):
     ours = {"README.md", "mergekit_config.yml"}
     files = [p for p in out.iterdir() if p.is_file() and p.name not in ours]
     dense = sum(p.stat().st_size for p in files)
-    assert sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) <= 1.5 * dense, size(dense)
+    assert sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) <= 1.5 * dense
 
 
 def test_equal_merges_give_equal_files(family, merged, prompts):
@@ -108,6 +100,40 @@ def test_the_card_shows_no_directory_of_this_machine(family, merged, prompts):
     out = merged(tuned(family, prompts, "math", bits=2, route="all"))
     assert str(prompts.parent) not in (out / "README.md").read_text()
     assert "prompts: prompts.jsonl" in (out / "README.md").read_text()
+
+
+def test_inspect_says_what_tuning_did(family, merged, prompts):
+    out = merged(tuned(family, prompts, "math", bits=2, route="all"))
+    figures = inspect_figures(out, read_manifest(out))
+    first, second, _ = figures["experts"]
+    assert first["tuned"]["prompts"] == len(TEXTS)
+    assert second["tuned"] is None
+    before, after = (first["tuned"][f"divergence_{when}"] for when in ("before", "after"))
+    assert f"{before:.2g} to {after:.2g} by {len(TEXTS)} prompts" in inspect_report(figures)
+
+
+def test_a_plan_knows_that_tuning_takes_the_whole_model(family, prompts, tmp_path):
+    def planned(config):
+        path = tmp_path / "plan.yml"
+        path.write_text(yaml.safe_dump(config))
+        result = CliRunner().invoke(main, ["plan", str(path), "--json"])
+        return result, json.loads(result.output) if result.exit_code == 0 else None
+
+    _, figures = planned(family.config(bits=2))
+    _, with_prompts = planned(tuned(family, prompts, "math", bits=2))
+    assert with_prompts["peak_memory"] >= figures["peak_memory"]
+    prompts.write_text("")
+    result, _ = planned(tuned(family, prompts, "math", bits=2))
+    assert result.exit_code == 1
+    assert "at least 5 prompts required" in result.output
+
+
+def test_an_expert_that_is_the_dense_one_stays_as_it_is(family, merged, prompts):
+    config = tuned(family, prompts, "math", bits=2, route="all")
+    for entry in config["models"][1:]:
+        entry["parameters"]["weight"] = 0
+    entry = read_manifest(merged(config)).experts[0]
+    assert entry.tuned.divergence_after == entry.tuned.divergence_before < 0.1
 
 
 @pytest.mark.parametrize(
