@@ -27,6 +27,7 @@ DTYPE = "float32"
 CALIBRATION_PROMPTS = 20
 # That experts are tuned on, where a row says so.
 TUNING_PROMPTS = 128
+_DRAWN = 16
 
 
 def tasks_of(folders: dict[str, Path], prompts: int, seed: int) -> dict[str, Task]:
@@ -87,22 +88,31 @@ def artifact_systems(
     return [replace(r, figures={**r.figures, **taken}) for r in results]
 
 
-def calibrated(model: MediatorModel, folders: dict[str, Path], copy: Path) -> MediatorModel:
+def calibrated(
+    model: MediatorModel, folders: dict[str, Path], copy: Path, reported: dict[str, Task]
+) -> MediatorModel:
     """A copy of an artifact whose router has seen a few prompts of each expert's task, without answers."""
     if copy.exists():
         shutil.rmtree(copy)
     shutil.copytree(model.root, copy)
-    data = prompt_files(folders, CALIBRATION_PROMPTS, copy)
+    data = prompt_files(folders, CALIBRATION_PROMPTS, copy, reported)
     calibrate_artifact(copy, model.model, model.tokenizer, data)
     return MediatorModel.from_pretrained(copy, dtype=DTYPE)
 
 
-def prompt_files(folders: dict[str, Path], count: int, beside: Path) -> dict[str, Path]:
-    """Files of prompts of each expert's task, without answers."""
+def prompt_files(
+    folders: dict[str, Path], count: int, beside: Path, reported: dict[str, Task]
+) -> dict[str, Path]:
+    """Files of prompts of each expert's task, without answers and without any prompt that is reported.
+
+    Some tasks have few different problems, so that most of what is drawn is in the report too.
+    """
     data = {}
-    for name, task in tasks_of(folders, count, CALIBRATION_SEED).items():
+    for name, task in tasks_of(folders, _DRAWN * count, CALIBRATION_SEED).items():
+        known = {example.prompt for example in reported[name].examples}
+        drawn = [e.prompt for e in task.examples if e.prompt not in known]
+        lines = [json.dumps({"prompt": prompt}) for prompt in drawn[:count]]
         data[name] = beside.with_name(f"{beside.name}-{name}.jsonl")
-        lines = (json.dumps({"prompt": example.prompt}) for example in task.examples)
         data[name].write_text("\n".join(lines), encoding="utf-8")
     return data
 

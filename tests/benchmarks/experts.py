@@ -88,14 +88,14 @@ def main() -> None:
         *expert_systems(scorer, tasks, made.experts, args.each),
         *artifact_systems(made, scorer, tasks, "mediator", budget, routing),
     ]
-    prompts = prompt_files(folders, TUNING_PROMPTS, work / "mediator-tuned")
+    prompts = prompt_files(folders, TUNING_PROMPTS, work / "mediator-tuned", tasks)
     tuned = artifact_systems(made, scorer, tasks, "mediator tuned", budget, prompts=prompts)
     results += [
         replace(row, name=row.name.replace("mediator", "mediator_tuned"))
         for row in tuned
         if row.name != "mediator_dense"
     ]
-    informed = calibrated(model, folders, work / "mediator-calibrated")
+    informed = calibrated(model, folders, work / "mediator-calibrated", tasks)
     informed_routing = route(informed, tasks)
     *_, routed = mediator_systems(
         informed,
