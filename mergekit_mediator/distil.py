@@ -6,7 +6,7 @@ answers. The loss of an answer is Σ_tokens KL(expert ‖ stored) in nats, with 
 finds likely by themselves and all others as one.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,37 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_mediator.approximate import approximate
-from mergekit_mediator.errors import PromptError
 from mergekit_mediator.evaluate import answer_logits
 from mergekit_mediator.sparse import SparseTensor
+from mergekit_mediator.teacher import Answered, batches
 
 # Found on prompts that are not reported: relative steps, and how often each prompt is seen.
 _RATE = 0.01
 _ROUNDS = 3
 _WARM_UP = 5  # steps
-_BATCH = 8
 # Every so many prompts one is not learnt from, and tells whether it helped.
 _HELD_OUT = 8
-_LIKELY = 128
-_ANSWER_TOKENS = 128
 _LEAST = 1e-6
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt with the expert's own answer.
-
-    Attributes:
-        prompt: token ids.
-        answer: token ids, `n` of them.
-        likely: `[n, k]` int64, the tokens that the expert finds likeliest in each place.
-        logs: `[n, k]` float32, the logarithms of their probabilities.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    likely: Tensor
-    logs: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,36 +41,6 @@ class Distilled:
     stored: Mapping[str, SparseTensor]
     before: float
     after: float
-
-
-def answer(
-    model: Any,
-    prompts: Sequence[list[int]],
-    pad: int,
-    step: Callable[[int], Any] = lambda _: None,
-) -> list[Answered]:
-    """What a model answers by greedy decoding, and how likely it finds each token.
-
-    Args:
-        model: any `AutoModelForCausalLM`, holding the expert's weights.
-        prompts: token ids.
-        pad: the token that fills up rows.
-        step: called with the number of prompts that were answered.
-
-    Raises:
-        PromptError: a prompt that leaves no room for an answer.
-    """
-    found: dict[int, Answered] = {}
-    with torch.no_grad():
-        for rows in _batches([len(prompt) for prompt in prompts]):
-            batch = [prompts[i] for i in rows]
-            pairs = list(zip(batch, _decode(model, batch, pad), strict=True))
-            for i, pair, logits in zip(rows, pairs, answer_logits(model, pairs), strict=True):
-                k = min(_LIKELY, logits.shape[-1])
-                logs, likely = logits.float().log_softmax(-1).topk(k)
-                found[i] = Answered(*pair, likely, logs)
-            step(len(rows))
-    return [found[i] for i in range(len(prompts))]
 
 
 def distil(
@@ -185,7 +135,7 @@ def _fit(
     step: Callable[[int], Any],
 ) -> None:
     """Adam (Kingma and Ba, arXiv 1412.6980) with a rate that rises at first and then falls to zero."""
-    order = _batches([len(a.prompt) + len(a.answer) for a in answers])
+    order = batches([len(a.prompt) + len(a.answer) for a in answers])
     optimizer = torch.optim.Adam(
         [part.moved for part in parts], lr=_RATE, betas=(0.9, 0.98), eps=1e-12
     )
@@ -254,48 +204,9 @@ def _divergence(model: Any, answers: Sequence[Answered]) -> float:
     """The mean of their losses."""
     total = 0.0
     with torch.no_grad():
-        for rows in _batches([len(a.prompt) + len(a.answer) for a in answers]):
+        for rows in batches([len(a.prompt) + len(a.answer) for a in answers]):
             total += sum(float(loss) for loss in _losses(model, [answers[i] for i in rows]))
     return total / len(answers)
-
-
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of what is alike in length together: less padding."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
-
-
-def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int]]:
-    """The answers, each with the token that ends it, if it was reached."""
-    width = max(map(len, prompts))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = _ANSWER_TOKENS if limit is None else min(_ANSWER_TOKENS, limit - width)
-    if room < 1:
-        raise PromptError(
-            f"prompts: one of {width} tokens leaves no room for an answer: the model reads {limit}"
-        )
-    ids = torch.full((len(prompts), width), pad, device=model.device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=model.device)
-        mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=room,
-        do_sample=False,
-        pad_token_id=pad,
-    )
-    given = model.generation_config.eos_token_id
-    ends = set(given if isinstance(given, list) else [given])
-    answers: list[list[int]] = output[:, width:].tolist()
-    return [_until(tokens, ends) for tokens in answers]
-
-
-def _until(tokens: list[int], ends: Collection[int | None]) -> list[int]:
-    """Tokens up to the first that is an end, and that one."""
-    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
 
 
 def _is_kept_vector(stored: SparseTensor) -> bool:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mergekit_mediator.artifact import Tuned
 from mergekit_mediator.calibration_data import data_digest, read_prompts
 from mergekit_mediator.config import MediatorConfig
-from mergekit_mediator.distil import answer, distil, seen
+from mergekit_mediator.distil import distil, seen
 from mergekit_mediator.errors import ConfigError, RoutingError
 from mergekit_mediator.expert_file import ExpertFile, ExpertWriter
 from mergekit_mediator.loading import load_plain, load_tokenizer
@@ -25,6 +25,7 @@ from mergekit_mediator.locate import locate_weights
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.prompts import Prompt, render
 from mergekit_mediator.sparse import SparseTensor, mix_
+from mergekit_mediator.teacher import answer
 from mergekit_mediator.weights import Inputs
 
 Prompts = Mapping[ModelReference, Sequence[Prompt]]
@@ -74,7 +75,7 @@ def tune(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     results = {}
     for expert, asked in prompts.items():
-        name, path = inputs.config.experts[expert], files[expert]
+        name = inputs.config.experts[expert]
         ids = [render(tokenizer, prompt) for prompt in asked]
         total = len(ids) + seen(len(ids))
         with tqdm(
@@ -85,11 +86,11 @@ def tune(
             answers = answer(model, ids, pad or 0, bar.update)
             for weight in floating:
                 _put(located[weight.info.name], written(weight.info.name))
-            opened = {other: ExpertFile(other_path) for other, other_path in files.items()}
+            opened = {other: ExpertFile(files[other]) for other in files}
             _mix(located, expert, opened)
             kept = {weight: opened[expert].read(weight) for weight in opened[expert].weights}
             found = distil(model, located, kept, answers, bar.update)
-        _rewrite(path, name, {**kept, **found.stored})
+        _rewrite(files[expert], name, {**kept, **found.stored})
         results[name] = Tuned(
             prompts=len(ids),
             data=data_digest(asked),

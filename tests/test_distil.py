@@ -9,10 +9,10 @@ import torch
 
 from mergekit_mediator import distil
 from mergekit_mediator.approximate import approximate
-from mergekit_mediator.distil import answer
 from mergekit_mediator.errors import PromptError
 from mergekit_mediator.locate import locate_weights
 from mergekit_mediator.sparse import mix_
+from mergekit_mediator.teacher import answer
 
 PROMPTS = [[1, 4 + i, 5 + i % 7, 6 + i % 5] for i in range(24)]
 END = 2

@@ -23,7 +23,16 @@ TENSORS_ONLY = {
         "workers",
         "mixture",
     ),
-    *("factor_steps", "factors", "approximate", "budget", "allocate", "importance", "distil"),
+    *(
+        "factor_steps",
+        "factors",
+        "approximate",
+        "budget",
+        "allocate",
+        "importance",
+        "teacher",
+        "distil",
+    ),
 }
 MERGING = {
     "plugin",

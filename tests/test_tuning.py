@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_mediator import MediatorModel, distil
+from mergekit_mediator import MediatorModel, distil, teacher
 from mergekit_mediator.artifact import read_manifest, verify_files
 from mergekit_mediator.cli import main
 from mergekit_mediator.inspection import inspect_figures, inspect_report
@@ -21,7 +21,7 @@ TEXTS = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
 @pytest.fixture
 def prompts(tmp_path, monkeypatch):
     """A file of prompts, and answers that are short enough for a test."""
-    monkeypatch.setattr(distil, "_ANSWER_TOKENS", 8)
+    monkeypatch.setattr(teacher, "_ANSWER_TOKENS", 8)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return path
@@ -61,7 +61,7 @@ def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged
     expert = AutoModelForCausalLM.from_pretrained(family.experts["math"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = [render(tokenizer, text) for text in TEXTS]
-    answers = distil.answer(expert, ids, pad=0)[:: distil._HELD_OUT]
+    answers = teacher.answer(expert, ids, pad=0)[:: distil._HELD_OUT]
     with model.mixture({"math": 1.0}) as mixed:
         served = distil._divergence(mixed, answers)
     assert served == pytest.approx(entry.tuned.divergence_after, rel=0.1)
