@@ -24,6 +24,8 @@ from mergekit_mediator.teacher import Answered, batches
 _RATE = 0.01
 _ROUNDS = 3
 _WARM_UP = 5  # steps
+# Whose activations are in memory at once; a single answer may be longer.
+_TOKENS = 512
 # Every so many prompts one is not learnt from, and tells whether it helped.
 _HELD_OUT = 8
 _LEAST = 1e-6
@@ -144,8 +146,9 @@ def _fit(
     for _ in range(_ROUNDS):
         for place in torch.randperm(len(order), generator=generator).tolist():
             rows = [answers[i] for i in order[place]]
-            loss = torch.stack(list(_losses(model, rows))).mean()
-            torch.autograd.backward(loss)
+            for few in _few(rows):
+                loss = torch.stack(list(_losses(model, few))).sum() / len(rows)
+                torch.autograd.backward(loss)
             done += 1
             optimizer.param_groups[0]["lr"] = _RATE * min(done / _WARM_UP, 1 - done / (total + 1))
             optimizer.step()
@@ -153,6 +156,18 @@ def _fit(
             for part in parts:
                 part.apply()
             step(len(rows))
+
+
+def _few(answers: Sequence[Answered]) -> Iterator[list[Answered]]:
+    """Parts of a batch whose activations are in memory together."""
+    few: list[Answered] = []
+    for answered in answers:
+        longest = max(len(a.prompt) + len(a.answer) for a in [*few, answered])
+        if few and longest * (len(few) + 1) > _TOKENS:
+            yield few
+            few = []
+        few.append(answered)
+    yield few
 
 
 @contextmanager

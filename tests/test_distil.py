@@ -133,6 +133,22 @@ def test_what_is_stored_comes_nearer_and_takes_no_other_codes(case, model):
             torch.testing.assert_close(rebuilt, weights[name], rtol=1e-4, atol=1e-4)
 
 
+def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
+    base, stored, answers, _ = case
+    first = distil.distil(model, located(model), stored, answers)
+    put(model, base, stored)
+    monkeypatch.setattr(distil, "_TOKENS", 100)
+    second = distil.distil(model, located(model), stored, answers)
+    assert second.after == pytest.approx(first.after, rel=0.05)
+    monkeypatch.setattr(distil, "_TOKENS", 150)
+    parts = list(distil._few(answers))
+    assert [a for part in parts for a in part] == answers
+    for part in parts:
+        longest = max(len(a.prompt) + len(a.answer) for a in part)
+        assert len(part) == 1 or longest * len(part) <= 150
+    assert 1 < max(map(len, parts)) < len(answers)
+
+
 def test_the_figures_are_those_of_what_is_stored(case, model):
     base, stored, answers, _ = case
     found = distil.distil(model, located(model), stored, answers)
