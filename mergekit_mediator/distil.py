@@ -25,7 +25,7 @@ _RATE = 0.01
 _ROUNDS = 3
 _WARM_UP = 5  # steps
 # Whose activations are in memory at once; a single answer may be longer.
-_TOKENS = 512
+TOKENS_AT_ONCE = 512
 # Every so many prompts one is not learnt from, and tells whether it helped.
 _HELD_OUT = 8
 _LEAST = 1e-6
@@ -163,7 +163,7 @@ def _few(answers: Sequence[Answered]) -> Iterator[list[Answered]]:
     few: list[Answered] = []
     for answered in answers:
         longest = max(len(a.prompt) + len(a.answer) for a in [*few, answered])
-        if few and longest * (len(few) + 1) > _TOKENS:
+        if few and longest * (len(few) + 1) > TOKENS_AT_ONCE:
             yield few
             few = []
         few.append(answered)

@@ -137,10 +137,10 @@ def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
     base, stored, answers, _ = case
     first = distil.distil(model, located(model), stored, answers)
     put(model, base, stored)
-    monkeypatch.setattr(distil, "_TOKENS", 100)
+    monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 100)
     second = distil.distil(model, located(model), stored, answers)
     assert second.after == pytest.approx(first.after, rel=0.05)
-    monkeypatch.setattr(distil, "_TOKENS", 150)
+    monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 150)
     parts = list(distil._few(answers))
     assert [a for part in parts for a in part] == answers
     for part in parts:
