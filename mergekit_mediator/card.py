@@ -1,7 +1,7 @@
 """The model card, and the picture of the conflict profile."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,21 @@ Base: {base}
 """
 
 
-def write_card(out: Path, manifest: Manifest, config_source: str) -> None:
-    """Write README.md; needs no network, and shows no directory of this machine."""
+def write_card(
+    out: Path, manifest: Manifest, config_source: str, files: Iterable[str] = ()
+) -> None:
+    """Write README.md; needs no network, and shows no directory of this machine.
+
+    Args:
+        out: the artifact's directory.
+        manifest: of the artifact.
+        config_source: the configuration's text.
+        files: that it names besides models.
+    """
     models = [manifest.base.source, *(e.source for e in manifest.experts)]
     parts = {part for model in models for part in model.split("+")}
     hub = sorted(filter(is_hub_id, parts))
-    for local in sorted(parts.difference(hub), key=len, reverse=True):
+    for local in sorted(parts.difference(hub).union(files), key=len, reverse=True):
         config_source = config_source.replace(local, Path(local).name or local)
     metadata: dict[str, Any] = {
         "library_name": "transformers",

@@ -103,9 +103,7 @@ def describe(
     source = config_source or merge_config.to_yaml()
     (out / "mergekit_config.yml").write_text(source, encoding="utf-8")
     if inputs.options.write_model_card:
-        for path in inputs.config.prompts.values():
-            source = source.replace(path, Path(path).name)
-        write_card(out, manifest, source)
+        write_card(out, manifest, source, inputs.config.prompts.values())
     files = artifact.digests(out, artifact.vouched_for(out))
     return manifest.model_copy(update={"files": files})
 

@@ -90,7 +90,7 @@ def plan(
         if merge_options.lora_merge_cache is None:
             merge_options = merge_options.model_copy(update={"lora_merge_cache": merged_adapters})
         inputs = Inputs(merge_config, merge_options)
-        read_all(inputs.config)
+        read_all(inputs.config)  # what a merge would refuse
         try:
             inputs.open() if conflict or curve else inputs.peek()
             weights = inputs.weights()

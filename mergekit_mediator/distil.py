@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_mediator.approximate import approximate
+from mergekit_mediator.approximate import approximate, as_matrix, is_vector
 from mergekit_mediator.evaluate import answer_logits
 from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.teacher import Answered, batches
@@ -66,7 +66,7 @@ def distil(
     parts = [
         _Part(name, weights[name], tensor)
         for name, tensor in stored.items()
-        if tensor.share < 1 and (tensor.factors or _is_kept_vector(tensor))
+        if tensor.share < 1 and (tensor.factors or _is_kept_vector(tensor, weights[name]))
     ]
     before = _divergence(model, held_out)
     if parts:
@@ -88,8 +88,8 @@ class _Part:
 
     def __init__(self, name: str, weight: Tensor, stored: SparseTensor) -> None:
         self.name, self.weight, self._stored = name, weight, stored
-        self._matrix = weight.view(-1, weight.shape[-1])
         if stored.factors:
+            self._matrix = as_matrix(weight)
             scales = stored.factors.scales.to(weight) * (1 - stored.share)
             self._left = stored.factors.left.to(weight) * scales
             self._right = stored.factors.right.to(weight)
@@ -104,7 +104,7 @@ class _Part:
     def add_gradient(self, gradient: Tensor) -> None:
         """Add to the gradient of the scales, given that of the weight."""
         if self._stored.factors:
-            product = gradient.reshape(self._matrix.shape).T @ self._left
+            product = as_matrix(gradient).T @ self._left
             own = (product * self._right).sum(0)
         else:
             own = gradient.reshape(-1) * self._unit
@@ -146,7 +146,7 @@ def _fit(
     for _ in range(_ROUNDS):
         for place in torch.randperm(len(order), generator=generator).tolist():
             rows = [answers[i] for i in order[place]]
-            for few in _few(rows):
+            for few in _parts(rows):
                 loss = torch.stack(list(_losses(model, few))).sum() / len(rows)
                 torch.autograd.backward(loss)
             done += 1
@@ -158,16 +158,11 @@ def _fit(
             step(len(rows))
 
 
-def _few(answers: Sequence[Answered]) -> Iterator[list[Answered]]:
-    """Parts of a batch whose activations are in memory together."""
-    few: list[Answered] = []
-    for answered in answers:
-        longest = max(len(a.prompt) + len(a.answer) for a in [*few, answered])
-        if few and longest * (len(few) + 1) > TOKENS_AT_ONCE:
-            yield few
-            few = []
-        few.append(answered)
-    yield few
+def _parts(answers: Sequence[Answered]) -> list[Sequence[Answered]]:
+    """A batch in parts whose activations are in memory together."""
+    longest = max(len(a.prompt) + len(a.answer) for a in answers)
+    count = max(1, TOKENS_AT_ONCE // longest)
+    return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
 @contextmanager
@@ -224,6 +219,6 @@ def _divergence(model: Any, answers: Sequence[Answered]) -> float:
     return total / len(answers)
 
 
-def _is_kept_vector(stored: SparseTensor) -> bool:
-    """Whether a weight is a vector, of which something is stored."""
-    return len(stored.shape) == 1 and stored.positions.numel() > 0
+def _is_kept_vector(stored: SparseTensor, weight: Tensor) -> bool:
+    """Whether a weight is too thin for factors, and something of it is stored."""
+    return is_vector(weight) and stored.positions.numel() > 0

@@ -35,7 +35,7 @@ from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.slopes import bytes_over, check_budget, slopes_for
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for
-from mergekit_mediator.tuning import Prompts, read_all, tune
+from mergekit_mediator.tuning import read_all, tune
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import Workers, workers
 
@@ -73,12 +73,10 @@ def run(
             merged_adapters = stack.enter_context(tempfile.TemporaryDirectory())
             options = options.model_copy(update={"lora_merge_cache": merged_adapters})
         inputs = Inputs(merge_config, options)
-        prompts = read_all(inputs.config)
         stack.callback(inputs.close)
         staging = stack.enter_context(Staging(Path(out_path), overwrite))
         try:
-            over = stack.enter_context(workers())
-            merge = _Merge(inputs, staging.path, allow_nonfinite, over, prompts)
+            merge = _Merge(inputs, staging.path, allow_nonfinite, stack.enter_context(workers()))
             manifest = merge.run(merge_config, config_source)
             staging.publish(manifest)
         except (OSError, safetensors.SafetensorError) as error:
@@ -112,15 +110,9 @@ def plan_layers(
 class _Merge:
     """One merge into a staging directory."""
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        out: Path,
-        allow_nonfinite: bool,
-        over: Workers,
-        prompts: Prompts,
-    ) -> None:
-        self.inputs, self.out, self._over, self._prompts = inputs, out, over, prompts
+    def __init__(self, inputs: Inputs, out: Path, allow_nonfinite: bool, over: Workers) -> None:
+        self.inputs, self.out, self._over = inputs, out, over
+        self._prompts = read_all(inputs.config)
         self.passes = Passes(inputs, over, allow_nonfinite)
 
     def run(self, merge_config: MergeConfiguration, config_source: str | None) -> Manifest:

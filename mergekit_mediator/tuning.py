@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from mergekit_mediator.loading import load_plain, load_tokenizer
 from mergekit_mediator.locate import locate_weights
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.prompts import Prompt, render
+from mergekit_mediator.routers import pad_token
 from mergekit_mediator.sparse import SparseTensor, mix_
 from mergekit_mediator.teacher import answer
 from mergekit_mediator.weights import Inputs
@@ -69,10 +69,14 @@ def tune(
     model: Any = load_plain(out, "float32")
     model.to(inputs.options.device or "cpu")
     written = inputs.reader(out)
-    shapes = {w.info.name: tuple(written(w.info.name).shape) for w in weights}
-    floating = [w for w in weights if written(w.info.name).is_floating_point()]
-    located = locate_weights(model, [w.info.name for w in floating], shapes)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    shapes, floating = {}, []
+    for weight in weights:
+        dense = written(weight.info.name)
+        if dense.is_floating_point():
+            shapes[weight.info.name] = tuple(dense.shape)
+            floating.append(weight)
+    located = locate_weights(model, shapes, shapes)
+    opened = {expert: ExpertFile(path) for expert, path in files.items()}
     results = {}
     for expert, asked in prompts.items():
         name = inputs.config.experts[expert]
@@ -82,15 +86,15 @@ def tune(
             total=total, desc=f"tune {name}", unit="prompt", disable=inputs.options.quiet
         ) as bar:
             for weight in floating:
-                _put(located[weight.info.name], inputs.load(weight, expert))
-            answers = answer(model, ids, pad or 0, bar.update)
+                located[weight.info.name].copy_(inputs.load(weight, expert))
+            answers = answer(model, ids, pad_token(model), bar.update)
             for weight in floating:
-                _put(located[weight.info.name], written(weight.info.name))
-            opened = {other: ExpertFile(files[other]) for other in files}
+                located[weight.info.name].copy_(written(weight.info.name))
             _mix(located, expert, opened)
             kept = {weight: opened[expert].read(weight) for weight in opened[expert].weights}
             found = distil(model, located, kept, answers, bar.update)
         _rewrite(files[expert], name, {**kept, **found.stored})
+        opened[expert] = ExpertFile(files[expert])
         results[name] = Tuned(
             prompts=len(ids),
             data=data_digest(asked),
@@ -105,11 +109,6 @@ def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
         return read_prompts(Path(path))
     except RoutingError as error:
         raise ConfigError(f"model {model}: prompts: {error}") from error
-
-
-def _put(weight: Tensor, source: Tensor) -> None:
-    with torch.no_grad():
-        weight.copy_(source)
 
 
 def _mix(

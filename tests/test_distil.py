@@ -141,7 +141,7 @@ def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
     second = distil.distil(model, located(model), stored, answers)
     assert second.after == pytest.approx(first.after, rel=0.05)
     monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 150)
-    parts = list(distil._few(answers))
+    parts = list(distil._parts(answers))
     assert [a for part in parts for a in part] == answers
     for part in parts:
         longest = max(len(a.prompt) + len(a.answer) for a in part)

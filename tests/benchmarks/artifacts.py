@@ -25,8 +25,8 @@ TUNE_SEED, CALIBRATION_SEED = 50_000, 300_007
 # Everything is scored in it: in bfloat16 an answer may change with the prompts that share its batch.
 DTYPE = "float32"
 CALIBRATION_PROMPTS = 20
-# That experts are tuned on, where a row says so.
-TUNING_PROMPTS = 128
+PROMPTS_TUNED_ON = 128
+# So many times the prompts that are asked for: those that are reported are left out.
 _DRAWN = 16
 
 

@@ -22,8 +22,8 @@ from artifacts import (
     CALIBRATION_PROMPTS,
     CALIBRATION_SEED,
     DTYPE,
+    PROMPTS_TUNED_ON,
     TUNE_SEED,
-    TUNING_PROMPTS,
     artifact,
     artifact_systems,
     calibrated,
@@ -88,7 +88,7 @@ def main() -> None:
         *expert_systems(scorer, tasks, made.experts, args.each),
         *artifact_systems(made, scorer, tasks, "mediator", budget, routing),
     ]
-    prompts = prompt_files(folders, TUNING_PROMPTS, work / "mediator-tuned", tasks)
+    prompts = prompt_files(folders, PROMPTS_TUNED_ON, work / "mediator-tuned", tasks)
     tuned = artifact_systems(made, scorer, tasks, "mediator tuned", budget, prompts=prompts)
     results += [
         replace(row, name=row.name.replace("mediator", "mediator_tuned"))
@@ -113,7 +113,7 @@ def main() -> None:
         "tasks": {task: len(t.examples) for task, t in tasks.items()},
         "tuning_prompts_per_task": TUNE_PROMPTS,
         "calibration_prompts_per_task": CALIBRATION_PROMPTS,
-        "prompts_tuned_on_per_task": TUNING_PROMPTS,
+        "prompts_tuned_on_per_task": PROMPTS_TUNED_ON,
         "systems": rows,
         "routing": {task: found.figures(model.experts) for task, found in routing.items()},
         "routing_calibrated": {
