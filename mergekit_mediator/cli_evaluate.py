@@ -17,7 +17,7 @@ from mergekit_mediator.compare import (
     sizes,
 )
 from mergekit_mediator.contenders import located
-from mergekit_mediator.errors import OutputError
+from mergekit_mediator.errors import MediatorError, OutputError
 from mergekit_mediator.quality_plot import plot_quality
 from mergekit_mediator.results import SystemResult, to_json, to_markdown
 from mergekit_mediator.runtime import MediatorModel
@@ -131,8 +131,13 @@ def evaluate(
             systems = RivalSystems(made, scorer, reported, tuning, routing, base_bytes(model))
             results += systems.score(names, ranks)
             moved = {source: experts[name] for name, source in from_manifest.items()}
-            _, seconds = made.again(model.root / "mergekit_config.yml", moved)
-            mine = [replace(m, figures={**m.figures, "merge_cpu_seconds": seconds}) for m in mine]
+            try:
+                _, seconds = made.again(model.root / "mergekit_config.yml", moved)
+            except MediatorError as error:  # what was scored is worth more than this figure
+                click.echo(f"warning: the time of the merge is not measured: {error}", err=True)
+            else:
+                taken = {"merge_cpu_seconds": seconds}
+                mine = [replace(m, figures={**m.figures, **taken}) for m in mine]
         rows = to_json([*results, *mine])
         figures = {
             "prompts_per_task": {name: len(task.examples) for name, task in reported.items()},

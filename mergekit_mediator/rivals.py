@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import mergekit.merge
 import yaml
 from mergekit.config import MergeConfiguration
@@ -124,7 +125,7 @@ class Rivals:
             began = time.process_time()
             try:
                 make(out)
-            except (OSError, RuntimeError, ValueError, KeyError) as error:
+            except (OSError, RuntimeError, ValueError, KeyError, click.ClickException) as error:
                 raise InputError(f"rival {label}: mergekit: {first_line(error)}") from error
             note.write_text(json.dumps({"seconds": time.process_time() - began}))
         return out, float(json.loads(note.read_text())["seconds"])

@@ -2,7 +2,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -82,8 +81,7 @@ def test_the_wheel_holds_the_adapters_of_the_demo(built):
 
 
 def test_the_source_distribution_builds_the_same_wheel(built, tmp_path):
-    with tarfile.open(built["sdist"]) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(built["sdist"], tmp_path)
     (directory,) = tmp_path.iterdir()
     (tmp_path / "out").mkdir()
     again = build("build_wheel", directory, tmp_path / "out")

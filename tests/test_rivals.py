@@ -164,6 +164,26 @@ def test_every_model_is_scored_in_the_dtype_that_is_asked_for(out, tasks, monkey
     assert seen == {torch.float16}
 
 
+def test_scores_are_not_lost_where_the_merge_cannot_be_timed(family, merged, tasks, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(8)))
+    config = family.config(bits=2, route="all")
+    config["models"][0]["parameters"]["prompts"] = str(prompts)
+    tuned = merged(config)
+    prompts.unlink()
+    options = ["--rivals", "average", "--limit", 4, "--tune", 4, "--json"]
+    result = call("evaluate", tuned, *tasks, *options)
+    assert result.exit_code == 0, result.output
+    assert (
+        "warning: the time of the merge is not measured: rival mediator: mergekit: model"
+        in result.stderr
+    )
+    assert "prompts.jsonl" in result.stderr
+    systems = json.loads(result.stdout)["systems"]
+    assert "merge_cpu_seconds" in systems["average"]
+    assert "merge_cpu_seconds" not in systems["mediator"]
+
+
 def test_an_unknown_rival_is_named_with_the_known_ones(out, tasks):
     result = call("evaluate", out, *tasks, "--rivals", "ties,slerp")
     assert result.exit_code == 1
