@@ -16,8 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 ROOMS = {
     "Start and configure": "__init__ _autoload _build plugin config settings expert_names keys "
     "cli cli_merge",
-    "Merge": "architecture planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora teacher distil tuning merge importance "
+    "Merge": "architecture planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge importance "
     "checkpoint licenses estimate curve workers",
+    "Tune on prompts": "tuning teacher distil",
     "Store": "sparse factor_steps factors approximate budget allocate bits entropy description codec factor_codec "
     "expert_file artifact "
     "staging",
