@@ -1,27 +1,26 @@
 """Brings what is stored of an expert nearer to the expert itself, on prompts, without a byte more.
 
-Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) of the expert into its own stored form:
-the scales of low-rank components and the stored vectors, such as norms, are fitted to what the expert
-answers. The loss of an answer is Σ_tokens KL(expert ‖ stored) in nats, with the tokens that the expert
-finds likely by themselves and all others as one.
+Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) of the expert into its own stored form,
+as far as it is `tunable`: that is fitted to what the expert answers. The loss of an answer is
+Σ_tokens KL(expert ‖ stored) in nats, with the tokens that the expert finds likely by themselves and all
+others as one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mergekit_mediator.approximate import approximate, as_matrix, is_vector
 from mergekit_mediator.evaluate import answer_logits
 from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.teacher import Answered, batches
+from mergekit_mediator.tunable import Tunable
 
-# Found on prompts that are not reported: relative steps, and how often each prompt is seen.
-_RATE = 0.01
+# How often each prompt is seen. Found on prompts that are not reported.
 _ROUNDS = 3
 _WARM_UP = 5  # steps
 # Whose activations are in memory at once; a single answer may be longer.
@@ -47,8 +46,7 @@ class Distilled:
 
 def distil(
     model: Any,
-    weights: Mapping[str, Tensor],
-    stored: Mapping[str, SparseTensor],
+    parts: Mapping[str, Tunable],
     answers: Sequence[Answered],
     step: Callable[[int], Any] = lambda _: None,
 ) -> Distilled:
@@ -56,26 +54,20 @@ def distil(
 
     Args:
         model: any `AutoModelForCausalLM` in float32, holding what is served as the expert.
-        weights: by name, the storage of the model's weights; those that are tuned are changed.
-        stored: by weight, what is stored of the expert. With a share w in the dense weight a change of it
-            counts 1 − w; see `sparse.mix_`.
+        parts: by weight, what can be tuned of it; the model's weights follow.
         answers: of the expert, at least two.
         step: called with the number of answers in each batch that was learnt from.
     """
     held_out, learnt = answers[::_HELD_OUT], [a for i, a in enumerate(answers) if i % _HELD_OUT]
-    parts = [
-        _Part(name, weights[name], tensor)
-        for name, tensor in stored.items()
-        if tensor.share < 1 and (tensor.factors or _is_kept_vector(tensor, weights[name]))
-    ]
     before = _divergence(model, held_out)
     if parts:
-        with _gradients(model, parts):
-            _fit(model, parts, learnt, step)
+        tuned = list(parts.values())
+        with _gradients(model, tuned):
+            _fit(model, tuned, learnt, step)
     after = _divergence(model, held_out)
     if after >= before:
         return Distilled({}, before, before)
-    return Distilled({part.name: part.result() for part in parts}, before, after)
+    return Distilled({name: part.result() for name, part in parts.items()}, before, after)
 
 
 def seen(answers: int) -> int:
@@ -83,63 +75,19 @@ def seen(answers: int) -> int:
     return _ROUNDS * (answers - len(range(0, answers, _HELD_OUT)))
 
 
-class _Part:
-    """One stored weight: how far each scale of it is moved, relative to itself, and the gradient of that."""
-
-    def __init__(self, name: str, weight: Tensor, stored: SparseTensor) -> None:
-        self.name, self.weight, self._stored = name, weight, stored
-        if stored.factors:
-            self._matrix = as_matrix(weight)
-            scales = stored.factors.scales.to(weight) * (1 - stored.share)
-            self._left = stored.factors.left.to(weight) * scales
-            self._right = stored.factors.right.to(weight)
-            count = stored.factors.rank
-        else:
-            self._change = stored.difference(torch.zeros(stored.positions.numel()))
-            self._unit = float(self._change.square().mean().sqrt()) * (1 - stored.share)
-            count = weight.numel()
-        self.moved = nn.Parameter(weight.new_zeros(count))
-        self._applied = weight.new_zeros(count)
-
-    def add_gradient(self, gradient: Tensor) -> None:
-        """Add to the gradient of the scales, given that of the weight."""
-        if self._stored.factors:
-            product = as_matrix(gradient).T @ self._left
-            own = (product * self._right).sum(0)
-        else:
-            own = gradient.reshape(-1) * self._unit
-        self.moved.grad = own if self.moved.grad is None else self.moved.grad + own
-
-    def apply(self) -> None:
-        """Bring the weight to where the scales are."""
-        change = self.moved.detach() - self._applied
-        self._applied += change
-        if self._stored.factors:
-            self._matrix.addmm_(self._left * change, self._right.T)
-        else:
-            self.weight.view(-1).add_(change, alpha=self._unit)
-
-    def result(self) -> SparseTensor:
-        """What is stored of the weight now."""
-        moved, old = self.moved.detach().cpu(), self._stored
-        if old.factors:
-            scales = old.factors.scales * (1 + moved)
-            return replace(old, factors=replace(old.factors, scales=scales))
-        change = moved * (self._unit / (1 - old.share))
-        change.index_add_(0, old.positions, self._change)
-        return approximate(change.view(old.shape), 1.0, old.dtype, old.share)
-
-
 def _fit(
     model: Any,
-    parts: Sequence[_Part],
+    parts: Sequence[Tunable],
     answers: Sequence[Answered],
     step: Callable[[int], Any],
 ) -> None:
     """Adam (Kingma and Ba, arXiv 1412.6980) with a rate that rises at first and then falls to zero."""
     order = batches([len(a.prompt) + len(a.answer) for a in answers])
+    moved = [pair for part in parts for pair in part.parameters()]
     optimizer = torch.optim.Adam(
-        [part.moved for part in parts], lr=_RATE, betas=(0.9, 0.98), eps=1e-12
+        [{"params": [parameter], "lr": rate} for rate, parameter in moved],
+        betas=(0.9, 0.98),
+        eps=1e-12,
     )
     total, done = _ROUNDS * len(order), 0
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +98,9 @@ def _fit(
                 loss = torch.stack(list(_losses(model, few))).sum() / len(rows)
                 torch.autograd.backward(loss)
             done += 1
-            optimizer.param_groups[0]["lr"] = _RATE * min(done / _WARM_UP, 1 - done / (total + 1))
+            progress = min(done / _WARM_UP, 1 - done / (total + 1))
+            for group, (rate, _) in zip(optimizer.param_groups, moved, strict=True):
+                group["lr"] = rate * progress
             optimizer.step()
             optimizer.zero_grad()
             for part in parts:
@@ -166,11 +116,11 @@ def _parts(answers: Sequence[Answered]) -> list[Sequence[Answered]]:
 
 
 @contextmanager
-def _gradients(model: nn.Module, parts: Sequence[_Part]) -> Iterator[None]:
+def _gradients(model: nn.Module, parts: Sequence[Tunable]) -> Iterator[None]:
     """Every gradient of a weight goes to its parts at once, so that only one is in memory."""
     hooks = []
 
-    def collect(owned: Sequence[_Part], parameter: Tensor) -> None:
+    def collect(owned: Sequence[Tunable], parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None:
             gradient = gradient.contiguous()
@@ -180,7 +130,7 @@ def _gradients(model: nn.Module, parts: Sequence[_Part]) -> Iterator[None]:
                 part.add_gradient(gradient.as_strided(*place))
             parameter.grad = None
 
-    storages: dict[int, list[_Part]] = {}
+    storages: dict[int, list[Tunable]] = {}
     for part in parts:
         storages.setdefault(part.weight.untyped_storage().data_ptr(), []).append(part)
     for parameter in model.parameters():
@@ -217,8 +167,3 @@ def _divergence(model: Any, answers: Sequence[Answered]) -> float:
         for rows in batches([len(a.prompt) + len(a.answer) for a in answers]):
             total += sum(float(loss) for loss in _losses(model, [answers[i] for i in rows]))
     return total / len(answers)
-
-
-def _is_kept_vector(stored: SparseTensor, weight: Tensor) -> bool:
-    """Whether a weight is too thin for factors, and something of it is stored."""
-    return is_vector(weight) and stored.positions.numel() > 0

@@ -26,6 +26,7 @@ from mergekit_mediator.prompts import Prompt, render
 from mergekit_mediator.routers import pad_token
 from mergekit_mediator.sparse import SparseTensor, mix_
 from mergekit_mediator.teacher import answer
+from mergekit_mediator.tunable import tunable
 from mergekit_mediator.weights import Inputs
 
 Prompts = Mapping[ModelReference, Sequence[Prompt]]
@@ -88,11 +89,17 @@ def tune(
             for weight in floating:
                 located[weight.info.name].copy_(inputs.load(weight, expert))
             answers = answer(model, ids, pad_token(model), bar.update)
-            for weight in floating:
-                located[weight.info.name].copy_(written(weight.info.name))
-            _mix(located, expert, opened)
             kept = {weight: opened[expert].read(weight) for weight in opened[expert].weights}
-            found = distil(model, located, kept, answers, bar.update)
+            parts = {}
+            for weight in floating:
+                place, stored = located[weight.info.name], kept.get(weight.info.name)
+                change = place - inputs.load(weight, inputs.base).to(place)
+                part = None if stored is None else tunable(place, stored, change)
+                if part is not None:
+                    parts[weight.info.name] = part
+                place.copy_(written(weight.info.name))
+            _mix(located, expert, opened)
+            found = distil(model, parts, answers, bar.update)
         _rewrite(files[expert], name, {**kept, **found.stored})
         opened[expert] = ExpertFile(files[expert])
         results[name] = Tuned(

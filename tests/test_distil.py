@@ -7,15 +7,27 @@ import pico
 import pytest
 import torch
 
-from mergekit_mediator import distil
+from mergekit_mediator import distil, tunable
 from mergekit_mediator.approximate import approximate
+from mergekit_mediator.codec import encode_bytes
 from mergekit_mediator.errors import PromptError
+from mergekit_mediator.factors import unrounded
 from mergekit_mediator.locate import locate_weights
 from mergekit_mediator.sparse import mix_
 from mergekit_mediator.teacher import answer
 
 PROMPTS = [[1, 4 + i, 5 + i % 7, 6 + i % 5] for i in range(24)]
 END = 2
+
+
+def parts_of(model, stored, changes=None):
+    weights, changes = located(model), changes or {}
+    parts = {n: tunable.tunable(weights[n], t, changes.get(n)) for n, t in stored.items()}
+    return {name: part for name, part in parts.items() if part}
+
+
+def tuned(model, stored, answers, changes=None, step=lambda _: None):
+    return distil.distil(model, parts_of(model, stored, changes), answers, step)
 
 
 def located(model):
@@ -34,7 +46,8 @@ def put(model, weights, stored=None):
 
 @pytest.fixture(scope="module")
 def case():
-    """A base's weights, what is stored of its expert, the expert's answers, and a model to hold them."""
+    """A base's weights, what is stored of its expert, the expert's answers, a model to hold them, and the
+    expert's changes in full."""
     torch.manual_seed(0)
     base = pico.llama(hidden_size=64, intermediate_size=96, head_dim=32)
     expert = copy.deepcopy(base).eval()
@@ -51,19 +64,21 @@ def case():
         name: approximate(weight - own[name], 2e-3, torch.bfloat16)
         for name, weight in located(expert).items()
     }
-    return {n: w.clone() for n, w in own.items()}, stored, answers, base.eval()
+    changes = {name: weight - own[name] for name, weight in located(expert).items()}
+    return {n: w.clone() for n, w in own.items()}, stored, answers, base.eval(), changes
 
 
 @pytest.fixture
 def model(case, monkeypatch):
     monkeypatch.setattr(distil, "_ROUNDS", 20)
-    monkeypatch.setattr(distil, "_RATE", 0.03)
+    monkeypatch.setattr(tunable, "SCALE_RATE", 0.03)
+    monkeypatch.setattr(tunable, "CODE_RATE", 0.01)
     put(case[3], case[0], case[1])
     return case[3]
 
 
 def test_answers_are_those_of_greedy_decoding_with_their_end(case):
-    base, _, _, model = case
+    base, _, _, model, _ = case
     put(model, base)
     for answered in answer(model, PROMPTS[:9], pad=0):
         prompt = torch.tensor([answered.prompt])
@@ -80,23 +95,24 @@ def test_a_prompt_without_room_for_an_answer_is_refused(model):
         answer(model, [[4] * 64], pad=0)
 
 
-def test_the_gradient_of_scales_is_that_of_autograd_through_the_product(case, model):
-    _, stored, answers, _ = case
+def test_gradients_are_those_of_autograd_through_the_product(case, model):
+    _, stored, answers, _, _ = case
     weights = located(model)
     names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-    parts = [distil._Part(name, weights[name], stored[name]) for name in names]
+    parts = [tunable.tunable(weights[name], stored[name]) for name in names]
     with distil._gradients(model, parts):
         torch.stack(list(distil._losses(model, answers[:3]))).mean().backward()
 
     factors = stored[names[0]].factors
     kept = {name: weights[name].clone() for name in names}
-    moved = [torch.zeros(factors.rank, requires_grad=True)]
-    moved.append(torch.zeros(kept[names[1]].numel(), requires_grad=True))
-    left = factors.left.float() * factors.scales * moved[0]
+    scales = torch.zeros(factors.rank, requires_grad=True)
+    left, right = (f.float().requires_grad_() for f in (factors.left, factors.right))
+    vector = torch.zeros(kept[names[1]].numel(), requires_grad=True)
+    product = left * (factors.scales * (1 + scales)) @ right.T
     unit = stored[names[1]].difference(torch.zeros(stored[names[1]].positions.numel()))
     changed = {
-        names[0]: kept[names[0]] + left @ factors.right.float().T,
-        names[1]: kept[names[1]] + moved[1] * unit.square().mean().sqrt(),
+        names[0]: kept[names[0]] - factors.product() + product,
+        names[1]: kept[names[1]] + vector * unit.square().mean().sqrt(),
     }
     call = torch.func.functional_call
 
@@ -108,37 +124,76 @@ def test_the_gradient_of_scales_is_that_of_autograd_through_the_product(case, mo
             return call(model, changed, kwargs=inputs)
 
     torch.stack(list(distil._losses(Changed(), answers[:3]))).mean().backward()
-    for part, expected in zip(parts, moved, strict=True):
-        torch.testing.assert_close(part.moved.grad, expected.grad, rtol=1e-3, atol=1e-6)
+    moved = [parameter for part in parts for _, parameter in part.parameters()]
+    for parameter, expected in zip(moved, [scales, left, right, vector], strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-5)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-def test_what_is_stored_comes_nearer_and_takes_no_other_codes(case, model):
-    base, stored, answers, _ = case
+def test_what_is_stored_comes_nearer_and_takes_no_more_bytes(case, model):
+    base, stored, answers, _, changes = case
     weights = located(model)
     seen = []
-    found = distil.distil(model, weights, stored, answers, seen.append)
+    found = tuned(model, stored, answers, changes, seen.append)
     assert found.after < 0.8 * found.before
     assert sum(seen) == distil.seen(len(answers))
+    moved = 0
     for name, tensor in found.stored.items():
         old = stored[name]
         assert torch.equal(tensor.positions, old.positions) or len(old.shape) == 1
         if old.factors:
-            assert torch.equal(tensor.factors.left, old.factors.left)
-            assert torch.equal(tensor.factors.right, old.factors.right)
+            moved += int((tensor.factors.left != old.factors.left).sum())
+            sides = zip(_sides(tensor), _sides(old), strict=True)
+            assert all(new.abs().max() <= before.abs().max() for new, before in sides)
             assert torch.equal(tensor.codes, old.codes)
             assert not torch.equal(tensor.factors.scales, old.factors.scales)
             rebuilt = base[name].clone()
             mix_(rebuilt, [(1.0, tensor)])
             torch.testing.assert_close(rebuilt, weights[name], rtol=1e-4, atol=1e-4)
+    assert moved
+    sizes = [
+        sum(encode_bytes(t)[0].numel() for t in tensors.values())
+        for tensors in (stored, {**stored, **found.stored})
+    ]
+    assert sizes[1] < 1.01 * sizes[0]
+
+
+def _sides(tensor):
+    """Of each component, all its codes."""
+    return torch.cat([tensor.factors.left, tensor.factors.right]).T.int()
+
+
+def test_codes_start_between_what_is_stored_and_what_it_is_of(case):
+    _, stored, _, _, changes = case
+    for name, tensor in stored.items():
+        if tensor.factors:
+            sides = unrounded(changes[name], tensor.factors)
+            kept = (tensor.factors.left, tensor.factors.right)
+            for side, codes in zip(sides, kept, strict=True):
+                assert torch.equal(side.round().to(torch.int8), codes)
+                assert not torch.equal(side, codes.float())
+
+
+def test_a_share_in_the_dense_weight_counts(case, model):
+    name = "model.layers.1.mlp.up_proj.weight"
+    _, stored, _, _, _ = case
+    shared = replace(stored[name], share=0.25)
+    weight = located(model)[name]
+    part, before = tunable.tunable(weight, shared), weight.clone()
+    (_, scales), *_ = part.parameters()
+    scales.data.fill_(0.5)
+    part.apply()
+    torch.testing.assert_close(weight - before, 0.75 * 0.5 * shared.factors.product())
+    assert part.result().factors.scales.equal(shared.factors.scales * 1.5)
+    assert tunable.tunable(weight, replace(shared, share=1.0)) is None
 
 
 def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
-    base, stored, answers, _ = case
-    first = distil.distil(model, located(model), stored, answers)
+    base, stored, answers, _, changes = case
+    first = tuned(model, stored, answers, changes)
     put(model, base, stored)
     monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 100)
-    second = distil.distil(model, located(model), stored, answers)
+    second = tuned(model, stored, answers, changes)
     assert second.after == pytest.approx(first.after, rel=0.05)
     monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 150)
     parts = list(distil._parts(answers))
@@ -150,26 +205,28 @@ def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
 
 
 def test_the_figures_are_those_of_what_is_stored(case, model):
-    base, stored, answers, _ = case
-    found = distil.distil(model, located(model), stored, answers)
+    base, stored, answers, _, changes = case
+    found = tuned(model, stored, answers, changes)
     put(model, base, {**stored, **found.stored})
     again = distil._divergence(model, answers[:: distil._HELD_OUT])
     assert again == pytest.approx(found.after, rel=0.05)
 
 
 def test_nothing_changes_where_prompts_do_not_help(case, model, monkeypatch):
-    monkeypatch.setattr(distil, "_RATE", 3.0)
-    found = distil.distil(model, located(model), case[1], case[2])
+    monkeypatch.setattr(tunable, "SCALE_RATE", 3.0)
+    found = tuned(model, case[1], case[2])
     assert not found.stored
     assert found.after == found.before
 
 
 def test_equal_inputs_give_equal_results(case, model):
-    base, stored, answers, _ = case
-    first = distil.distil(model, located(model), stored, answers)
+    base, stored, answers, _, changes = case
+    first = tuned(model, stored, answers, changes)
     put(model, base, stored)
-    second = distil.distil(model, located(model), stored, answers)
+    second = tuned(model, stored, answers, changes)
     for name, tensor in first.stored.items():
         other = second.stored[name]
         assert torch.equal(tensor.codes, other.codes)
-        assert not tensor.factors or torch.equal(tensor.factors.scales, other.factors.scales)
+        if tensor.factors:
+            assert torch.equal(tensor.factors.scales, other.factors.scales)
+            assert torch.equal(tensor.factors.left, other.factors.left)
