@@ -1,4 +1,4 @@
-"""Brings what is stored of an expert nearer to the expert itself, on prompts, without a byte more.
+"""Brings what is stored of an expert nearer to the expert itself, on prompts, in as many bytes.
 
 Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) of the expert into its own stored form,
 as far as it is `tunable`: that is fitted to what the expert answers. The loss of an answer is

@@ -24,6 +24,8 @@ _APPROXIMATING_BYTES = 20
 # copied once, and for each token numbers of every layer and of the vocabulary. Measured on a Llama.
 _TUNED_BYTES, _GRADIENT_BYTES = 4, 8
 _ACTIVATIONS, _LOGITS = 25, 2
+# Each code of factors with its rounded one, its gradient and what Adam keeps of it. A code takes two bits.
+_CODE_BYTES, _BITS_OF_A_CODE, _MOST_CODES = 20, 2, 0.25  # the last for each parameter
 _CODE_BITS = {"int8": 8, "int4": 4, "sign": 1}
 
 
@@ -95,10 +97,10 @@ def estimate(
     rate = _bits_per_parameter(inputs, dense, [w for w in weights if w.layer in routed])
     layers = tuple(_layer(inputs, by_layer[plan.name], plan, rate) for plan in plans)
     stored = any(plan.routed is not False for plan in plans)
-    return Estimate(layers, 2 if stored else 1, _peak_memory(inputs, weights, dense))
+    return Estimate(layers, 2 if stored else 1, _peak_memory(inputs, weights, dense, rate or 0.0))
 
 
-def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int) -> int:
+def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int, rate: float) -> int:
     """Every worker has a weight of its own, and results of as many may wait for their turn."""
     config, workers = inputs.config, count_workers()
     sizes = sorted((_parameters(inputs, weight) for weight in weights), reverse=True)
@@ -112,6 +114,8 @@ def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int) -
     peak: int = _PROCESS_BYTES + mapped + shard + max(measuring, storing)
     if config.prompts:
         tuning = _TUNED_BYTES * sum(sizes) + _GRADIENT_BYTES * max(sizes, default=0)
+        codes = min(rate / _BITS_OF_A_CODE, _MOST_CODES) * sum(sizes)
+        tuning += round(_CODE_BYTES * codes)
         width, layers = max(1, inputs.hidden_size), len({weight.layer for weight in weights})
         numbers = _ACTIVATIONS * width * layers + _LOGITS * max(sizes, default=0) // width
         tuning += _TUNED_BYTES * TOKENS_AT_ONCE * numbers

@@ -1,8 +1,8 @@
-"""What can be moved of a stored weight at no byte more, and how the weight follows: scales and codes of
-factors, and vectors.
+"""What can be moved of a stored weight in as many bytes, and how the weight follows.
 
-Codes are rounded wherever the weight is made of them, and gradients pass through the rounding as if there
-were none (the straight-through estimator, Bengio, Léonard and Courville, arXiv 1308.3432).
+Scales and codes of factors, and vectors, can be moved. Codes are rounded wherever the weight is made of
+them, and gradients pass through the rounding as if there were none (the straight-through estimator, Bengio,
+Léonard and Courville, arXiv 1308.3432).
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from mergekit_mediator.factors import Factors, unrounded
 from mergekit_mediator.sparse import SparseTensor
 
 # Found on prompts that are not reported: of a relative change of scales and vectors, and of codes in steps.
-SCALE_RATE, CODE_RATE = 0.01, 0.005
+SCALE_RATE, CODE_RATE = 0.01, 0.002
 
 
 class Tunable(Protocol):
@@ -79,9 +79,9 @@ class _TunableFactors:
             sides = unrounded(as_matrix(change), factors)
         self._left, self._right = (nn.Parameter(side.to(weight)) for side in sides)
         self._left_rounded, self._right_rounded = factors.left.to(weight), factors.right.to(weight)
-        # no code may take more bits than the largest of its column does
-        largest = torch.maximum(self._left_rounded.abs().amax(0), self._right_rounded.abs().amax(0))
-        self._largest = largest
+        # what is stored in half a byte stays there
+        both = torch.cat([self._left_rounded, self._right_rounded])
+        self._lowest, self._highest = both.amin(0), both.amax(0)
         self._scaled = self._scales
 
     def parameters(self) -> Iterator[tuple[float, nn.Parameter]]:
@@ -112,7 +112,7 @@ class _TunableFactors:
         return replace(self._stored, factors=Factors(left, right, scales))
 
     def _rounded(self, side: Tensor) -> Tensor:
-        return torch.minimum(side.detach().round().maximum(-self._largest), self._largest)
+        return side.detach().round().clamp(self._lowest, self._highest)
 
 
 class _TunableVector:

@@ -25,7 +25,7 @@ TUNE_SEED, CALIBRATION_SEED = 50_000, 300_007
 # Everything is scored in it: in bfloat16 an answer may change with the prompts that share its batch.
 DTYPE = "float32"
 CALIBRATION_PROMPTS = 20
-PROMPTS_TUNED_ON = 128
+PROMPTS_TUNED_ON = 384
 # So many times the prompts that are asked for: those that are reported are left out.
 _DRAWN = 16
 
