@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_mediator.factors import Components, Factors, decompose
+from mergekit_mediator.factors import Components, Factors, decompose, squared_norm
 from mergekit_mediator.sparse import SparseTensor
-from mergekit_mediator.threshold import nonzero
+from mergekit_mediator.threshold import chunks, nonzero
 
 # The remainder's step is this times √slope; below 0.65 steps it is dropped. Found on full fine-tunes.
 _REMAINDER_STEP = 2.0
@@ -71,37 +71,39 @@ def is_dropped(largest: float, step: float) -> bool:
 
 def quantise_steps(remainder: Tensor, step: float) -> Tensor:
     """int16 integers of the same shape: multiples of the step, with a dead zone around 0."""
-    scaled = remainder / step
-    codes = (
-        (scaled.abs() + (1 - _DEAD_ZONE)).floor_().clamp_(max=_LARGEST_CODE).mul_(scaled.sign_())
-    )
-    return codes.to(torch.int16)
+    codes = torch.empty(remainder.numel(), dtype=torch.int16)
+    flat = remainder.reshape(-1)
+    for part in chunks(flat.numel()):
+        scaled = flat[part] / step
+        whole = (scaled.abs() + (1 - _DEAD_ZONE)).floor_().clamp_(max=_LARGEST_CODE)
+        codes[part] = whole.mul_(scaled.sign_())
+    return codes.view(remainder.shape)
 
 
 def _steps(
     difference: Tensor, factors: Factors | None, step: float, dtype: torch.dtype, share: float
 ) -> SparseTensor:
     """What factors leave of a difference, in steps."""
-    remainder = (
-        difference if factors is None else difference - factors.product().view_as(difference)
-    )
-    flat = remainder.reshape(-1)
+    if factors is None:
+        flat = difference.reshape(-1).clone()
+    else:
+        flat = factors.product().neg_().view_as(difference).add_(difference).reshape(-1)
     if flat.numel():
         step = max(step, float(flat.abs().max()) / _LARGEST_CODE)
     codes = quantise_steps(flat, step) if step else torch.zeros(flat.shape, dtype=torch.int16)
-    positions = nonzero(codes != 0)
+    index_dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
+    positions = nonzero(codes != 0).to(index_dtype)
     kept = codes[positions]
     # within a step most weights lie nearer to zero than its middle: their mean is the better value
     magnitude = (flat[positions] / step).abs_() if step else flat[positions]
     shift = float((kept.abs() - magnitude).mean()) if kept.numel() else 0.0
-    index_dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
-    lost = flat.index_add(0, positions, (shift * kept.sign() - kept) * step)
+    lost = flat.index_add_(0, positions, (shift * kept.sign() - kept) * step)
     strength = _strength(difference.reshape(-1), lost)
     return SparseTensor(
         shape=tuple(difference.shape),
         dtype=dtype,
         values="steps",
-        positions=positions.to(index_dtype),
+        positions=positions,
         codes=kept,
         scale=step * strength,
         shift=shift,
@@ -112,8 +114,9 @@ def _steps(
 
 def _strength(difference: Tensor, lost: Tensor) -> float:
     """What a part of a difference is multiplied by, given what it lacks."""
-    whole, kept = (
-        float(torch.linalg.vector_norm(x, dtype=torch.float64))
-        for x in (difference, difference - lost)
-    )
-    return max(1.0, whole / kept) ** _NORM_POWER if kept else 1.0
+    whole, kept = 0.0, 0.0
+    for part in chunks(difference.numel()):
+        of_part = difference[part]
+        whole += squared_norm(of_part)
+        kept += squared_norm(of_part - lost[part])
+    return max(1.0, math.sqrt(whole / kept)) ** _NORM_POWER if kept else 1.0

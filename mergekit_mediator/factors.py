@@ -112,7 +112,8 @@ class Components:
         a, b = left.to(torch.float64), right.to(torch.float64)
         # least squares for the scales: the normal equations of Σ_k s_k a_k b_kᵀ
         gram = (a.T @ a) * (b.T @ b)
-        target = (a * (matrix.to(torch.float64) @ b)).sum(0)
+        rows = torch.split(matrix, _ROWS)  # a copy in float64 would be twice the matrix
+        target = (a * torch.cat([part.to(torch.float64) @ b for part in rows])).sum(0)
         scales = torch.linalg.lstsq(gram, target[:, None]).solution[:, 0]
         return Factors(left, right, scales.to(torch.float32))
 
@@ -159,7 +160,7 @@ def decompose(matrix: Tensor) -> Components:
                 0
             )  # svd_lowrank takes no generator; equal inputs are to give equal files
             left, values, right = torch.svd_lowrank(matrix, q=_limit(min(out, width)), niter=3)
-        return Components(left, values, right, _energy(matrix))
+        return Components(left, values, right, squared_norm(matrix))
     if out < width:
         other = decompose(matrix.T)
         return Components(other.right, other.values, other.left, other.energy)
@@ -175,8 +176,9 @@ def decompose(matrix: Tensor) -> Components:
     return Components((matrix @ right) / values, values, right, float(gram.trace()))
 
 
-def _energy(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+def squared_norm(numbers: Tensor) -> float:
+    """The sum of the squares of float32 numbers of any shape, in float64."""
+    return float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2
 
 
 def _limit(width: int) -> int:
