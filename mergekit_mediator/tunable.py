@@ -46,15 +46,14 @@ class Tunable(Protocol):
         ...
 
 
-def tunable(weight: Tensor, stored: SparseTensor, change: Tensor | None = None) -> Tunable | None:
+def tunable(weight: Tensor, stored: SparseTensor, change: Tensor) -> Tunable | None:
     """What can be moved of a stored weight; None if nothing is stored of it, or it is the dense weight.
 
     Args:
         weight: of the model, float32, holding what is served as the expert.
         stored: of the expert. With a share w in the dense weight a change of it counts 1 − w; see
             `sparse.mix_`.
-        change: what is stored in full, float32 of the same shape; without it codes stay where they are until
-            they are moved by half a step.
+        change: of the expert from the base in full, float32 of the same shape: from where codes were rounded.
     """
     if stored.share >= 1:
         return None
@@ -69,15 +68,13 @@ class _TunableFactors:
     """The scales of a low-rank part, relative to themselves, and its codes."""
 
     def __init__(
-        self, weight: Tensor, stored: SparseTensor, factors: Factors, change: Tensor | None
+        self, weight: Tensor, stored: SparseTensor, factors: Factors, change: Tensor
     ) -> None:
         self.weight, self._stored, self._factors = weight, stored, factors
         self._scales = factors.scales.to(weight) * (1 - stored.share)
         self._moved = nn.Parameter(torch.zeros_like(self._scales))
-        sides = (factors.left, factors.right)
-        if change is not None:
-            sides = unrounded(as_matrix(change), factors)
-        self._left, self._right = (nn.Parameter(side.to(weight)) for side in sides)
+        sides = unrounded(as_matrix(change), factors)
+        self._left, self._right = (nn.Parameter(side) for side in sides)
         self._left_rounded, self._right_rounded = factors.left.to(weight), factors.right.to(weight)
         # what is stored in half a byte stays there
         both = torch.cat([self._left_rounded, self._right_rounded])

@@ -20,13 +20,13 @@ PROMPTS = [[1, 4 + i, 5 + i % 7, 6 + i % 5] for i in range(24)]
 END = 2
 
 
-def parts_of(model, stored, changes=None):
-    weights, changes = located(model), changes or {}
-    parts = {n: tunable.tunable(weights[n], t, changes.get(n)) for n, t in stored.items()}
+def parts_of(model, stored, changes):
+    weights = located(model)
+    parts = {n: tunable.tunable(weights[n], t, changes[n]) for n, t in stored.items()}
     return {name: part for name, part in parts.items() if part}
 
 
-def tuned(model, stored, answers, changes=None, step=lambda _: None):
+def tuned(model, stored, answers, changes, step=lambda _: None):
     return distil.distil(model, parts_of(model, stored, changes), answers, step)
 
 
@@ -96,10 +96,10 @@ def test_a_prompt_without_room_for_an_answer_is_refused(model):
 
 
 def test_gradients_are_those_of_autograd_through_the_product(case, model):
-    _, stored, answers, _, _ = case
+    _, stored, answers, _, changes = case
     weights = located(model)
     names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-    parts = [tunable.tunable(weights[name], stored[name]) for name in names]
+    parts = [tunable.tunable(weights[name], stored[name], changes[name]) for name in names]
     with distil._gradients(model, parts):
         torch.stack(list(distil._losses(model, answers[:3]))).mean().backward()
 
@@ -176,16 +176,16 @@ def test_codes_start_between_what_is_stored_and_what_it_is_of(case):
 
 def test_a_share_in_the_dense_weight_counts(case, model):
     name = "model.layers.1.mlp.up_proj.weight"
-    _, stored, _, _, _ = case
+    _, stored, _, _, changes = case
     shared = replace(stored[name], share=0.25)
     weight = located(model)[name]
-    part, before = tunable.tunable(weight, shared), weight.clone()
+    part, before = tunable.tunable(weight, shared, changes[name]), weight.clone()
     (_, scales), *_ = part.parameters()
     scales.data.fill_(0.5)
     part.apply()
     torch.testing.assert_close(weight - before, 0.75 * 0.5 * shared.factors.product())
     assert part.result().factors.scales.equal(shared.factors.scales * 1.5)
-    assert tunable.tunable(weight, replace(shared, share=1.0)) is None
+    assert tunable.tunable(weight, replace(shared, share=1.0), changes[name]) is None
 
 
 def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
@@ -214,7 +214,7 @@ def test_the_figures_are_those_of_what_is_stored(case, model):
 
 def test_nothing_changes_where_prompts_do_not_help(case, model, monkeypatch):
     monkeypatch.setattr(tunable, "SCALE_RATE", 3.0)
-    found = tuned(model, case[1], case[2])
+    found = tuned(model, case[1], case[2], case[4])
     assert not found.stored
     assert found.after == found.before
 
