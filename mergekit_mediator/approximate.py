@@ -71,8 +71,8 @@ def is_dropped(largest: float, step: float) -> bool:
 
 def quantise_steps(remainder: Tensor, step: float) -> Tensor:
     """int16 integers of the same shape: multiples of the step, with a dead zone around 0."""
-    codes = torch.empty(remainder.numel(), dtype=torch.int16)
     flat = remainder.reshape(-1)
+    codes = torch.empty(flat.shape, dtype=torch.int16, device=flat.device)
     for part in chunks(flat.numel()):
         scaled = flat[part] / step
         whole = (scaled.abs() + (1 - _DEAD_ZONE)).floor_().clamp_(max=_LARGEST_CODE)

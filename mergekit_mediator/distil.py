@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from mergekit_mediator.evaluate import answer_logits
 from mergekit_mediator.sparse import SparseTensor
@@ -83,13 +84,16 @@ def _fit(
 ) -> None:
     """Adam (Kingma and Ba, arXiv 1412.6980) with a rate that rises at first and then falls to zero."""
     order = batches([len(a.prompt) + len(a.answer) for a in answers])
-    moved = [pair for part in parts for pair in part.parameters()]
-    optimizer = torch.optim.Adam(
-        [{"params": [parameter], "lr": rate} for rate, parameter in moved],
-        betas=(0.9, 0.98),
-        eps=1e-12,
+    moved: dict[float, list[nn.Parameter]] = {}
+    for part in parts:
+        for rate, parameter in part.parameters():
+            moved.setdefault(rate, []).append(parameter)
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in moved.items()]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-12)
+    total = _ROUNDS * len(order)
+    schedule = LambdaLR(
+        optimizer, lambda done: min((done + 1) / _WARM_UP, 1 - (done + 1) / (total + 1))
     )
-    total, done = _ROUNDS * len(order), 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(_ROUNDS):
         for place in torch.randperm(len(order), generator=generator).tolist():
@@ -97,11 +101,8 @@ def _fit(
             for few in _parts(rows):
                 loss = torch.stack(list(_losses(model, few))).sum() / len(rows)
                 torch.autograd.backward(loss)
-            done += 1
-            progress = min(done / _WARM_UP, 1 - done / (total + 1))
-            for group, (rate, _) in zip(optimizer.param_groups, moved, strict=True):
-                group["lr"] = rate * progress
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             for part in parts:
                 part.apply()

@@ -89,16 +89,18 @@ def tune(
             for weight in floating:
                 located[weight.info.name].copy_(inputs.load(weight, expert))
             answers = answer(model, ids, pad_token(model), bar.update)
-            kept = {weight: opened[expert].read(weight) for weight in opened[expert].weights}
-            parts = {}
+            kept, parts = {}, {}
             for weight in floating:
-                place, stored = located[weight.info.name], kept.get(weight.info.name)
-                change = place - inputs.load(weight, inputs.base).to(place)
-                part = None if stored is None else tunable(place, stored, change)
-                if part is not None:
-                    parts[weight.info.name] = part
+                place = located[weight.info.name]
+                versions = _versions(opened, weight.info.name)
+                if expert in versions:
+                    stored = kept[weight.info.name] = versions[expert]
+                    change = place - inputs.load(weight, inputs.base).to(place)
+                    part = tunable(place, stored, change)
+                    if part is not None:
+                        parts[weight.info.name] = part
                 place.copy_(written(weight.info.name))
-            _mix(located, expert, opened)
+                _mix(place, expert, versions)
             found = distil(model, parts, answers, bar.update)
         _rewrite(files[expert], name, {**kept, **found.stored})
         opened[expert] = ExpertFile(files[expert])
@@ -118,20 +120,19 @@ def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
         raise ConfigError(f"model {model}: prompts: {error}") from error
 
 
+def _versions(
+    files: Mapping[ModelReference, ExpertFile], weight: str
+) -> dict[ModelReference, SparseTensor]:
+    """What the experts store of a weight, of those that do."""
+    return {expert: file.read(weight) for expert, file in files.items() if weight in file.weights}
+
+
 def _mix(
-    weights: Mapping[str, Tensor],
-    expert: ModelReference,
-    files: Mapping[ModelReference, ExpertFile],
+    weight: Tensor, expert: ModelReference, versions: Mapping[ModelReference, SparseTensor]
 ) -> None:
-    """Bring the dense expert's weights to what is served as one expert."""
-    for name, weight in weights.items():
-        parts = [
-            (float(other == expert), file.read(name).to(weight.device))
-            for other, file in files.items()
-            if name in file.weights
-        ]
-        if parts:
-            mix_(weight, parts)
+    """Bring a weight of the dense expert to what is served as one expert."""
+    if versions:
+        mix_(weight, [(float(o == expert), v.to(weight.device)) for o, v in versions.items()])
 
 
 def _rewrite(path: Path, name: str, stored: Mapping[str, SparseTensor]) -> None:
