@@ -140,16 +140,20 @@ def ablations() -> str:
 
 
 def scale_memory() -> str:
-    figures = load("scale")["memory"]
-    counts = list(next(iter(figures["merges"].values())))
+    merges = load("scale")["memory"]["merges"]
+    counts, linear = list(merges["linear"]), merges["linear"]
     rows = [
         [
             f"`{name}`",
-            *(f"{row[n]['peak_anonymous_bytes'] / 1e6:.0f}" if n in row else "" for n in counts),
+            *(
+                f"{row[n]['peak_anonymous_bytes'] / 1e6:.0f} "
+                f"({row[n]['seconds'] / linear[n]['seconds']:.1f})"
+                for n in counts
+            ),
         ]
-        for name, row in figures["merges"].items()
+        for name, row in merges.items()
     ]
-    return table(["MB", *(f"{n} experts" for n in counts)], rows)
+    return table(["MB (time / `linear`)", *(f"{n} experts" for n in counts)], rows)
 
 
 def scale() -> str:
