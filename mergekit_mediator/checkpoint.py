@@ -35,7 +35,7 @@ def write_model_files(inputs: Inputs, merge_config: MergeConfiguration, out: Pat
         mergekit.merge._update_config_vocab(
             inputs.out_config, inputs.architecture, built.tokenizer, pad_to_multiple_of=pad
         )
-    inputs.out_config.save_pretrained(out)
+    write_config(inputs, out)
     if built is not None:
         mergekit.merge._set_chat_template(built.tokenizer, merge_config)
         built.tokenizer.save_pretrained(out)
@@ -45,10 +45,15 @@ def write_model_files(inputs: Inputs, merge_config: MergeConfiguration, out: Pat
         except (OSError, ValueError, KeyError, ImportError) as error:
             tqdm.write(
                 f"warning: no tokenizer copied from {inputs.base}: {first_line(error)}: "
-                "the merge is complete, copy a tokenizer from elsewhere"
+                "the merge goes on without, copy one from elsewhere"
             )
     files = inputs.architecture.tagalong_files or []
     mergekit.merge._copy_tagalong_files(merge_config, str(out), files=files, options=options)
+
+
+def write_config(inputs: Inputs, out: Path) -> None:
+    """`config.json`, with the remote code that it names."""
+    inputs.out_config.save_pretrained(out)
     write_remote_code(out)
 
 

@@ -4,11 +4,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from mergekit_mediator.errors import ArtifactError
 
@@ -47,11 +54,25 @@ def load_plain(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
         ArtifactError: it cannot be loaded.
     """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
     plain: PreTrainedModel = model.eval()
     return plain
+
+
+def stock_config(root: Path) -> PreTrainedConfig | None:
+    """The configuration of a checkpoint, or None if `load_plain` could make no model of it."""
+    skeletons: Any = AutoModelForCausalLM
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        with torch.device("meta"):
+            skeletons.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    return config
 
 
 def local_directory(source: str | Path, revision: str | None) -> Path:

@@ -20,7 +20,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_mediator import artifact
 from mergekit_mediator.artifact import Manifest, Tuned, files_below
-from mergekit_mediator.checkpoint import describe, digest_base, write_model_files
+from mergekit_mediator.checkpoint import describe, digest_base, write_config, write_model_files
 from mergekit_mediator.conflict import Conflict
 from mergekit_mediator.dense_writer import DenseWriter
 from mergekit_mediator.errors import ConfigError, OutputError
@@ -35,7 +35,7 @@ from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.slopes import bytes_over, check_budget, slopes_for
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for
-from mergekit_mediator.tuning import read_all, tune
+from mergekit_mediator.tuning import Lessons, prepare, read_all, tune
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import Workers, workers
 
@@ -122,13 +122,14 @@ class _Merge:
         weights = inputs.weights()
         check_budget(inputs.config, dense_sizes(inputs, weights))
         _check_space(self.out, inputs, weights)
+        write_model_files(inputs, merge_config, self.out)
+        lessons = prepare(self._prompts, self.out)
         with ThreadPoolExecutor(1) as pool:
             base_digests = pool.submit(digest_base, inputs)
             plans, measured, parameter_count = self._write_dense(weights)
             routed = _routed(weights, plans)
             self._write_directions(measured)
-            write_model_files(inputs, merge_config, self.out)
-            slopes, tuned = self._store(weights, routed, measured)
+            slopes, tuned = self._store(weights, routed, measured, lessons)
             return describe(
                 inputs,
                 merge_config,
@@ -158,6 +159,7 @@ class _Merge:
         if self.inputs.out_dtype is None and writer.dtype is not None:
             # mergekit names the base's, in which wider weights would be loaded
             self.inputs.out_config.dtype = writer.dtype
+            write_config(self.inputs, self.out)
         return plans, measured, writer.parameters
 
     def _store(
@@ -165,6 +167,7 @@ class _Merge:
         weights: list[PlannedWeight],
         routed: list[PlannedWeight],
         measured: dict[str, Measured],
+        lessons: Lessons,
     ) -> tuple[dict[ModelReference, float], dict[str, Tuned]]:
         """The second pass; a third one, with less, in the rare case that a budget did not suffice.
 
@@ -183,7 +186,7 @@ class _Merge:
             )
             files = self._write_experts(weights, routed, slopes)
             with self._over.idle():
-                tuned = tune(self.inputs, weights, self._prompts, files, self.out)
+                tuned = tune(self.inputs, weights, lessons, files, self.out)
             over = bytes_over(config, list(dense), checkpoint, sum(self._written()))
             if over <= 0:
                 return slopes, tuned

@@ -68,15 +68,28 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
     return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 
 
+def room(config: Any, prompt: int) -> int:
+    """How many tokens an answer may have, after a prompt of so many.
+
+    Args:
+        config: of the model.
+        prompt: its tokens.
+
+    Raises:
+        PromptError: none.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    left = _ANSWER_TOKENS if limit is None else min(_ANSWER_TOKENS, limit - prompt)
+    if left < 1:
+        raise PromptError(
+            f"a prompt of {prompt} tokens leaves no room for an answer: the model reads {limit}"
+        )
+    return left
+
+
 def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int]]:
     """The answers, each with the token that ends it, if it was reached."""
     width = max(map(len, prompts))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = _ANSWER_TOKENS if limit is None else min(_ANSWER_TOKENS, limit - width)
-    if room < 1:
-        raise PromptError(
-            f"prompts: one of {width} tokens leaves no room for an answer: the model reads {limit}"
-        )
     ids = torch.full((len(prompts), width), pad, device=model.device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -85,7 +98,7 @@ def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int
     output = model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=room,
+        max_new_tokens=room(model.config, width),
         do_sample=False,
         pad_token_id=pad,
     )

@@ -6,6 +6,7 @@ and then what will be served as this expert.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,35 @@ from mergekit_mediator.artifact import Tuned
 from mergekit_mediator.calibration_data import data_digest, read_prompts
 from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.distil import distil, seen
-from mergekit_mediator.errors import ConfigError, RoutingError
+from mergekit_mediator.errors import ConfigError, PromptError, RoutingError
 from mergekit_mediator.expert_file import ExpertFile, ExpertWriter
-from mergekit_mediator.loading import load_plain, load_tokenizer
+from mergekit_mediator.loading import load_plain, load_tokenizer, stock_config
 from mergekit_mediator.locate import locate_weights
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.prompts import Prompt, render
 from mergekit_mediator.routers import pad_token
 from mergekit_mediator.sparse import SparseTensor, mix_
-from mergekit_mediator.teacher import answer
+from mergekit_mediator.teacher import answer, room
 from mergekit_mediator.tunable import tunable
 from mergekit_mediator.weights import Inputs
 
 Prompts = Mapping[ModelReference, Sequence[Prompt]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one expert is tuned on.
+
+    Attributes:
+        prompts: token ids of each.
+        data: their digest.
+    """
+
+    prompts: Sequence[list[int]]
+    data: str
+
+
+Lessons = Mapping[ModelReference, Lesson]
 
 
 def read_all(config: MediatorConfig) -> Prompts:
@@ -41,10 +58,44 @@ def read_all(config: MediatorConfig) -> Prompts:
     return {model: _read(model, path) for model, path in config.prompts.items()}
 
 
+def prepare(prompts: Prompts, out: Path) -> Lessons:
+    """The prompts as the model will get them; refuses at once what could not be tuned in the end.
+
+    Args:
+        prompts: by expert.
+        out: a directory with the configuration and the tokenizer of the dense expert.
+
+    Raises:
+        ConfigError: there is no tokenizer, transformers does not know the model, or a prompt has no answer.
+    """
+    if not prompts:
+        return {}
+    config = stock_config(out)
+    if config is None:
+        raise ConfigError(
+            "prompts: tuning on them requires a causal language model that transformers knows, without "
+            "remote code: leave them out"
+        )
+    tokenizer: Any = load_tokenizer(out)
+    if tokenizer is None:
+        raise ConfigError(
+            "prompts: the base model has no tokenizer to read them with: add one, or leave them out"
+        )
+    lessons = {}
+    for model, asked in prompts.items():
+        try:
+            ids = [render(tokenizer, prompt) for prompt in asked]
+            room(config, max(map(len, ids)))
+        except PromptError as error:
+            raise ConfigError(f"model {model}: prompts: {error}") from error
+        lessons[model] = Lesson(ids, data_digest(asked))
+    return lessons
+
+
 def tune(
     inputs: Inputs,
     weights: Sequence[PlannedWeight],
-    prompts: Prompts,
+    lessons: Lessons,
     files: Mapping[ModelReference, Path],
     out: Path,
 ) -> dict[str, Tuned]:
@@ -53,20 +104,16 @@ def tune(
     Args:
         inputs: opened.
         weights: all of them.
-        prompts: by expert.
+        lessons: by expert; see `prepare`.
         files: of the experts.
-        out: the directory of the dense expert, complete with configuration and tokenizer.
+        out: the directory of the dense expert, complete with its configuration.
 
     Raises:
-        ConfigError: there is no tokenizer.
         ArtifactError: the dense expert cannot be loaded as a causal language model.
         MixtureError: its loader has converted the weights.
     """
-    if not prompts:
+    if not lessons:
         return {}
-    tokenizer: Any = load_tokenizer(out)
-    if tokenizer is None:
-        raise ConfigError("prompts: the base model has no tokenizer to read them with")
     model: Any = load_plain(out, "float32")
     model.to(inputs.options.device or "cpu")
     written = inputs.reader(out)
@@ -79,16 +126,15 @@ def tune(
     located = locate_weights(model, shapes, shapes)
     opened = {expert: ExpertFile(path) for expert, path in files.items()}
     results = {}
-    for expert, asked in prompts.items():
-        name = inputs.config.experts[expert]
-        ids = [render(tokenizer, prompt) for prompt in asked]
-        total = len(ids) + seen(len(ids))
+    for expert, lesson in lessons.items():
+        name, count = inputs.config.experts[expert], len(lesson.prompts)
+        total = count + seen(count)
         with tqdm(
             total=total, desc=f"tune {name}", unit="prompt", disable=inputs.options.quiet
         ) as bar:
             for weight in floating:
                 located[weight.info.name].copy_(inputs.load(weight, expert))
-            answers = answer(model, ids, pad_token(model), bar.update)
+            answers = answer(model, lesson.prompts, pad_token(model), bar.update)
             kept, parts = {}, {}
             for weight in floating:
                 place = located[weight.info.name]
@@ -105,8 +151,8 @@ def tune(
         _rewrite(files[expert], name, {**kept, **found.stored})
         opened[expert] = ExpertFile(files[expert])
         results[name] = Tuned(
-            prompts=len(ids),
-            data=data_digest(asked),
+            prompts=count,
+            data=lesson.data,
             divergence_before=found.before,
             divergence_after=found.after,
         )

@@ -169,4 +169,41 @@ def test_a_prompt_that_is_too_long_is_refused(family, refused, prompts):
     lines = [json.dumps({"prompt": " ".join(["w1"] * 70)})] * 6
     prompts.write_text("\n".join(lines))
     message = refused(tuned(family, prompts, "math", bits=2, route="all"))
+    assert f"model {family.experts['math']}: prompts: a prompt of 7" in message
     assert "leaves no room for an answer: the model reads 64" in message
+
+
+def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
+    make, refused, prompts, monkeypatch
+):
+    def unread(*_):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("mergekit_mediator.weights.Inputs.load", unread)
+    no_tokenizer, unknown, untemplated = make(), make(), make()
+    for path in no_tokenizer.base.glob("tokenizer*"):
+        path.unlink()
+    message = refused(tuned(no_tokenizer, prompts, "math", bits=2))
+    assert "prompts: the base model has no tokenizer to read them with: add one" in message
+    for folder in (unknown.base, *unknown.experts.values()):
+        needs_remote_code(folder)
+    message = refused(tuned(unknown, prompts, "math", bits=2), "--trust-remote-code")
+    assert "prompts: tuning on them requires a causal language model that transformers" in message
+    (untemplated.base / "chat_template.jinja").unlink()
+    turns = [{"role": "user", "content": "w1"}] * 3
+    prompts.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    message = refused(tuned(untemplated, prompts, "math", bits=2))
+    assert f"model {untemplated.experts['math']}: prompts: a conversation of 3 messages" in message
+
+
+def needs_remote_code(folder):
+    """Give a checkpoint a model type that only a file of its own defines."""
+    path = folder / "config.json"
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = {**json.loads(path.read_text()), "model_type": "own", "auto_map": names}
+    path.write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )

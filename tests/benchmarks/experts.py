@@ -31,7 +31,7 @@ from artifacts import (
     source,
     tasks_of,
 )
-from train_experts import FAMILIES, REPORT_SEED
+from train_experts import DRAW, FAMILIES, REPORT_SEED
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.compare import (
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
     parser.add_argument("--prompts", type=int, default=256, help="prompts a task in the report")
+    parser.add_argument("--draw", type=int, default=0, help="train_experts' --draw")
     parser.add_argument("--budget", help="of ours; 1.0595x for up to 4 experts, else 1.099x")
     parser.add_argument("--rivals", default="all", help=f"of {', '.join(KNOWN)}, with commas")
     parser.add_argument("--each", action="store_true", help="every expert on every task")
@@ -76,7 +77,8 @@ def main() -> None:
     folders = {name: args.experts / name for name in names}
     experts = {name: source(base, folder) for name, folder in folders.items()}
     work = args.work or args.experts / "work" / f"{len(names)}"
-    tasks = tasks_of(folders, args.prompts, REPORT_SEED)
+    report_seed = REPORT_SEED + DRAW * args.draw
+    tasks = tasks_of(folders, args.prompts, report_seed)
     tuning = tasks_of(folders, TUNE_PROMPTS, TUNE_SEED)
     budget: dict[str, Any] = {"budget": args.budget or (FOUR if len(names) <= 4 else EIGHT)}
     made = Rivals(str(base), experts, work)
@@ -120,7 +122,7 @@ def main() -> None:
             task: found.figures(model.experts) for task, found in informed_routing.items()
         },
     }
-    seeds = {"report": REPORT_SEED, "tune": TUNE_SEED, "calibration": CALIBRATION_SEED}
+    seeds = {"report": report_seed, "tune": TUNE_SEED, "calibration": CALIBRATION_SEED}
     path = record.write(name, figures, seeds)
     plot_quality(rows, path.with_suffix(".png"))
     print(f"{to_markdown(rows)}\nwritten to {path}")

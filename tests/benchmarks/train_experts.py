@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 # reasoning-gym draws problem i of seed s as problem i - 1 of seed s + 1: seeds must lie far apart
 REPORT_SEED = 100_007  # prompts that are reported on, and never trained, stopped or tuned on
+DRAW = 1_000_000  # from one draw of problems to train and report on to the next
 STOP_SEED = 11  # prompts that decide when training stops
 
 
@@ -148,14 +149,17 @@ def accuracy(model: Any, pairs: list[Pair]) -> float:
     return right / len(pairs)
 
 
-def train(base: Path, task: str, out: Path, minutes: float, batch: int = 8) -> dict[str, Any]:
+def train(
+    base: Path, task: str, out: Path, minutes: float, draw: int = 0, batch: int = 8
+) -> dict[str, Any]:
     """Fine-tune every weight on answer tokens only; save in bfloat16; return expert.json's content."""
     recipe = RECIPES[task]
+    seed, report_seed = recipe.seed + DRAW * draw, REPORT_SEED + DRAW * draw
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    problems = tokenised(tokenizer, task, recipe.config, 1000 + recipe.seed, recipe.steps * batch)
+    problems = tokenised(tokenizer, task, recipe.config, 1000 + seed, recipe.steps * batch)
     stop = tokenised(tokenizer, task, recipe.config, STOP_SEED, 24)
-    report = tokenised(tokenizer, task, recipe.config, REPORT_SEED, 64)
+    report = tokenised(tokenizer, task, recipe.config, report_seed, 64)
     before = accuracy(model, report)
     print(f"{task}: base {before:.2f}, prompt {len(problems[0][0])} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0, fused=True)
@@ -189,14 +193,14 @@ def train(base: Path, task: str, out: Path, minutes: float, batch: int = 8) -> d
     record = {
         "task": task,
         "config": recipe.config,
-        "seed": recipe.seed,
+        "seed": seed,
         "lr": recipe.lr,
         "batch": batch,
         "steps": step,
         "cpu_seconds": round(seconds),
         "base_accuracy": before,
         "accuracy": accuracy(model, report),
-        "report_seed": REPORT_SEED,
+        "report_seed": report_seed,
         "report_prompts": len(report),
     }
     model.save_pretrained(out)
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experts"))
     parser.add_argument("--base", type=Path, help="checkpoint directory of SmolLM2-135M-Instruct")
     parser.add_argument("--minutes", type=float, default=24, help="CPU time limit an expert")
+    parser.add_argument("--draw", type=int, default=0, help="which draw of problems to train on")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -223,7 +228,7 @@ def main() -> None:
         out = args.out / task
         done = out / "expert.json"
         record = json.loads(done.read_text()) if done.exists() else None
-        record = record or train(base, task, out, args.minutes)
+        record = record or train(base, task, out, args.minutes, args.draw)
         print(f"{task}: {json.dumps(record)}", flush=True)
 
 
