@@ -19,9 +19,9 @@ from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.estimate import dense_sizes, estimate
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.keys import check_keys
+from mergekit_mediator.lessons import read_all_prompts
 from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.slopes import check_budget, predict
-from mergekit_mediator.tuning import read_all
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import workers
 
@@ -90,7 +90,7 @@ def plan(
         if merge_options.lora_merge_cache is None:
             merge_options = merge_options.model_copy(update={"lora_merge_cache": merged_adapters})
         inputs = Inputs(merge_config, merge_options)
-        read_all(inputs.config)  # what a merge would refuse
+        read_all_prompts(inputs.config)  # what a merge would refuse
         try:
             inputs.open() if conflict or curve else inputs.peek()
             weights = inputs.weights()

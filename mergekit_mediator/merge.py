@@ -28,6 +28,7 @@ from mergekit_mediator.estimate import dense_sizes
 from mergekit_mediator.expert_file import ExpertWriter
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.keys import check_keys
+from mergekit_mediator.lessons import Lessons, prepare_lessons, read_all_prompts
 from mergekit_mediator.passes import Measured, Passes
 from mergekit_mediator.plan import LayerPlan, select_routed
 from mergekit_mediator.planner import PlannedWeight
@@ -35,7 +36,7 @@ from mergekit_mediator.response import ResponseRouter
 from mergekit_mediator.slopes import bytes_over, check_budget, slopes_for
 from mergekit_mediator.staging import Staging
 from mergekit_mediator.storing import Storing, adapters_for
-from mergekit_mediator.tuning import Lessons, prepare, read_all, tune
+from mergekit_mediator.tuning import tune
 from mergekit_mediator.weights import Inputs
 from mergekit_mediator.workers import Workers, workers
 
@@ -112,7 +113,7 @@ class _Merge:
 
     def __init__(self, inputs: Inputs, out: Path, allow_nonfinite: bool, over: Workers) -> None:
         self.inputs, self.out, self._over = inputs, out, over
-        self._prompts = read_all(inputs.config)
+        self._prompts = read_all_prompts(inputs.config)
         self.passes = Passes(inputs, over, allow_nonfinite)
 
     def run(self, merge_config: MergeConfiguration, config_source: str | None) -> Manifest:
@@ -123,7 +124,7 @@ class _Merge:
         check_budget(inputs.config, dense_sizes(inputs, weights))
         _check_space(self.out, inputs, weights)
         write_model_files(inputs, merge_config, self.out)
-        lessons = prepare(self._prompts, self.out)
+        lessons = prepare_lessons(self._prompts, self.out)
         with ThreadPoolExecutor(1) as pool:
             base_digests = pool.submit(digest_base, inputs)
             plans, measured, parameter_count = self._write_dense(weights)

@@ -6,7 +6,6 @@ and then what will be served as this expert.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,81 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_mediator.artifact import Tuned
-from mergekit_mediator.calibration_data import data_digest, read_prompts
-from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.distil import distil, seen
-from mergekit_mediator.errors import ConfigError, PromptError, RoutingError
 from mergekit_mediator.expert_file import ExpertFile, ExpertWriter
-from mergekit_mediator.loading import load_plain, load_tokenizer, stock_config
+from mergekit_mediator.lessons import Lessons
+from mergekit_mediator.loading import load_plain
 from mergekit_mediator.locate import locate_weights
 from mergekit_mediator.planner import PlannedWeight
-from mergekit_mediator.prompts import Prompt, render
 from mergekit_mediator.routers import pad_token
 from mergekit_mediator.sparse import SparseTensor, mix_
-from mergekit_mediator.teacher import answer, room
+from mergekit_mediator.teacher import answer
 from mergekit_mediator.tunable import tunable
 from mergekit_mediator.weights import Inputs
-
-Prompts = Mapping[ModelReference, Sequence[Prompt]]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one expert is tuned on.
-
-    Attributes:
-        prompts: token ids of each.
-        data: their digest.
-    """
-
-    prompts: Sequence[list[int]]
-    data: str
-
-
-Lessons = Mapping[ModelReference, Lesson]
-
-
-def read_all(config: MediatorConfig) -> Prompts:
-    """The prompts of every expert that has any.
-
-    Raises:
-        ConfigError: they cannot be read.
-    """
-    return {model: _read(model, path) for model, path in config.prompts.items()}
-
-
-def prepare(prompts: Prompts, out: Path) -> Lessons:
-    """The prompts as the model will get them; refuses at once what could not be tuned in the end.
-
-    Args:
-        prompts: by expert.
-        out: a directory with the configuration and the tokenizer of the dense expert.
-
-    Raises:
-        ConfigError: there is no tokenizer, transformers does not know the model, or a prompt has no answer.
-    """
-    if not prompts:
-        return {}
-    config = stock_config(out)
-    if config is None:
-        raise ConfigError(
-            "prompts: tuning on them requires a causal language model that transformers knows, without "
-            "remote code: leave them out"
-        )
-    tokenizer: Any = load_tokenizer(out)
-    if tokenizer is None:
-        raise ConfigError(
-            "prompts: the base model has no tokenizer to read them with: add one, or leave them out"
-        )
-    lessons = {}
-    for model, asked in prompts.items():
-        try:
-            ids = [render(tokenizer, prompt) for prompt in asked]
-            room(config, max(map(len, ids)))
-        except PromptError as error:
-            raise ConfigError(f"model {model}: prompts: {error}") from error
-        lessons[model] = Lesson(ids, data_digest(asked))
-    return lessons
 
 
 def tune(
@@ -104,7 +39,7 @@ def tune(
     Args:
         inputs: opened.
         weights: all of them.
-        lessons: by expert; see `prepare`.
+        lessons: by expert; see `lessons`.
         files: of the experts.
         out: the directory of the dense expert, complete with its configuration.
 
@@ -157,13 +92,6 @@ def tune(
             divergence_after=found.after,
         )
     return results
-
-
-def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
-    try:
-        return read_prompts(Path(path))
-    except RoutingError as error:
-        raise ConfigError(f"model {model}: prompts: {error}") from error
 
 
 def _versions(

@@ -45,7 +45,16 @@ MERGING = {
     "architecture",
 }
 MERGING |= {"passes", "storing", "checkpoint", "merge"}
-MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals", "tuning"}
+MERGING |= {
+    "estimate",
+    "slopes",
+    "cli_merge",
+    "demo",
+    "dense_writer",
+    "rivals",
+    "tuning",
+    "lessons",
+}
 SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
 
 

@@ -18,7 +18,7 @@ ROOMS = {
     "cli cli_merge",
     "Merge": "architecture planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge importance "
     "checkpoint licenses estimate curve workers",
-    "Tune on prompts": "tuning teacher distil tunable",
+    "Tune on prompts": "lessons tuning teacher distil tunable",
     "Store": "sparse factor_steps factors approximate budget allocate bits entropy description codec factor_codec "
     "expert_file artifact "
     "staging",
