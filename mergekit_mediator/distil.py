@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mergekit_mediator.evaluate import answer_logits
+from mergekit_mediator.prefix import Prefix, read_prefix
 from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.teacher import Answered, batches
 from mergekit_mediator.tunable import Tunable
@@ -98,9 +99,7 @@ def _fit(
     for _ in range(_ROUNDS):
         for place in torch.randperm(len(order), generator=generator).tolist():
             rows = [answers[i] for i in order[place]]
-            for few in _parts(rows):
-                loss = torch.stack(list(_losses(model, few))).sum() / len(rows)
-                torch.autograd.backward(loss)
+            _backward(model, rows)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -109,10 +108,20 @@ def _fit(
             step(len(rows))
 
 
-def _parts(answers: Sequence[Answered]) -> list[Sequence[Answered]]:
-    """A batch in parts whose activations are in memory together."""
-    longest = max(len(a.prompt) + len(a.answer) for a in answers)
-    count = max(1, TOKENS_AT_ONCE // longest)
+def _backward(model: Any, answers: Sequence[Answered]) -> None:
+    """The gradients of the mean loss of a batch."""
+    prefix = read_prefix(model, [a.prompt for a in answers])
+    for few in _parts(answers, prefix.length if prefix else 0):
+        loss = torch.stack(list(_losses(model, few, prefix))).sum() / len(answers)
+        torch.autograd.backward(loss)
+    if prefix:
+        prefix.backward()
+
+
+def _parts(answers: Sequence[Answered], shared: int) -> list[Sequence[Answered]]:
+    """A batch in parts whose activations are in memory together, with those of so many shared tokens."""
+    longest = max(len(a.prompt) + len(a.answer) for a in answers) - shared
+    count = max(1, (TOKENS_AT_ONCE - shared) // longest)
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
@@ -149,9 +158,11 @@ def _gradients(model: nn.Module, parts: Sequence[Tunable]) -> Iterator[None]:
         model.requires_grad_(False)
 
 
-def _losses(model: Any, answers: Sequence[Answered]) -> Iterator[Tensor]:
+def _losses(
+    model: Any, answers: Sequence[Answered], prefix: Prefix | None = None
+) -> Iterator[Tensor]:
     """KL(expert ‖ model) of each answer in nats, summed over its tokens."""
-    logits = answer_logits(model, [(a.prompt, a.answer) for a in answers])
+    logits = answer_logits(model, [(a.prompt, a.answer) for a in answers], prefix)
     for answered, found in zip(answers, logits, strict=True):
         logs = found.float().log_softmax(-1).gather(-1, answered.likely)
         p = answered.logs.exp()
@@ -165,6 +176,8 @@ def _divergence(model: Any, answers: Sequence[Answered]) -> float:
     """The mean of their losses."""
     total = 0.0
     with torch.no_grad():
+        prefix = read_prefix(model, [a.prompt for a in answers])
         for rows in batches([len(a.prompt) + len(a.answer) for a in answers]):
-            total += sum(float(loss) for loss in _losses(model, [answers[i] for i in rows]))
+            losses = _losses(model, [answers[i] for i in rows], prefix)
+            total += sum(float(loss) for loss in losses)
     return total / len(answers)

@@ -1,6 +1,5 @@
 """How well a model answers, by teacher forcing: one forward pass an example, no decoding."""
 
-import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.errors import TaskError
+from mergekit_mediator.prefix import Prefix, read_prefix
 from mergekit_mediator.prompts import render
 from mergekit_mediator.results import AnswerScore, Score
 from mergekit_mediator.tasks import Example
@@ -52,10 +52,10 @@ def score_answers(
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     scores: dict[int, AnswerScore] = {}
     with torch.inference_mode():
-        begun = _begin(model, [prompt for prompt, _ in pairs])
+        prefix = read_prefix(model, [prompt for prompt, _ in pairs])
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            found = answer_logits(model, [pairs[i] for i in rows], begun)
+            found = answer_logits(model, [pairs[i] for i in rows], prefix)
             for i, logits in zip(rows, found, strict=True):
                 target = torch.tensor(pairs[i][1], device=logits.device)
                 chosen = logits.float().log_softmax(-1).gather(-1, target[:, None])
@@ -67,33 +67,14 @@ def score_answers(
     return [scores[i] for i in range(len(pairs))]
 
 
-def _begin(model: Any, prompts: Sequence[list[int]]) -> Any:
-    """The cache of the tokens that several prompts begin with; None where it cannot be repeated."""
-    if len(prompts) < 2 or _cache_argument(model) is None:
-        return None
-    first, last = min(prompts), max(prompts)
-    shortest = min(map(len, prompts)) - 1  # the last token of a prompt predicts the answer
-    common = next((i for i in range(shortest) if first[i] != last[i]), shortest)
-    if common < 1:
-        return None
-    ids = torch.tensor([first[:common]], device=next(model.parameters()).device)
-    output = model(input_ids=ids, use_cache=True)
-    cache = getattr(output, "cache", None) or output.past_key_values
-    return cache if hasattr(cache, "batch_repeat_interleave") else None
-
-
-def _cache_argument(model: Any) -> str | None:
-    """What the model calls its cache: transformers renamed it in 5.24."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
-
-
-def answer_logits(model: Any, batch: Sequence[Pair], begun: Any = None) -> Iterable[Tensor]:
+def answer_logits(
+    model: Any, batch: Sequence[Pair], prefix: Prefix | None = None
+) -> Iterable[Tensor]:
     """For each (prompt, answer) as token ids the logits that predict the answer, `[answer tokens, vocabulary]`.
 
-    begun: the cache of the tokens that all prompts begin with, which are not read again, or None.
+    prefix: what all prompts begin with, which is not read again; see `read_prefix`.
     """
-    read = begun.get_seq_length() if begun is not None else 0
+    read = prefix.length if prefix is not None else 0
     width = max(len(prompt) + len(answer) for prompt, answer in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros(len(batch), width, dtype=torch.long)
@@ -105,10 +86,8 @@ def answer_logits(model: Any, batch: Sequence[Pair], begun: Any = None) -> Itera
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": ids[:, read:].to(device), "use_cache": False}
     inputs["attention_mask"] = mask.to(device)
-    if begun is not None:
-        cache = copy.deepcopy(begun)
-        cache.batch_repeat_interleave(len(batch))
-        inputs |= {str(_cache_argument(model)): cache, "use_cache": True}
+    if prefix is not None:
+        inputs |= prefix.inputs(len(batch))
     # the vocabulary is wide: where the model allows it, its head runs on the answers' columns only
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         keep = torch.tensor(columns, device=device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mergekit_mediator.errors import PromptError
 from mergekit_mediator.evaluate import answer_logits
+from mergekit_mediator.prefix import read_prefix
 
 _BATCH = 8
 _LIKELY = 128
@@ -51,10 +52,12 @@ def answer(
     """
     found: dict[int, Answered] = {}
     with torch.no_grad():
+        prefix = read_prefix(model, prompts)
         for rows in batches([len(prompt) for prompt in prompts]):
             batch = [prompts[i] for i in rows]
             pairs = list(zip(batch, _decode(model, batch, pad), strict=True))
-            for i, pair, logits in zip(rows, pairs, answer_logits(model, pairs), strict=True):
+            found_logits = answer_logits(model, pairs, prefix)
+            for i, pair, logits in zip(rows, pairs, found_logits, strict=True):
                 k = min(_LIKELY, logits.shape[-1])
                 logs, likely = logits.float().log_softmax(-1).topk(k)
                 found[i] = Answered(*pair, likely, logs)

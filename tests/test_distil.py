@@ -91,7 +91,7 @@ def test_answers_are_those_of_greedy_decoding_with_their_end(case):
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused(model):
-    with pytest.raises(PromptError, match=r"one of 64 tokens leaves no room .* reads 64"):
+    with pytest.raises(PromptError, match=r"a prompt of 64 tokens leaves no room .* reads 64"):
         answer(model, [[4] * 64], pad=0)
 
 
@@ -196,7 +196,7 @@ def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
     second = tuned(model, stored, answers, changes)
     assert second.after == pytest.approx(first.after, rel=0.05)
     monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 150)
-    parts = list(distil._parts(answers))
+    parts = list(distil._parts(answers, 0))
     assert [a for part in parts for a in part] == answers
     for part in parts:
         longest = max(len(a.prompt) + len(a.answer) for a in part)

@@ -25,7 +25,7 @@ ROOMS = {
     "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
     "background heads confidence fit_router calibrate routers",
     "Run": "loading batches locate prefetch residency mixture rows row_modules caches serving requests routed runtime remote remote_code",
-    "Report": "tasks task_options evaluate contenders scorer results quality_plot compare rivals "
+    "Report": "tasks task_options evaluate prefix contenders scorer results quality_plot compare rivals "
     "rival_systems cli_evaluate answer card report inspection demo errors",
 }
 
