@@ -146,7 +146,10 @@ def _parameters(config: MergeConfiguration, inputs: Inputs) -> dict[str, Any]:
     """All parameters with their defaults, as plain values."""
     hidden = {"experts", "prompts", "base_model", "storage_given"}
     own = inputs.config.model_dump(exclude=hidden, exclude_none=True)
-    if inputs.config.selection.rule != own["route"]:
+    selection = inputs.config.selection
+    if selection.rule != own["route"]:
         own.pop("route")
+    if selection.rule == "routed_fraction":
+        own["routed_by"] = own["conflict"] if selection.by_conflict else "place"
     given = config.model_dump(mode="json", include={"parameters"}).get("parameters") or {}
     return {"density": 0.1, "lambda": 1.0, **given, **own}

@@ -37,7 +37,8 @@ class MediatorConfig(BaseModel):
         denoise: fraction of each task vector, largest first, that counts as a change for `sign`.
         route: which layers are routed, unless one of the next three says it. `auto` becomes `all` for
             adapters that keep their own factors: these are small, and conflict says nothing of them.
-        conflict_threshold, routed_fraction, routed_layers: see `plan.Selection`.
+        conflict_threshold, routed_fraction, routed_layers: see `plan.Selection`. A fraction is of the layers
+            nearest the middle, or of most conflict if `conflict` is given.
         values: how sparse experts store their values.
         bits: per parameter of the routed weights and per expert, instead of `density` and `values`:
             low rank plus sparse, divided among the weights so that least squared error remains.
@@ -119,7 +120,8 @@ class MediatorConfig(BaseModel):
         if self.conflict_threshold is not None:
             return Selection("conflict_threshold", threshold=self.conflict_threshold)
         if self.routed_fraction is not None:
-            return Selection("routed_fraction", fraction=self.routed_fraction)
+            given = "conflict" in self.model_fields_set
+            return Selection("routed_fraction", fraction=self.routed_fraction, by_conflict=given)
         if self.routed_layers is not None:
             return Selection("routed_layers", layers=self.routed_layers)
         return Selection(self.route)

@@ -1,12 +1,13 @@
-"""How much a squared error in a layer matters, by the layer's place.
+"""How much a layer matters, by its place.
 
 What tells which blocks to keep is their place: of a third of the blocks, the middle one brings back most of what
 the experts lost by being averaged, in every family of experts that was tried; no measure of the weights comes near
-(tests/benchmarks/results/layers.json). So a budget is spent on the middle a little rather than on the ends.
+(tests/benchmarks/results/layers.json). So a fraction of the layers is taken from the middle, and a budget is
+spent there a little rather than at the ends.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def importance(layers: Iterable[str]) -> dict[str, float]:
@@ -18,15 +19,28 @@ def importance(layers: Iterable[str]) -> dict[str, float]:
     Args:
         layers: names as in a plan; decoder blocks end in their number, all others weigh 1.
     """
-    found = dict.fromkeys(layers, 1.0)
-    blocks: defaultdict[str, list[str]] = defaultdict(list)
-    for name in found:
+    names = list(layers)
+    return {
+        **dict.fromkeys(names, 1.0),
+        **{n: 2 ** (0.5 - x) for n, x in _distances(names).items()},
+    }
+
+
+def nearest_middle(layers: Sequence[str]) -> list[str]:
+    """Layers in the order of their distance from the middle block; those that are no blocks come last."""
+    distances = _distances(layers)
+    return sorted(layers, key=lambda name: distances.get(name, 2.0))
+
+
+def _distances(layers: Iterable[str]) -> dict[str, float]:
+    """Of each decoder block from the middle of its module, up to 1 for the first and the last."""
+    blocks: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+    for name in layers:
         module, _, last = name.rpartition(".")
         if last.isdigit():
-            blocks[module].append(name)
-    for names in blocks.values():
-        names.sort(key=lambda name: int(name.rpartition(".")[2]))
-        for i, name in enumerate(names):
-            place = 2 * i / (len(names) - 1) - 1 if len(names) > 1 else 0.5
-            found[name] = 2 ** (0.5 - abs(place))
+            blocks[module].append((int(last), name))
+    found = {}
+    for numbered in blocks.values():
+        for i, (_, name) in enumerate(sorted(numbered)):
+            found[name] = abs(2 * i / (len(numbered) - 1) - 1) if len(numbered) > 1 else 0.5
     return found

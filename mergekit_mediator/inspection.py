@@ -134,7 +134,7 @@ def _reason(settings: Mapping[str, Any]) -> str:
             f"numbers are stored as long as each saves a squared error of {rate} in whichever layer, "
             "weighted by the layer's place, so that no byte would save more elsewhere in its expert"
         )
-    rules = ("conflict_threshold", "routed_fraction", "routed_layers", "route")
+    rules = ("conflict_threshold", "routed_fraction", "routed_by", "routed_layers", "route")
     return ", ".join(f"{rule}: {settings[rule]}" for rule in rules if rule in settings)
 
 

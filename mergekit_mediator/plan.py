@@ -8,6 +8,7 @@ from typing import Literal
 
 from mergekit_mediator.conflict import METRICS, Conflict, Metric
 from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.importance import nearest_middle
 
 Rule = Literal["auto", "all", "none", "conflict_threshold", "routed_fraction", "routed_layers"]
 # `auto` routes the layers whose conflict is above the mean by this many standard deviations.
@@ -21,19 +22,23 @@ class Selection:
     Attributes:
         rule: the name of the rule.
         threshold: for `conflict_threshold`: layers with a conflict above it are routed.
-        fraction: for `routed_fraction`: this fraction of the layers, those of most conflict.
+        fraction: for `routed_fraction`: this fraction of the layers.
+        by_conflict: for `routed_fraction`: those of most conflict, instead of those nearest the middle.
         layers: for `routed_layers`: names and ranges, such as `embed,0-3,30`.
     """
 
     rule: Rule = "auto"
     threshold: float = 0.0
     fraction: float = 0.0
+    by_conflict: bool = False
     layers: str = ""
 
     @property
     def needs_conflict(self) -> bool:
         """Whether the choice depends on what is measured."""
-        return self.rule in ("auto", "conflict_threshold", "routed_fraction")
+        if self.rule == "routed_fraction":
+            return self.by_conflict
+        return self.rule in ("auto", "conflict_threshold")
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,10 @@ def select_routed(
     if selection.rule == "routed_layers":
         return parse_layers(selection.layers, layers)
     if selection.rule == "routed_fraction":
-        count = round(selection.fraction * len(layers))
-        return frozenset(sorted(layers, key=lambda name: -conflict[name])[:count])
+        ranked = nearest_middle(layers)
+        if selection.by_conflict:
+            ranked = sorted(layers, key=lambda name: -conflict[name])
+        return frozenset(ranked[: round(selection.fraction * len(layers))])
     threshold = selection.threshold
     if selection.rule == "auto":
         mean = math.fsum(conflict[name] for name in layers) / len(layers)

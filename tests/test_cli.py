@@ -203,6 +203,24 @@ def test_inspect_shows_experts_conflict_and_sizes(out):
     assert "2 of 5 layers routed" in call("inspect", out).output
 
 
+def test_a_fraction_takes_the_middle_layers_which_a_plan_knows_from_headers(family, tmp_path):
+    config = write(family.config(routed_fraction=0.2), tmp_path / "config.yml")
+    planned = figures("plan", config)["layers"]
+    assert [layer["name"] for layer in planned if layer["routed"]] == ["1"]
+    assert call("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+    assert [layer.name for layer in read_manifest(tmp_path / "out").routed_layers] == ["1"]
+    reason = "1 of 5 layers routed: routed_fraction: 0.2, routed_by: place"
+    assert reason in call("inspect", tmp_path / "out").output
+
+    config = write(family.config(routed_fraction=0.2, conflict="sign"), tmp_path / "sign.yml")
+    assert {layer["routed"] for layer in figures("plan", config)["layers"]} == {None}
+    assert call("merge", config, tmp_path / "sign", "--quiet").exit_code == 0
+    layers = read_manifest(tmp_path / "sign").layers
+    (routed,) = [layer for layer in layers if layer.routed]
+    assert routed.conflict["sign"] == max(layer.conflict["sign"] for layer in layers)
+    assert "routed_by: sign" in call("inspect", tmp_path / "sign").output
+
+
 def test_verify_accepts_what_was_written(out):
     assert figures("verify", out) == {"files": len(read_manifest(out).files), "base_checked": True}
 

@@ -56,6 +56,10 @@ def test_the_base_model_may_be_listed_and_is_no_expert():
         ({"route": "none"}, Selection("none")),
         ({"conflict_threshold": 0.35}, Selection("conflict_threshold", threshold=0.35)),
         ({"routed_fraction": 0.3}, Selection("routed_fraction", fraction=0.3)),
+        (
+            {"routed_fraction": 0.3, "conflict": "sign"},
+            Selection("routed_fraction", fraction=0.3, by_conflict=True),
+        ),
         ({"routed_layers": "0-3,30"}, Selection("routed_layers", layers="0-3,30")),
         ({"routed_layers": 3}, Selection("routed_layers", layers="3")),
     ],

@@ -48,11 +48,27 @@ def test_a_threshold_routes_the_layers_above_it(profile, threshold):
 
 @given(PROFILES, st.floats(0, 1))
 def test_a_fraction_routes_that_many_layers_of_most_conflict(profile, fraction):
-    selection = Selection("routed_fraction", fraction=fraction)
+    selection = Selection("routed_fraction", fraction=fraction, by_conflict=True)
     routed = select_routed(list(profile), selection, profile)
     assert len(routed) == round(fraction * len(profile))
     rest = [value for name, value in profile.items() if name not in routed]
     assert all(profile[n] >= value for n in routed for value in rest)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "routed"),
+    [(0, set()), (0.3, {"1", "2"}), (0.5, {"0", "1", "2"}), (0.7, {"0", "1", "2", "3"})],
+)
+def test_a_fraction_is_of_the_layers_nearest_the_middle_unless_conflict_decides(fraction, routed):
+    selection = Selection("routed_fraction", fraction=fraction)
+    assert select_routed(LAYERS, selection, {}) == routed
+    assert not selection.needs_conflict
+
+
+def test_each_module_has_a_middle_of_its_own():
+    layers = ["text.embed", *(f"text.{i}" for i in range(5)), *(f"vision.{i}" for i in range(3))]
+    selection = Selection("routed_fraction", fraction=2 / 9)
+    assert select_routed(layers, selection, {}) == {"text.2", "vision.1"}
 
 
 def test_explicit_layers_may_be_names_and_ranges():
@@ -82,7 +98,8 @@ def test_layers_that_are_not_there_are_refused_by_name(text, message):
 def test_only_rules_that_look_at_conflict_need_it():
     rules = ("auto", "all", "none", "conflict_threshold", "routed_fraction", "routed_layers")
     needing = {rule for rule in rules if Selection(rule).needs_conflict}
-    assert needing == {"auto", "conflict_threshold", "routed_fraction"}
+    assert needing == {"auto", "conflict_threshold"}
+    assert Selection("routed_fraction", by_conflict=True).needs_conflict
 
 
 def test_a_layer_shows_all_metrics_or_none():
