@@ -20,11 +20,12 @@ from unittest.mock import patch
 import record
 import torch
 from artifacts import DTYPE, artifact, source, tasks_of
-from train_experts import FAMILIES, REPORT_SEED
+from train_experts import DRAW, FAMILIES, REPORT_SEED
 
 from mergekit_mediator import MediatorModel, approximate
 from mergekit_mediator.compare import base_system, expert_systems, route, sizes
 from mergekit_mediator.contenders import Contender, mixed
+from mergekit_mediator.importance import nearest_middle
 from mergekit_mediator.results import SystemResult, to_json
 from mergekit_mediator.rivals import Rivals
 from mergekit_mediator.scorer import Scorer, Tasks
@@ -49,8 +50,9 @@ STORED: dict[str, dict[str, Any]] = {
 class Ablations:
     """Rows of the table, scored as they are asked for."""
 
-    def __init__(self, made: Rivals, scorer: Scorer, tasks: Tasks) -> None:
+    def __init__(self, made: Rivals, scorer: Scorer, tasks: Tasks, report_seed: int) -> None:
         self.made, self.scorer, self.tasks = made, scorer, tasks
+        self._report_seed = report_seed
         self.results: list[SystemResult] = [
             base_system(scorer, tasks, made.base),
             *expert_systems(scorer, tasks, made.experts, each=False),
@@ -87,7 +89,7 @@ class Ablations:
         prompts = {task: len(t.examples) for task, t in self.tasks.items()}
         known = record.read("ablations")["rows"] if record.exists("ablations") else {}
         figures = {"prompts": prompts, "rows": known | to_json(self.results)}
-        return record.write("ablations", figures, {"report": REPORT_SEED})
+        return record.write("ablations", figures, {"report": self._report_seed})
 
     def parts(self) -> None:
         """Mediator, and without one part at a time."""
@@ -118,6 +120,9 @@ class Ablations:
             ordered = sorted(blocks, key=lambda name, m=metric: -blocks[name][m])
             self._explicit(f"{third} blocks of most {metric}", ordered[:third])
             self._explicit(f"{third} blocks of least {metric}", ordered[-third:])
+        by_place = nearest_middle(list(blocks))
+        self._explicit(f"{third} blocks nearest the middle", by_place[:third])
+        self._explicit(f"{third} blocks farthest from it", by_place[-third:])
         for seed in range(RANDOM_CHOICES):
             chosen = random.Random(seed).sample(sorted(blocks), third)
             self._explicit(f"{third} blocks at random, seed {seed}", chosen)
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="checkpoint directory of the base model")
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
     parser.add_argument("--prompts", type=int, default=64, help="prompts a task")
+    parser.add_argument("--draw", type=int, default=0, help="train_experts' --draw")
     parser.add_argument("--part", choices=PARTS, action="append", help="these rows only")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -166,7 +172,9 @@ def main() -> None:
     made = Rivals(str(base), {n: source(base, folder) for n, folder in folders.items()}, work)
     model, _ = artifact(made, "mediator", BUDGET)
     scorer = Scorer(model.tokenizer, work / "scores.json", dtype=DTYPE)
-    table = Ablations(made, scorer, tasks_of(folders, args.prompts, REPORT_SEED))
+    report_seed = REPORT_SEED + DRAW * args.draw
+    tasks = tasks_of(folders, args.prompts, report_seed)
+    table = Ablations(made, scorer, tasks, report_seed)
     for part in args.part or PARTS:
         getattr(table, part)()
     path = table.write()
