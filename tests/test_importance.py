@@ -9,6 +9,13 @@ def test_the_middle_of_the_blocks_matters_twice_as_much_as_the_ends():
     assert list(found.values()) == pytest.approx([1, ends, 1, middle, 1, ends, 1])
 
 
+def test_a_layer_that_is_named_for_each_of_its_weights_is_one_layer():
+    layers = ["embed", *map(str, range(5)), "final"]
+    named = [name for i, name in enumerate(layers) for _ in range(i + 1)]
+    assert importance(named) == importance(layers)
+    assert importance(iter(named)) == importance(layers)
+
+
 def test_blocks_are_in_the_order_of_their_numbers():
     found = importance(["10", "9", "2"])
     assert found["9"] > found["2"] == pytest.approx(found["10"])
