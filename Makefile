@@ -23,6 +23,7 @@ bench: .venv/demo
 	$(run)/startup.py
 	$(run)/demo.py
 	$(run)/train_experts.py --family eight --out $(EXPERTS)
+	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/again --draw 1
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))
 	$(run)/merge_cost.py $(EXPERTS)/base $(addprefix $(EXPERTS)/,$(subst $(comma), ,$(STRONG)))
 	$(run)/lossless.py --experts $(EXPERTS) --tasks $(STRONG)
@@ -38,7 +39,8 @@ bench: .venv/demo
 	$(run)/experts.py --family strong4 --experts $(EXPERTS)
 	$(run)/experts.py --family overlap --experts $(EXPERTS) --work $(EXPERTS)/overlap --name experts-overlap
 	$(run)/experts.py --family eight --experts $(EXPERTS)
-	$(run)/ablations.py --family strong4 --experts $(EXPERTS)
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --rivals best_expert --name experts-4-again
+	$(run)/ablations.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
 	$(run)/scale.py --part quality
 

@@ -66,6 +66,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="prompts a task in the report")
     parser.add_argument("--draw", type=int, default=0, help="train_experts' --draw")
     parser.add_argument("--budget", help="of ours; 1.0595x for up to 4 experts, else 1.099x")
+    parser.add_argument(
+        "--tuned-on", type=int, default=PROMPTS_TUNED_ON, help="prompts of each expert's task"
+    )
+    parser.add_argument("--calibrated", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rivals", default="all", help=f"of {', '.join(KNOWN)}, with commas")
     parser.add_argument("--each", action="store_true", help="every expert on every task")
     parser.add_argument("--name", help="of the results file; experts-N unless given")
@@ -90,23 +94,21 @@ def main() -> None:
         *expert_systems(scorer, tasks, made.experts, args.each),
         *artifact_systems(made, scorer, tasks, "mediator", budget, routing),
     ]
-    prompts = prompt_files(folders, PROMPTS_TUNED_ON, work / "mediator-tuned", tasks)
-    tuned = artifact_systems(made, scorer, tasks, "mediator tuned", budget, prompts=prompts)
+    prompts = prompt_files(folders, args.tuned_on, work / "mediator-tuned", tasks)
+    # what routes without data is measured before anything is stored, so that tuning changes nothing of it
+    tuned = artifact_systems(made, scorer, tasks, "mediator tuned", budget, routing, prompts)
     results += [
         replace(row, name=row.name.replace("mediator", "mediator_tuned"))
         for row in tuned
         if row.name != "mediator_dense"
     ]
-    informed = calibrated(model, folders, work / "mediator-calibrated", tasks)
-    informed_routing = route(informed, tasks)
-    *_, routed = mediator_systems(
-        informed,
-        scorer,
-        tasks,
-        informed_routing,
-        sizes(MediatorModel.from_pretrained(informed.root)),
-    )
-    results.append(replace(routed, name="mediator_calibrated"))
+    found = {"routing": routing}
+    if args.calibrated:
+        informed = calibrated(model, folders, work / "mediator-calibrated", tasks)
+        found["routing_calibrated"] = route(informed, tasks)
+        stored = sizes(MediatorModel.from_pretrained(informed.root))
+        rows_of = mediator_systems(informed, scorer, tasks, found["routing_calibrated"], stored)
+        results.append(replace(rows_of[-1], name="mediator_calibrated"))
     rivals = RivalSystems(made, scorer, tasks, tuning, routing, base_bytes(model))
     results += rivals.score(known(args.rivals.split(",")), RANKS)
     rows = to_json(results)
@@ -115,11 +117,11 @@ def main() -> None:
         "tasks": {task: len(t.examples) for task, t in tasks.items()},
         "tuning_prompts_per_task": TUNE_PROMPTS,
         "calibration_prompts_per_task": CALIBRATION_PROMPTS,
-        "prompts_tuned_on_per_task": PROMPTS_TUNED_ON,
+        "prompts_tuned_on_per_task": args.tuned_on,
         "systems": rows,
-        "routing": {task: found.figures(model.experts) for task, found in routing.items()},
-        "routing_calibrated": {
-            task: found.figures(model.experts) for task, found in informed_routing.items()
+        **{
+            name: {task: one.figures(model.experts) for task, one in by_task.items()}
+            for name, by_task in found.items()
         },
     }
     seeds = {"report": report_seed, "tune": TUNE_SEED, "calibration": CALIBRATION_SEED}

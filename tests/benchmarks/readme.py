@@ -8,6 +8,7 @@ Each stands between `<!-- NAME -->` and `<!-- end NAME -->`. A test holds the RE
 import ast
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +111,6 @@ def experts(name: str) -> str:
     about = f"{prompts} held-out prompts per task: one answer is {100 / prompts:.1f}%."
     picture = f"![Quality against bytes](tests/benchmarks/results/{name}.png)"
     return f"{table(head, rows)}\n\n{about}\n\n{picture}"
-
-
-def experts_4() -> str:
-    return experts("experts-4")
-
-
-def experts_8() -> str:
-    return experts("experts-8")
-
-
-def experts_overlap() -> str:
-    return experts("experts-overlap")
 
 
 def ablations() -> str:
@@ -341,13 +330,12 @@ def load(name: str) -> dict[str, Any]:
     return figures
 
 
+EXPERTS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
 SECTIONS = {
     "tree": tree,
     "demo": demo,
     "merge-cost": merge_cost,
-    "experts-4": experts_4,
-    "experts-8": experts_8,
-    "experts-overlap": experts_overlap,
+    **{name: partial(experts, name) for name in EXPERTS},
     "ablations": ablations,
     "scale-memory": scale_memory,
     "scale": scale,
