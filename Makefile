@@ -39,7 +39,7 @@ bench: .venv/demo
 	$(run)/experts.py --family strong4 --experts $(EXPERTS)
 	$(run)/experts.py --family overlap --experts $(EXPERTS) --work $(EXPERTS)/overlap --name experts-overlap
 	$(run)/experts.py --family eight --experts $(EXPERTS)
-	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --rivals best_expert --name experts-4-again
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --tuned-on 128 --no-calibrated --rivals best_expert --name experts-4-again
 	$(run)/ablations.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
 	$(run)/scale.py --part quality

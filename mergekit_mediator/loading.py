@@ -13,7 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -63,11 +63,11 @@ def load_plain(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     return plain
 
 
-def stock_config(root: Path) -> PreTrainedConfig | None:
+def stock_config(root: Path) -> PretrainedConfig | None:
     """The configuration of a checkpoint, or None if `load_plain` could make no model of it."""
     skeletons: Any = AutoModelForCausalLM
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(root, trust_remote_code=False)
         with torch.device("meta"):
             skeletons.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):

@@ -84,9 +84,10 @@ def select_routed(
     if selection.rule == "routed_layers":
         return parse_layers(selection.layers, layers)
     if selection.rule == "routed_fraction":
-        ranked = nearest_middle(layers)
         if selection.by_conflict:
             ranked = sorted(layers, key=lambda name: -conflict[name])
+        else:
+            ranked = nearest_middle(layers)
         return frozenset(ranked[: round(selection.fraction * len(layers))])
     threshold = selection.threshold
     if selection.rule == "auto":

@@ -45,16 +45,8 @@ MERGING = {
     "architecture",
 }
 MERGING |= {"passes", "storing", "checkpoint", "merge"}
-MERGING |= {
-    "estimate",
-    "slopes",
-    "cli_merge",
-    "demo",
-    "dense_writer",
-    "rivals",
-    "tuning",
-    "lessons",
-}
+MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals"}
+MERGING |= {"lessons", "tuning"}
 SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
 
 

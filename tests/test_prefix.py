@@ -39,9 +39,8 @@ def test_gradients_are_those_of_whole_prompts_from_fewer_tokens(model, monkeypat
     monkeypatch.setattr("mergekit_mediator.teacher._ANSWER_TOKENS", 6)
     monkeypatch.setattr(distil, "TOKENS_AT_ONCE", at_once)
     answers = answer(model, PROMPTS, pad=0)
-    for (
-        parameter
-    ) in model.parameters():  # else the model is its own teacher, and all gradients are 0
+    # else the model is its own teacher, and all gradients are 0
+    for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
     read = watched(model)
     got, tokens = gradients(model, answers), sum(read)
@@ -57,13 +56,12 @@ def test_gradients_are_those_of_whole_prompts_from_fewer_tokens(model, monkeypat
             torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_gradients_of_weights_come_before_those_of_the_beginning(monkeypatch):
+def test_gradients_of_weights_come_before_those_of_the_beginning():
     """So that no weight's gradient waits for its second part while others are made."""
     model = pico.llama().eval().requires_grad_(True)
     prefix = read_prefix(model, PROMPTS)
-    cache = next(iter(prefix.inputs(2).values()))
-    loss = model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache).logits.square().sum()
-    loss.backward()
+    logits = model(input_ids=torch.tensor([[5], [6]]), **prefix.inputs(2)).logits
+    logits.square().sum().backward()
     first = model.model.layers[0].mlp.up_proj.weight.grad.clone()
     prefix.backward()
     assert not model.model.layers[0].mlp.up_proj.weight.grad.equal(first)
