@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -240,13 +240,20 @@ def verify_base(base: Path, manifest: Manifest) -> None:
             )
 
 
-def open_expert(root: Path, entry: ExpertEntry) -> ExpertFile:
+def open_expert(
+    root: Path, entry: ExpertEntry, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> ExpertFile:
     """Open an expert's file, memory-mapped.
+
+    Args:
+        root: of the artifact.
+        entry: of the expert.
+        shapes: of the dense checkpoint's weights; see `ExpertFile`.
 
     Raises:
         ArtifactError: it cannot be read, or belongs to another expert.
     """
-    file = ExpertFile(root / "mediator" / entry.file)
+    file = ExpertFile(root / "mediator" / entry.file, shapes)
     if file.expert != entry.name:
         raise ArtifactError(f"{file.path}: holds expert {file.expert!r}, not {entry.name!r}")
     return file

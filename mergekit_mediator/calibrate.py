@@ -12,6 +12,7 @@ from mergekit_mediator import artifact, fit_router
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.background import BACKGROUND
 from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layers
+from mergekit_mediator.calibrated_file import Limits
 from mergekit_mediator.calibration_data import (
     data_digest,
     embedding_features,
@@ -63,7 +64,9 @@ def calibrate_artifact(
         raise RoutingError(
             f"no data for {', '.join(missing)}: give --data NAME=FILE for each expert"
         )
-    old = CalibratedRouter.load(root / artifact.ROUTER) if missing else None
+    old = None
+    if missing:  # of other experts than now, if some were added or removed
+        old = CalibratedRouter.load(root / artifact.ROUTER, limits=Limits.of(model))
     if old is not None:
         kind, head, seed = old.kind, old.head, old.seed
     if old is not None:

@@ -7,24 +7,19 @@ The file holds the features of the calibration prompts, so that one expert can b
 later; they are means over tokens, but not secret: do not calibrate with prompts that are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mergekit_mediator.errors import ArtifactError, RoutingError
+from mergekit_mediator.calibrated_file import KIND, TENSORS, Limits, read
+from mergekit_mediator.calibrated_file import Head as Head
+from mergekit_mediator.calibrated_file import Kind as Kind
+from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
-from mergekit_mediator.router_file import load_tensors, number, save_tensors
-
-Kind = Literal["embedding", "hidden"]
-Head = Literal["ridge", "mahalanobis", "prototype"]
-_NUMBERS = (
-    "temperature", "ood_threshold", "entropy_threshold", "variance", "fit_mean", "fit_deviation",
-    "distance_mean", "distance_deviation",
-)  # fmt: skip
+from mergekit_mediator.router_file import save_tensors
 
 
 def mean_embedding(ids: Tensor, mask: Tensor, table: Tensor, excluded: Tensor) -> Tensor:
@@ -156,7 +151,7 @@ class CalibratedRouter:
     def save(self, path: Path) -> None:
         """Write to a safetensors file, in place of an older one."""
         tensors = {f"features.{name}": x for name, x in self.features.items()}
-        tensors |= {name: getattr(self, name) for name in _TENSORS}
+        tensors |= {name: getattr(self, name) for name in TENSORS}
         about = {
             "experts": list(self.experts),
             "features": self.kind,
@@ -165,52 +160,14 @@ class CalibratedRouter:
             "seed": self.seed,
             "numbers": dict(self.numbers),
         }
-        save_tensors(path, "calibrated", tensors, about)
+        save_tensors(path, KIND, tensors, about)
 
     @classmethod
-    def load(cls, path: Path) -> "CalibratedRouter":
-        """Read what `save` wrote.
-
-        Raises:
-            ArtifactError: the file is missing, damaged, of another kind, or inconsistent.
-        """
-        tensors, about = load_tensors(path, "calibrated")
-        experts = _experts(about, path)
-        n, d = len(experts), _width(tensors, path)
-        shapes: dict[str, tuple[int | None, ...]] = {
-            **dict.fromkeys(("weight", "fit_weight", "near_weight"), (n, d)),
-            **dict.fromkeys(("bias", "fit_bias", "near_bias"), (n,)),
-            **dict.fromkeys(("center", "scale"), (d,)),
-            **{f"features.{name}": (None, d) for name in experts},
-            **dict.fromkeys(("spread", "background"), (None, d)),
-            "tokens": (None,),
-        }
-        if set(shapes) != set(tensors):
-            odd = ", ".join(sorted(set(shapes) ^ set(tensors)))
-            raise ArtifactError(f"{path}: tensors missing or not expected: {odd}")
-        for name, shape in shapes.items():
-            _check(tensors[name], name, shape, path)
-        numbers = about.get("numbers")
-        if not isinstance(numbers, dict):
-            raise ArtifactError(f"{path}: `numbers` must be an object, got {numbers!r}")
-        kind: Kind = _one_of(about, "features", Kind, path)
-        layers = about.get("layers")
-        count = 2 if kind == "hidden" else 0
-        if not isinstance(layers, list) or len(layers) != count:
-            raise ArtifactError(f"{path}: `layers` must be a list of {count}, got {layers!r}")
-        values = {key: number(numbers, key, path) for key in _NUMBERS}
-        for key in ("temperature", "variance", "fit_deviation", "distance_deviation"):
-            if values[key] <= 0:
-                raise ArtifactError(f"{path}: {key!r} must be positive, got {values[key]}")
-        return cls(
-            kind=kind,
-            layers=tuple(_whole(layer, "layers", path) for layer in layers),
-            head=_one_of(about, "head", Head, path),
-            seed=_whole(about.get("seed"), "seed", path),
-            features={name: tensors[f"features.{name}"] for name in experts},
-            numbers=values,
-            **{name: tensors[name] for name in _TENSORS},
-        )
+    def load(
+        cls, path: Path, experts: Sequence[str] | None = None, limits: Limits | None = None
+    ) -> "CalibratedRouter":
+        """Read what `save` wrote; the arguments and errors are those of `calibrated_file.read`."""
+        return cls(**read(path, experts, limits))
 
 
 def standardized(features: Tensor, center: Tensor, scale: Tensor, blocks: int) -> Tensor:
@@ -229,50 +186,3 @@ def out_of_distribution(fit: Tensor, distance: Tensor, numbers: Mapping[str, flo
     a = (fit - numbers["fit_mean"]) / numbers["fit_deviation"]
     b = (distance - numbers["distance_mean"]) / numbers["distance_deviation"]
     return (a + b) / 2
-
-
-_TENSORS = (
-    "tokens", "background", "center", "scale", "weight", "bias", "fit_weight", "fit_bias", "near_weight",
-    "near_bias", "spread",
-)  # fmt: skip
-
-
-def _experts(about: Mapping[str, Any], path: Path) -> list[str]:
-    experts = about.get("experts")
-    if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
-        raise ArtifactError(f"{path}: `experts` must be a list of names, got {experts!r}")
-    if len(set(experts)) < len(experts) or len(experts) < 2:
-        raise ArtifactError(f"{path}: two or more different experts required, got {experts!r}")
-    return experts
-
-
-def _width(tensors: Mapping[str, Tensor], path: Path) -> int:
-    weight = tensors.get("weight")
-    if weight is None or weight.ndim != 2:
-        raise ArtifactError(f"{path}: `weight` must be a matrix")
-    return weight.shape[1]
-
-
-def _check(tensor: Tensor, name: str, shape: tuple[int | None, ...], path: Path) -> None:
-    dtype = torch.int64 if name == "tokens" else torch.float32
-    fits = len(shape) == tensor.ndim and all(
-        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.dtype != dtype:
-        raise ArtifactError(
-            f"{path}: {name} must be {[n or 'any' for n in shape]} of {dtype}, "
-            f"got {list(tensor.shape)} of {tensor.dtype}"
-        )
-
-
-def _whole(value: Any, key: str, path: Path) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ArtifactError(f"{path}: {key!r} must be a whole number, got {value!r}")
-    return value
-
-
-def _one_of(about: Mapping[str, Any], key: str, choices: Any, path: Path) -> Any:
-    if about.get(key) not in get_args(choices):
-        names = ", ".join(get_args(choices))
-        raise ArtifactError(f"{path}: {key!r} must be one of {names}, got {about.get(key)!r}")
-    return about[key]

@@ -1,6 +1,7 @@
 """What an expert file says about each stored weight, checked before anything is read by it (FORMAT.md)."""
 
 import math
+import reprlib
 from typing import Any
 
 import torch
@@ -73,6 +74,12 @@ class Description(BaseModel):
         return (self.gaps, self.count) if self.wide else (self.gaps,)
 
     @property
+    def most_gaps(self) -> int:
+        """The largest decoded size that the first stream can have: a byte for each coordinate, and one more
+        for each run of 255 that is left out (of 255 low bytes, if those have a stream of their own)."""
+        return self.count + (self.numel - self.count) // (255 * (256 if self.wide else 1))
+
+    @property
     def factor_numbers(self) -> int:
         """How many numbers the factors hold, without their scales."""
         if self.factors is None:
@@ -80,11 +87,17 @@ class Description(BaseModel):
         return self.factors.rank * (self.numel // max(1, self.shape[-1]) + self.shape[-1])
 
 
-def parse_description(fields: Any, where: str) -> Description:
-    """Check a description that was read from a file.
+def parse_description(fields: Any, where: str, shape: tuple[int, ...] | None = None) -> Description:
+    """Check a description that was read from a file: what is decoded by it is bounded by its shape.
+
+    Args:
+        fields: as decoded from JSON.
+        where: the file and tensor, for error messages.
+        shape: of the weight in the dense checkpoint, which bounds the description's own; None if that is
+            not known.
 
     Raises:
-        ArtifactError: a field is missing, unknown or out of range.
+        ArtifactError: a field is missing, unknown or out of range, or the shape is another one.
     """
     try:
         d = Description.model_validate(fields)
@@ -92,16 +105,26 @@ def parse_description(fields: Any, where: str) -> Description:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{where}: {field}: {first['msg']}") from error
+    if shape is not None and d.shape != shape:
+        raise ArtifactError(
+            f"{where}: shape {list(shape)} required, as in the dense checkpoint, got {_short(d.shape)}"
+        )
     if d.dtype not in DTYPES:
         raise ArtifactError(f"{where}: dtype {d.dtype!r} is none of {', '.join(DTYPES)}")
     if any(size < 0 for size in d.shape) or d.numel >= 2**63:
-        raise ArtifactError(f"{where}: shape {list(d.shape)} is out of range")
+        raise ArtifactError(f"{where}: shape {_short(d.shape)} is out of range")
     if d.count > d.numel:
         raise ArtifactError(f"{where}: {d.count} coordinates do not fit shape {list(d.shape)}")
+    least, most = (0, 0) if d.implied else (d.count, d.most_gaps)
+    if not least <= d.gaps <= most:
+        raise ArtifactError(
+            f"{where}: gaps of {least} to {most} bytes required for {d.count} coordinates of shape "
+            f"{list(d.shape)}, got {d.gaps}"
+        )
     planes = len(d.sizes) - len(d.heads)
     coded = d.numel if d.implied else d.count
     if min(d.sizes, default=0) < 0 or not min(coded, 1) <= planes <= min(coded, 1) * d.code_bytes:
-        raise ArtifactError(f"{where}: sizes {list(d.sizes)} are not those of its streams")
+        raise ArtifactError(f"{where}: sizes {_short(d.sizes)} are not those of its streams")
     if (d.relative and d.values != "exact") or (
         d.implied and d.values == "exact" and not d.relative
     ):
@@ -116,10 +139,17 @@ def _check_factors(d: Description, factors: FactorsDescription, where: str) -> N
         raise ArtifactError(f"{where}: factors of dtype {factors.dtype!r}")
     if (d.values == "exact" and d.count) or not d.shape or d.numel == 0:
         raise ArtifactError(f"{where}: {d.values} values of shape {list(d.shape)} take no factors")
-    if factors.rank > min(d.shape[-1], d.numel // d.shape[-1]):
+    if factors.rank > min(
+        d.shape[-1], d.numel // d.shape[-1]
+    ):  # at most two numbers for each weight
         raise ArtifactError(f"{where}: rank {factors.rank} does not fit shape {list(d.shape)}")
     if factors.paired > (factors.rank if factors.dtype == "int8" else 0):
         raise ArtifactError(f"{where}: {factors.paired} of its factors cannot be paired")
     planes = FACTOR_DTYPES[factors.dtype].itemsize + (1 if factors.paired else 0)
     if len(factors.sizes) != planes + 1 or min(factors.sizes) < 0:
-        raise ArtifactError(f"{where}: sizes {list(factors.sizes)} are not those of factors")
+        raise ArtifactError(f"{where}: sizes {_short(factors.sizes)} are not those of factors")
+
+
+def _short(numbers: tuple[int, ...]) -> str:
+    """A list that stays readable, whatever a file holds."""
+    return reprlib.repr(list(numbers))

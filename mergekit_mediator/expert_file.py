@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,8 @@ _VERSION = 2
 _DESCRIPTIONS = "__descriptions__"
 # What a weight within `bits` or a `budget` adds to the header and to the descriptions besides its name, about.
 _ENTRY_BYTES = 120
+# One description takes no more than this besides the weight's name.
+_LARGEST_DESCRIPTION = 1024
 _COPY_BYTES = 1 << 24
 
 
@@ -102,8 +104,12 @@ class ExpertWriter:
 class ExpertFile:
     """A stored expert, memory-mapped: weights are read one by one, when they are asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Read and check the header.
+
+        Args:
+            path: of the file.
+            shapes: of the dense checkpoint's weights, which bound what is decoded; None to trust the file.
 
         Raises:
             ArtifactError: the file is missing, truncated, of another format, or inconsistent.
@@ -120,12 +126,17 @@ class ExpertFile:
                 f"{path}: format {_FORMAT!r} version {_VERSION} required, got "
                 f"{metadata.get('format')!r} version {metadata.get('version')!r}"
             )
-        fields = self._descriptions(metadata.get("descriptions_bytes", ""))
-        if set(fields) != set(self._file.keys()) - {_DESCRIPTIONS}:
+        names = set(self._file.keys())
+        for name in names:
+            self._check_entry(name, shapes)
+        names.discard(_DESCRIPTIONS)
+        fields = self._descriptions(metadata.get("descriptions_bytes", ""), names)
+        if set(fields) != names:
             raise ArtifactError(f"{path}: the stored weights are not those that it describes")
         self.expert = metadata.get("expert", "")
         self.weights = {
-            name: parse_description(entry, f"{path}: {name!r}") for name, entry in fields.items()
+            name: parse_description(entry, f"{path}: {name!r}", shapes[name] if shapes else None)
+            for name, entry in fields.items()
         }
 
     def read(self, weight: str, dense: Tensor | None = None) -> SparseTensor:
@@ -146,12 +157,28 @@ class ExpertFile:
         """The bytes that one weight takes in the file."""
         return int(self._file.get_slice(weight).get_shape()[0])
 
-    def _descriptions(self, size: str) -> dict[str, Any]:
+    def _check_entry(self, name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
+        where = f"{self.path}: {name!r}"
+        if shapes is not None and name not in shapes and name != _DESCRIPTIONS:
+            raise ArtifactError(f"{where}: stored here, but not in the dense checkpoint")
+        header = self._file.get_slice(name)
+        dtype, shape = header.get_dtype(), header.get_shape()
+        if dtype != "U8" or len(shape) != 1:
+            raise ArtifactError(f"{where}: a stream of bytes required, got {dtype} {shape}")
+
+    def _descriptions(self, size: str, names: Collection[str]) -> dict[str, Any]:
+        """The descriptions of the stored weights as JSON has them; their number bounds what is decoded."""
         where = f"{self.path}: {_DESCRIPTIONS}"
+        most = 2 + sum(len(json.dumps(name)) + _LARGEST_DESCRIPTION for name in names)
         try:
-            stored = self._file.get_tensor(_DESCRIPTIONS).numpy()
-            fields = json.loads(unpack(stored, int(size), where).tobytes())
-        except (safetensors.SafetensorError, ValueError) as error:
+            stored, decoded = self._file.get_tensor(_DESCRIPTIONS).numpy(), int(size)
+            if not 0 <= decoded <= most:
+                raise ArtifactError(
+                    f"{where}: {stored.size} bytes cannot hold {decoded}: {len(names)} weights are "
+                    f"described in at most {most}"
+                )
+            fields = json.loads(unpack(stored, decoded, where).tobytes())
+        except (safetensors.SafetensorError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{where}: cannot be read: {error}") from error
         if not isinstance(fields, dict):
             raise ArtifactError(f"{where}: an object required, got {type(fields).__name__}")

@@ -19,6 +19,7 @@ from mergekit_mediator.calibrated import (
     out_of_distribution,
     standardized,
 )
+from mergekit_mediator.calibrated_file import MOST_PROMPTS
 from mergekit_mediator.calibration_data import MIN_PROMPTS
 from mergekit_mediator.confidence import (
     expected_calibration_error,
@@ -69,7 +70,7 @@ def fit(
             gives the same bytes.
 
     Raises:
-        RoutingError: one expert only, too few prompts, features that are not finite or of
+        RoutingError: one expert only, too few prompts or too many, features that are not finite or of
             different widths, or an unknown head.
     """
     if head not in get_args(Head):
@@ -79,6 +80,9 @@ def fit(
         raise RoutingError(
             f"a router needs prompts of at least two experts, got {', '.join(features) or 'none'}"
         )
+    prompts = sum(map(len, features.values()))
+    if prompts > MOST_PROMPTS:
+        raise RoutingError(f"a router is fitted to at most {MOST_PROMPTS} prompts, got {prompts}")
     widths = {x.shape[1] for x in features.values()}
     if len(widths) > 1:
         raise RoutingError(f"features of different widths {sorted(widths)} cannot be compared")

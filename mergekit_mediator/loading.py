@@ -38,6 +38,12 @@ class DenseCheckpoint:
         return weight
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, from the headers."""
+        files = self._shards.items()
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in files}
+
+    @cached_property
     def _shards(self) -> dict[str, Any]:
         """The open files by weight."""
         shards = {}

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from reprlib import repr as short
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,12 @@ from mergekit_mediator.entropy import byte_planes, from_byte_planes, pack, unpac
 from mergekit_mediator.errors import ArtifactError, RoutingError
 from mergekit_mediator.factor_steps import codes
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
-from mergekit_mediator.router_file import load_tensors, save_tensors
+from mergekit_mediator.router_file import RouterFile, listed, save_tensors
 
 TEMPERATURE = 0.03  # nats of response; the benchmark's file says how it was chosen
 _SCALE = ".scale"
 _FINENESS = 3.0  # of stored directions, see `factor_steps`
+_MOST_DIRECTIONS = 64  # of an expert in one weight, in a file
 _SMALLEST = 1e-20  # keeps the log finite for an expert that left a weight as it was
 
 
@@ -164,43 +166,78 @@ class ResponseRouter:
         save_tensors(path, "response", tensors, {"experts": list(self.experts), "shapes": shapes})
 
     @classmethod
-    def load(cls, path: Path) -> "ResponseRouter":
+    def load(
+        cls,
+        path: Path,
+        experts: Sequence[str] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "ResponseRouter":
         """Read what `save` wrote.
 
+        Args:
+            path: of the file.
+            experts: those of the artifact, which the router must be of; None if they are not known.
+            shapes: of the dense checkpoint's weights, which bound what is decoded; None to trust the file.
+
         Raises:
-            ArtifactError: the file is missing, damaged, of another kind, or inconsistent.
+            ArtifactError: the file is missing, damaged, of another kind, of other experts, or inconsistent.
         """
-        tensors, about = load_tensors(path, "response")
-        experts, shapes = about.get("experts"), about.get("shapes")
-        if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
-            raise ArtifactError(f"{path}: `experts` must be a list of names, got {experts!r}")
-        if not isinstance(shapes, dict):
-            raise ArtifactError(f"{path}: `shapes` must be an object, got {shapes!r}")
+        file = RouterFile(path, "response")
+        names, found = file.experts(experts), file.about.get("shapes")
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{path}: `shapes` must be an object, got {short(found)}")
+        for name, shape in found.items():
+            _check(file, path, name, shape, len(names))
+            if shapes is not None:
+                _check_weight(f"{path}: {listed([name])}", shape, shapes.get(name))
         directions = {}
-        for name, shape in shapes.items():
-            where = f"{path}: {name}"
-            if not _is_shape(shape) or shape[0] != len(experts):
-                raise ArtifactError(
-                    f"{where}: a shape [{len(experts)}, rank, in] required, got {shape!r}"
-                )
-            stored, scale = tensors.get(name), tensors.get(name + _SCALE)
-            if stored is None or stored.dtype != torch.uint8 or stored.ndim != 1:
-                got = "none" if stored is None else f"{stored.dtype} {list(stored.shape)}"
-                raise ArtifactError(f"{where} must be a stream of bytes, got {got}")
-            if scale is None or list(scale.shape) != [*shape[:2], 1]:
-                found = None if scale is None else list(scale.shape)
-                raise ArtifactError(f"{where}{_SCALE} must be {[*shape[:2], 1]}, got {found}")
-            plane = unpack(stored.numpy(), math.prod(shape), where)
+        for name, shape in found.items():
+            plane = unpack(file.read(name).numpy(), math.prod(shape), f"{path}: {name}")
             steps = torch.from_numpy(from_byte_planes([plane], 1)).view(*shape)
-            directions[name] = (steps.to(torch.float32) * scale).to(torch.float16)
-        return cls(tuple(experts), directions)
+            scaled = steps.to(torch.float32) * file.read(name + _SCALE)
+            directions[name] = scaled.to(torch.float16)
+        return cls(names, directions)
+
+
+def _check(file: RouterFile, path: Path, name: str, shape: Any, experts: int) -> None:
+    """Check what the header says about the directions in one weight.
+
+    Raises:
+        ArtifactError: they are missing, or of another form.
+    """
+    where = f"{path}: {listed([name])}"
+    if not _is_shape(shape) or shape[0] != experts:
+        raise ArtifactError(f"{where}: a shape [{experts}, rank, in] required, got {short(shape)}")
+    if shape[1] > _MOST_DIRECTIONS:
+        raise ArtifactError(
+            f"{where}: at most {_MOST_DIRECTIONS} directions of an expert required, got {shape[1]}"
+        )
+    dtype, stored = file.header(name)
+    if dtype != torch.uint8 or len(stored) != 1:
+        got = "none" if dtype is None else f"{dtype} {stored}"
+        raise ArtifactError(f"{where} must be a stream of bytes, got {got}")
+    dtype, stored = file.header(name + _SCALE)
+    if dtype != torch.float32 or stored != [*shape[:2], 1]:
+        found = None if dtype is None else f"{stored} of {dtype}"
+        raise ArtifactError(f"{where}{_SCALE} must be {[*shape[:2], 1]}, got {found}")
+
+
+def _check_weight(where: str, shape: list[int], weight: tuple[int, ...] | None) -> None:
+    """Check that directions `[n_experts, rank, in]` are of a weight `[out, in]`.
+
+    Raises:
+        ArtifactError: they are of another one, or of none.
+    """
+    if weight is None or len(weight) != 2 or weight[1] != shape[2]:
+        got = "none" if weight is None else list(weight)
+        raise ArtifactError(
+            f"{where}: directions of a weight [out, {shape[2]}], but the dense checkpoint has {got}"
+        )
 
 
 def _is_shape(shape: object) -> TypeGuard[list[int]]:
     return (
-        isinstance(shape, list)
-        and len(shape) == 3
-        and all(isinstance(n, int) and n > 0 for n in shape)
+        isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
     )
 
 

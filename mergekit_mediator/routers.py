@@ -1,6 +1,6 @@
 """The routers of an artifact, by name: what each measures in the model, and its decision."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from mergekit_mediator import artifact
 from mergekit_mediator.calibrated import CalibratedRouter, Kind, mean_embedding
+from mergekit_mediator.calibrated_file import Limits
 from mergekit_mediator.contexts import Contexts
-from mergekit_mediator.errors import ArtifactError, RoutingError
+from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.hidden import hidden_features
 from mergekit_mediator.mixture import Mixer
 from mergekit_mediator.response import ResponseRouter
@@ -35,6 +36,7 @@ class Routers:
         forward: Callable[..., Any],
         mixer: Mixer,
         contexts: Contexts,
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         """
         Args:
@@ -43,9 +45,10 @@ class Routers:
             forward: the model's own, as it is without routing.
             mixer: of the same model.
             contexts: which tokens of a prompt count.
+            shapes: of the dense checkpoint's weights.
         """
         self._root, self._model, self._forward = root, model, forward
-        self._mixer, self._contexts = mixer, contexts
+        self._mixer, self._contexts, self._shapes = mixer, contexts, shapes
 
     @property
     def default(self) -> Router:
@@ -98,9 +101,7 @@ class Routers:
         path = self._root / artifact.ROUTER
         if not path.exists():
             return None
-        router = CalibratedRouter.load(path)
-        self._check_experts(path, router.experts)
-        return router
+        return CalibratedRouter.load(path, tuple(self._mixer.experts.files), Limits.of(self._model))
 
     @cached_property
     def _response(self) -> ResponseRouter | None:
@@ -108,8 +109,7 @@ class Routers:
         path = self._root / artifact.RESPONSE
         if not path.exists():
             return None
-        router = ResponseRouter.load(path)
-        self._check_experts(path, router.experts)
+        router = ResponseRouter.load(path, tuple(self._mixer.experts.files), self._shapes)
         return router if router.applies_to(self._model) else None
 
     @cached_property
@@ -120,14 +120,6 @@ class Routers:
         mask = torch.ones_like(ids)
         responses, _ = self._responses(ids, mask, self._contexts.counted(ids, mask))
         return responses
-
-    def _check_experts(self, path: Path, known: Sequence[str]) -> None:
-        own = tuple(self._mixer.experts.files)
-        if tuple(known) != own:
-            raise ArtifactError(
-                f"{path}: routes to {', '.join(known)}, and the manifest has {', '.join(own)}: merge "
-                "again, or calibrate again for these experts"
-            )
 
     def _by_calibration(
         self, ids: Tensor, mask: Tensor, counted: Tensor, name: Router, temperature: float | None

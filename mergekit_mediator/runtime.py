@@ -53,13 +53,16 @@ class MediatorModel(Settings):
         """Use `from_pretrained`."""
         super().__init__()
         self.root, self.manifest, self.model, self.tokenizer = root, manifest, model, tokenizer
-        files = {entry.name: artifact.open_expert(root, entry) for entry in manifest.experts}
-        experts = Experts(files, DenseCheckpoint(root).weight, residency, expert_budget)
+        dense = DenseCheckpoint(root)
+        files = {e.name: artifact.open_expert(root, e, dense.shapes) for e in manifest.experts}
+        experts = Experts(files, dense.weight, residency, expert_budget)
         self._mixer = Mixer(model, experts, [layer.weights for layer in manifest.routed_layers])
         self._contexts = Contexts(tokenizer)
         self._batches = Batches(root, model, tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
-        routers = Routers(root, model, self._serving.forward, self._mixer, self._contexts)
+        routers = Routers(
+            root, model, self._serving.forward, self._mixer, self._contexts, dense.shapes
+        )
         self._requests = Requests(self, self._mixer, routers, self._contexts)
 
     @classmethod
