@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_mediator.narrow import lost_magnitude, range_error
 from mergekit_mediator.threshold import chunks
 
 
@@ -37,7 +38,13 @@ class WeightedSum:
 
 
 def on_base(
-    base: Tensor, total: Tensor, shares: Sequence[float], scale: float, dtype: torch.dtype
+    base: Tensor,
+    total: Tensor,
+    shares: Sequence[float],
+    scale: float,
+    dtype: torch.dtype,
+    where: str,
+    finite: bool = False,
 ) -> Tensor:
     """θ_0 + λ · Σ_t w_t τ_t / Σ_t w_t, rounded once.
 
@@ -47,13 +54,24 @@ def on_base(
         shares: w_t.
         scale: λ; 1 gives the weighted mean of the experts.
         dtype: of the result, which is where the base is.
+        where: the weight, for the error message.
+        finite: whether the base and all experts are.
+
+    Raises:
+        InputError: a finite number of the result is infinite in that dtype; or, if all that it is made of is
+            finite, beyond float32.
     """
     factor = scale * max(shares) / sum(shares)
     result = torch.empty(base.shape, dtype=dtype, device=base.device)
     flat_base, flat_result = base.reshape(-1), result.view(-1)
+    lost = 0.0
     for part in chunks(base.numel()):
         reference = flat_base[part].to(total.device, torch.float32)
-        flat_result[part] = torch.add(reference, total[part], alpha=factor)
+        merged = torch.add(reference, total[part], alpha=factor)
+        lost = max(lost, lost_magnitude(merged, dtype, finite))
+        flat_result[part] = merged
+    if lost:
+        raise range_error(where, lost, dtype)
     return result
 
 
@@ -63,10 +81,11 @@ def average(
     shares: Sequence[float],
     scale: float,
     dtype: torch.dtype,
+    where: str,
     device: str = "cpu",
 ) -> Tensor:
     """The dense expert's weight of experts that are all there; see `WeightedSum` and `on_base`."""
     weighted = WeightedSum(base, shares, device)
     for expert in experts:
         weighted.add(expert)
-    return on_base(base, weighted.total, shares, scale, dtype)
+    return on_base(base, weighted.total, shares, scale, dtype, where)

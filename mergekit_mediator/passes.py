@@ -4,6 +4,7 @@ The first measures and averages. Of the experts only sums are kept, so that memo
 their number. The second encodes what every expert keeps of the routed weights.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from mergekit_mediator.dense import WeightedSum, on_base
 from mergekit_mediator.description import Description
 from mergekit_mediator.errors import InputError
 from mergekit_mediator.headers import first_line
+from mergekit_mediator.narrow import check_range, narrowed, range_error
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.sparse import SparseTensor
 from mergekit_mediator.weights import Inputs
@@ -82,8 +84,8 @@ class Passes:
             only_conflict: nothing else.
 
         Raises:
-            InputError: a tensor that cannot be read, is not everywhere, is not finite, or holds integers
-                that differ between the models.
+            InputError: a tensor that cannot be read, is not everywhere, is not finite or would not be in
+                the output dtype, or holds integers that differ between the models.
         """
         sizes = {weight.info.name: self.inputs.input_bytes(weight) for weight in weights}
         measure = partial(self._measure, routed, with_costs, only_conflict)
@@ -184,6 +186,8 @@ class Passes:
             raise InputError(
                 f"{weight.info.name}: {expert.dtype} in {model}, {base.dtype} in the base"
             )
+        for owner, tensor in ((self.inputs.base, base), (model, expert)):
+            check_range(tensor, torch.float32, f"{weight.info.name} of {owner}")
         tau = found.add(expert)
         if not found.finite and not self._allow_nonfinite:
             for owner, tensor in ((self.inputs.base, base), (model, expert)):
@@ -192,6 +196,10 @@ class Passes:
                         f"{weight.info.name}: NaN or infinity in {owner}: mend the model, or run "
                         "`mergekit-mediator merge --allow-nonfinite`"
                     )
+            change = expert.to(torch.float32) - base.to(torch.float32)
+            if not bool(change.isfinite().all()):
+                where = f"{weight.info.name}: the change in {model}"
+                raise range_error(where, math.inf, torch.float32)
         return tau
 
     def _buffer(self, weight: PlannedWeight, base: Tensor) -> dict[bool, Tensor]:
@@ -220,8 +228,11 @@ class Passes:
         if routed is not None:
             is_routed = weight.info.name in routed
             scales = {is_routed: scales[is_routed]}
+        name, finite = weight.info.name, not self._allow_nonfinite
         made = {
-            scale: (on_base(base, total, shares, scale, dtype) if scale else base.to(dtype)).cpu()
+            scale: on_base(base, total, shares, scale, dtype, name, finite).cpu()
+            if scale
+            else narrowed(base, dtype, name).cpu()
             for scale in set(scales.values())
         }
         return {is_routed: made[scale] for is_routed, scale in scales.items()}

@@ -1,6 +1,9 @@
 """The one seam with mergekit: registers the merge methods and takes over `run_merge` for `mediator`."""
 
+import contextlib
 import functools
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -8,6 +11,7 @@ import click
 import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
+    BatchOptions,
     GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
@@ -39,15 +43,37 @@ class DenseMethod(GroupMergeMethod):  # type: ignore[misc]
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
     )
 
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """mergekit's own, but finite numbers that a dtype makes infinite are refused."""
+        from mergekit_mediator.narrow import check_range, narrowed
+
+        results = []
+        for group, given, dtype in zip(groups, parameters, input_dtypes, strict=True):
+            name = group.metadata.name or "weight"
+            for entry in group.entries:
+                check_range(entry.tensor, dtype or entry.tensor.dtype, f"{name} of {entry.id}")
+            (result,) = super()._execute((group,), [given], options, input_dtypes=[dtype])
+            results.append(result if out_dtype is None else narrowed(result, out_dtype, name))
+        return tuple(results)
+
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         from mergekit_mediator.dense import average
 
         shares = [parameters["weight"][entry.id] for entry in group.non_base]
         if sum(shares) <= 0:
             raise ConfigError("weight: the sum over all experts must be above 0")
-        base = group.base.tensor
+        base, name = group.base.tensor, group.metadata.name or "weight"
         experts = [entry.tensor for entry in group.non_base]
-        return average(base, experts, shares, parameters["lambda"], base.dtype, str(base.device))
+        scale, device = parameters["lambda"], str(base.device)
+        return average(base, experts, shares, scale, base.dtype, name, device)
 
 
 class MediatorMethod(GroupMergeMethod):  # type: ignore[misc]
@@ -81,23 +107,31 @@ def register_methods(merge_methods: ModuleType) -> None:
 
 
 def take_over_run_merge(merge: Any) -> None:
-    """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package, and nothing else."""
+    """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package, and let
+    `mediator_dense` do its own rounding; nothing else changes."""
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):
         return
+    merge.MergePlanner = _rounding_itself(merge.MergePlanner)
 
     @functools.wraps(stock)
     def run_merge(
         merge_config: Any, out_path: str, options: Any, config_source: str | None = None
     ) -> None:
-        if merge_config.merge_method != METHOD:
-            stock(merge_config, out_path, options=options, config_source=config_source)
-            return
-        from mergekit_mediator.merge import run
-
+        present = Path(out_path).exists()
         try:
-            run(merge_config, out_path, options, config_source)
+            if merge_config.merge_method == METHOD:
+                from mergekit_mediator.merge import run
+
+                run(merge_config, out_path, options, config_source)
+            else:
+                stock(merge_config, out_path, options=options, config_source=config_source)
         except MediatorError as error:
+            if not present:
+                with contextlib.suppress(
+                    OSError
+                ):  # that holds shards already stays, as of other methods
+                    Path(out_path).rmdir()
             # on a command line one readable line, unless a traceback was asked for with -v
             if click.get_current_context(silent=True) is None or options.verbosity:
                 raise
@@ -105,6 +139,37 @@ def take_over_run_merge(merge: Any) -> None:
 
     run_merge.handles_mediator = True  # type: ignore[attr-defined]
     merge.run_merge = run_merge
+
+
+def _rounding_itself(stock: Any) -> Any:
+    """mergekit's planner, which leaves the rounding of inputs and results to `mediator_dense`.
+
+    mergekit rounds inputs to `dtype` where it reads them and results to `out_dtype` where it writes them,
+    where nobody would notice that a finite number became infinite.
+    """
+
+    class Planner(stock):  # type: ignore[misc]
+        def plan_tensor(self, weight: Any, *args: Any, **kwargs: Any) -> None:
+            if self.config.merge_method != DenseMethod.spec.name:
+                super().plan_tensor(weight, *args, **kwargs)
+                return
+            before, dtype = len(self._tensors), self.config.dtype
+            aligned = self._tokenizer_task is not None and weight.vocabulary_axis is not None
+            # rows of new tokens are means of others, which a wide dtype makes more exact
+            keep = aligned and dtype in ("float32", "float64")
+            self.config.dtype = dtype if keep else None
+            try:
+                super().plan_tensor(weight, *args, **kwargs)
+            finally:
+                self.config.dtype = dtype
+            rounding = {
+                "dtype": None if keep or weight.force_dtype else dtype,
+                "out_dtype": weight.force_dtype or self.config.out_dtype,
+            }
+            for index, (info, task) in enumerate(self._tensors[before:], start=before):
+                self._tensors[index] = info, task.model_copy(update=rounding)
+
+    return Planner
 
 
 def install() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from mergekit.common import ModelReference
 from torch import Tensor
@@ -13,6 +14,7 @@ from mergekit_mediator.config import MediatorConfig
 from mergekit_mediator.conflict import task_vectors
 from mergekit_mediator.factors import Factors
 from mergekit_mediator.lora import read_adapter
+from mergekit_mediator.narrow import check_range, narrowed
 from mergekit_mediator.passes import Load
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.sparse import SparseTensor
@@ -48,21 +50,30 @@ class Storing:
             model: which expert.
             dense: the dense expert's weight, in the output dtype.
             load: gives the weight of the base or of an expert; called for what is needed only.
+
+        Raises:
+            InputError: the expert's weight is not finite, or would not be in the output dtype.
         """
+        where = f"{weight.info.name} of {model}"
         share = weight.shares[model] / sum(weight.shares.values())
         share = 0.0 if self._config.reference == "base" else share
         if self._adapters:
             factors = self._adapters[model].get(weight.info.name)
             if factors is None:
                 return None
+            if dense.dtype == torch.float16:  # of the others, none has so small a range
+                check_range(load(model), dense.dtype, where)
             return SparseTensor.of_factors(tuple(dense.shape), dense.dtype, factors, share)
         if self._slopes:
             # a task vector is of lower rank than the difference from the mean of all experts
-            (tau,) = task_vectors(load(self._config.base_model), [load(model)])
+            own = load(model)
+            check_range(own, dense.dtype, where)
+            (tau,) = task_vectors(load(self._config.base_model), [own])
             slope = self._slopes[model] / weight.importance
             return approximate(tau, slope, dense.dtype, share)
         density, values = weight.densities[model], self._config.values
-        return sparse.encode(load(model).to(dense.dtype), dense, density, values, self._device)
+        own = narrowed(load(model), dense.dtype, where)
+        return sparse.encode(own, dense, density, values, self._device)
 
 
 def adapters_for(
