@@ -13,7 +13,6 @@ class RoutedCausalLM:
     @classmethod
     def from_pretrained(cls, source: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """The transformers model of `MediatorModel.from_pretrained`; `.mediator` is the rest of it."""
-        kwargs.pop("trust_remote_code", None)
         return MediatorModel.from_pretrained(source, **kwargs).model
 
     @classmethod
@@ -21,8 +20,20 @@ class RoutedCausalLM:
         """Nothing to do: the class of the model that is loaded is the stock one's."""
 
 
-def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Routed generation for a model that was loaded from an artifact as its stock class."""
+def generate(*args: Any, model: Any = None, verify: bool = True, **kwargs: Any) -> Any:
+    """Routed generation for a model that was loaded from an artifact as its stock class.
+
+    Args:
+        args: as for transformers' generate; the model comes first, if it has no name.
+        model: what transformers has loaded. It gives it by name, after whatever the user gives.
+        verify: see `MediatorModel.attach`; files are checked at the first call only.
+        kwargs: as for `MediatorModel.generate`.
+
+    Raises:
+        ArtifactError: see `MediatorModel.attach`.
+    """
+    if model is None:
+        model, *args = args  # type: ignore[assignment]
     if getattr(model, "mediator", None) is None:
-        MediatorModel.attach(model, model.name_or_path)
+        MediatorModel.attach(model, model.name_or_path, verify=verify)
     return type(model).generate(model, *args, **kwargs)

@@ -24,6 +24,9 @@ def route_calls(model: PreTrainedModel, mediator: Mediator) -> type[PreTrainedMo
     and what looks at its class, sees the stock architecture.
     """
     stock = type(model)
+    vars(model).pop(
+        "generate", None
+    )  # that of the artifact's remote code, which would hide the class's
     model.__class__ = _routed(stock)  # type: ignore[arg-type]
     model.mediator = mediator  # type: ignore[assignment]
     return stock

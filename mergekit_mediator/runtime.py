@@ -114,15 +114,31 @@ class MediatorModel(Settings):
         return cls(root, manifest, model, load_tokenizer(root), residency, expert_budget)
 
     @classmethod
-    def attach(cls, model: PreTrainedModel, source: str | Path) -> "MediatorModel":
+    def attach(
+        cls,
+        model: PreTrainedModel,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        verify: bool = True,
+    ) -> "MediatorModel":
         """Route a model that was loaded from an artifact as its stock class.
 
+        Args:
+            model: holding the artifact's dense expert.
+            source: the artifact's directory, or a repository's name on the Hub.
+            revision: of the repository; that of the model unless given, where transformers knows it.
+            verify: check the digest of every file first, once, at the speed of reading it.
+
         Raises:
-            ArtifactError: there is no artifact.
+            ArtifactError: there is no artifact, or a file of it is missing or altered.
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
-        root = local_directory(source, getattr(model.config, "_commit_hash", None))
-        return cls(root, artifact.read_manifest(root), model, load_tokenizer(root))
+        root = local_directory(source, revision or getattr(model.config, "_commit_hash", None))
+        manifest = artifact.read_manifest(root)
+        if verify:
+            artifact.verify_files(root, manifest)
+        return cls(root, manifest, model, load_tokenizer(root))
 
     @property
     def experts(self) -> tuple[str, ...]:
