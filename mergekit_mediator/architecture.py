@@ -59,8 +59,14 @@ def _config(
             trust_remote_code=options.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
+        key = "base_model" if is_base else "model"
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{key} {model}: needs code that comes with it, which runs only where you allow it: read its "
+                ".py files, then give --trust-remote-code"
+            ) from error
         raise InputError(
-            f"{'base_model' if is_base else 'model'} {model}: neither a model directory here nor one "
+            f"{key} {model}: neither a model directory here nor one "
             f"that the Hub gives: {first_line(error)}"
         ) from error
     return config

@@ -107,7 +107,7 @@ def _dataset_rows(name: str) -> list[Any]:
             f"{name}: no file, and a dataset needs `pip install datasets`"
         ) from error
     try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
+        rows = datasets.load_dataset(name, split="train", streaming=True, trust_remote_code=False)
         return list(itertools.islice(rows, _FROM_DATASET))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -1,14 +1,17 @@
 """Everything of an artifact but its weights: configuration, tokenizer, card, and the manifest."""
 
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import mergekit.merge
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from tqdm import tqdm
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils.hub import cached_file
 
 from mergekit_mediator import __version__, artifact
 from mergekit_mediator.artifact import (
@@ -23,7 +26,7 @@ from mergekit_mediator.card import write_card
 from mergekit_mediator.headers import first_line
 from mergekit_mediator.licenses import license_of
 from mergekit_mediator.plan import LayerPlan
-from mergekit_mediator.remote_code import write_remote_code
+from mergekit_mediator.remote_code import own_modules, write_remote_code
 from mergekit_mediator.weights import Inputs
 
 
@@ -37,7 +40,7 @@ def write_model_files(inputs: Inputs, merge_config: MergeConfiguration, out: Pat
         )
     write_config(inputs, out)
     if built is not None:
-        mergekit.merge._set_chat_template(built.tokenizer, merge_config)
+        mergekit.merge._set_chat_template(built.tokenizer, merge_config, options.trust_remote_code)
         built.tokenizer.save_pretrained(out)
     elif options.copy_tokenizer:
         try:
@@ -49,12 +52,31 @@ def write_model_files(inputs: Inputs, merge_config: MergeConfiguration, out: Pat
             )
     files = inputs.architecture.tagalong_files or []
     mergekit.merge._copy_tagalong_files(merge_config, str(out), files=files, options=options)
+    _copy_code(inputs.base.model, out)
 
 
 def write_config(inputs: Inputs, out: Path) -> None:
     """`config.json`, with the remote code that it names."""
     inputs.out_config.save_pretrained(out)
     write_remote_code(out)
+
+
+def _copy_code(base: ModelPath, out: Path) -> None:
+    """Copy the modules that configuration and tokenizer name from the base; nothing of them runs here.
+
+    mergekit copies none, and transformers only that of the configuration. What the base lacks itself is
+    left out.
+    """
+    wanted = own_modules(out)
+    while wanted:
+        name = f"{wanted.pop()}.py"
+        if not (out / name).exists():
+            try:
+                found = str(cached_file(base.path, name, revision=base.revision))
+            except OSError:
+                continue
+            shutil.copyfile(found, out / name)
+            wanted += [module for module in get_relative_imports(found) if module.isidentifier()]
 
 
 def digest_base(inputs: Inputs) -> dict[str, FileDigest]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from mergekit_mediator import __version__
-from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.errors import MediatorError, RoutingError
 
 # These need libraries that take seconds to import: only when they are called.
 _LAZY = {
@@ -60,6 +60,11 @@ _SUMMARY = {
 
 _directory = click.Path(exists=True, file_okay=False, path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+_trust = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Let code run that comes with the model; read it first.",
+)
 
 
 @click.group(cls=_Commands)
@@ -124,6 +129,7 @@ def verify(out: Path, base: Path | None, as_json: bool) -> None:
     help="Hidden states of the dense expert, or embeddings without a forward pass.",
 )
 @click.option("--seed", default=0, show_default=True)
+@_trust
 @_json
 def calibrate(
     out: Path,
@@ -131,6 +137,7 @@ def calibrate(
     add: tuple[str, ...],
     features: Literal["embedding", "hidden"],
     seed: int,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Fit the router of the artifact in OUT to example prompts: 20 per expert are enough to work.
@@ -139,11 +146,9 @@ def calibrate(
 
     Example: mergekit-mediator calibrate OUT --data math=math.jsonl --data code=code.jsonl
     """
-    from transformers import AutoTokenizer
-
     from mergekit_mediator import report
     from mergekit_mediator.calibrate import calibrate_artifact
-    from mergekit_mediator.loading import load_plain
+    from mergekit_mediator.loading import load_plain, load_tokenizer
 
     if bool(data) == bool(add):
         raise click.UsageError("give --data for all experts, or --add for some")
@@ -161,10 +166,12 @@ def calibrate(
         absent = [name for name in read_manifest(out).expert_names if name not in files]
         if absent:
             raise click.UsageError(f"no data for {', '.join(absent)}: give it, or use --add")
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = load_tokenizer(out, trust_remote_code)
+    if tokenizer is None:
+        raise RoutingError(f"{out}: has no tokenizer, without which no prompt can be read")
     result = calibrate_artifact(
         out,
-        load_plain(out),
+        load_plain(out, trust_remote_code=trust_remote_code),
         tokenizer,
         files,
         kind=features,
@@ -199,6 +206,7 @@ def calibrate(
 )
 @click.option("--fallback", help="The expert of --ood-action fallback, or dense.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@_trust
 @_json
 def generate(
     out: str,
@@ -209,6 +217,7 @@ def generate(
     ood_action: Literal["blend", "dense", "fallback", "refuse"],
     fallback: str | None,
     max_new_tokens: int,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Answer PROMPTS with the artifact in OUT, a directory or a repository on the Hub.
@@ -220,7 +229,7 @@ def generate(
 
     if (ood_action == "fallback") != (fallback is not None):
         raise click.UsageError("--ood-action fallback and --fallback NAME go together")
-    model = MediatorModel.from_pretrained(out)
+    model = MediatorModel.from_pretrained(out, trust_remote_code=trust_remote_code)
     model.policy, model.ood_action, model.fallback = policy, ood_action, fallback
     mixture = _mixture(experts)
     results = answer(model, prompts, max_new_tokens, mixture=mixture, router=router)

@@ -71,6 +71,11 @@ from mergekit_mediator.task_options import load_tasks, split
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for table, JSON and picture; keeps merges and scores for the next time.",
 )
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Let code run that comes with the models; read it first.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
 def evaluate(
     out: str,
@@ -86,6 +91,7 @@ def evaluate(
     dtype: str,
     seed: int,
     work: Path | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Score the artifact in OUT on tasks: dense, with each task's own expert, and routed.
@@ -100,11 +106,11 @@ def evaluate(
     names = _rivals(rivals)
     loaded = load_tasks(tasks, limit + (tune if names else 0), seed)
     reported, tuning = split(loaded, limit) if names else (loaded, {})
-    model = MediatorModel.from_pretrained(out)
+    model = MediatorModel.from_pretrained(out, trust_remote_code=trust_remote_code)
     stored = sizes(model)
     if dtype != "auto":
         del model  # before the other one is there
-        model = MediatorModel.from_pretrained(out, dtype=dtype)
+        model = MediatorModel.from_pretrained(out, dtype=dtype, trust_remote_code=trust_remote_code)
     routing = route(model, reported)
     from_manifest = {entry.name: entry.source for entry in model.manifest.experts}
     places = from_manifest | _pairs(given, model.experts)
@@ -114,7 +120,7 @@ def evaluate(
         if work is not None:
             _make(work)
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        scorer = Scorer(model.tokenizer, folder / "scores.json", quiet=as_json, dtype=dtype)
+        scorer = Scorer(model.tokenizer, folder / "scores.json", as_json, dtype, trust_remote_code)
         wanted = with_experts or each or bool(names)
         if wanted or base is not None:
             start = located("the base", start)
@@ -127,7 +133,7 @@ def evaluate(
             from mergekit_mediator.rival_systems import RivalSystems
             from mergekit_mediator.rivals import Rivals
 
-            made = Rivals(start, experts, folder / "merges")
+            made = Rivals(start, experts, folder / "merges", trust_remote_code)
             systems = RivalSystems(made, scorer, reported, tuning, routing, base_bytes(model))
             results += systems.score(names, ranks)
             moved = {source: experts[name] for name, source in from_manifest.items()}

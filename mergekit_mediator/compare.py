@@ -175,7 +175,7 @@ def compare(model: MediatorModel, tasks: Tasks, base: Any = None) -> dict[str, A
         "routed": systems["mediator"],
     }
     if base is not None:
-        contender = Contender("base", lambda _: nullcontext(base))
+        contender = Contender("base", lambda *_: nullcontext(base))
         named = {"base": scorer.alike("base", tasks, contender), **named}
     return {
         "systems": {

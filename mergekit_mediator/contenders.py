@@ -21,12 +21,12 @@ class Contender:
     """Weights that answer prompts.
 
     identity: tells these weights from all others, so that scores can be kept by it.
-    load: gives the model for as long as it is used, in a dtype; `auto` is the stored one. A model that
-        is loaded already stays as it is.
+    load: gives the model for as long as it is used, in a dtype, of which `auto` is the stored one, and
+        with code of its own if that may run. A model that is loaded already stays as it is.
     """
 
     identity: str
-    load: Callable[[str], AbstractContextManager[Any]]
+    load: Callable[[str, bool], AbstractContextManager[Any]]
 
 
 def located(what: str, source: str) -> str:
@@ -54,8 +54,8 @@ def checkpoint(source: str | Path) -> Contender:
         return adapted(model, Path(adapter))
 
     @contextmanager
-    def load(dtype: str) -> Iterator[Any]:
-        yield load_plain(source, dtype)
+    def load(dtype: str, trust_remote_code: bool) -> Iterator[Any]:
+        yield load_plain(source, dtype, trust_remote_code)
 
     return Contender(_identity(source), load)
 
@@ -63,19 +63,19 @@ def checkpoint(source: str | Path) -> Contender:
 def mixed(model: MediatorModel, mixture: Mixture) -> Contender:
     """An artifact under one mixture."""
     weights = dict(mixture)
-    return Contender(model.mixture_digest(weights), lambda _: model.mixture(weights))
+    return Contender(model.mixture_digest(weights), lambda *_: model.mixture(weights))
 
 
 def adapted(source: str | Path, adapter: Path) -> Contender:
     """An ordinary model with a LoRA adapter merged in, as PEFT does it."""
 
     @contextmanager
-    def load(dtype: str) -> Iterator[Any]:
+    def load(dtype: str, trust_remote_code: bool) -> Iterator[Any]:
         try:
             from peft import PeftModel
         except ImportError as error:
             raise InputError(f"adapter {adapter} needs PEFT: pip install peft") from error
-        model = load_plain(source, dtype)
+        model = load_plain(source, dtype, trust_remote_code)
         with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are merged once
             merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         yield merged

@@ -93,11 +93,12 @@ def base_from_package(out: Path) -> Path:
 
     folder = Path(spec.origin).parent
     click.echo(f"converting {_GGUF}", err=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32)
+    given: Any = {"gguf_file": _GGUF, "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
     del model.config.quantization_config  # the weights are no longer quantised
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, **given).save_pretrained(out)
     return out
 
 

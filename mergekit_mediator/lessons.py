@@ -42,25 +42,26 @@ def read_all_prompts(config: MediatorConfig) -> Prompts:
     return {model: _read(model, path) for model, path in config.prompts.items()}
 
 
-def prepare_lessons(prompts: Prompts, out: Path) -> Lessons:
+def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False) -> Lessons:
     """The prompts as the model will get them; refuses at once what could not be tuned in the end.
 
     Args:
         prompts: by expert.
         out: a directory with the configuration and the tokenizer of the dense expert.
+        trust_remote_code: let code run that comes with them.
 
     Raises:
-        ConfigError: there is no tokenizer, transformers does not know the model, or a prompt has no answer.
+        ConfigError: there is no tokenizer, no model can be made, or a prompt has no answer.
     """
     if not prompts:
         return {}
-    config = stock_config(out)
+    config = stock_config(out, trust_remote_code)
     if config is None:
         raise ConfigError(
-            "prompts: tuning on them requires a causal language model that transformers knows, without "
-            "remote code: leave them out"
+            "prompts: tuning on them requires a causal language model that transformers knows, or whose own "
+            "code may run: leave them out, or give --trust-remote-code"
         )
-    tokenizer: Any = load_tokenizer(out)
+    tokenizer: Any = load_tokenizer(out, trust_remote_code)
     if tokenizer is None:
         raise ConfigError(
             "prompts: the base model has no tokenizer to read them with: add one, or leave them out"

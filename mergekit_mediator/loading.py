@@ -1,6 +1,8 @@
 """Checkpoints as they are on disk or on the Hub: directories, tokenizers, and single weights."""
 
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.remote_code import is_ours
 
 
 class DenseCheckpoint:
@@ -53,32 +56,104 @@ class DenseCheckpoint:
         return shards
 
 
-def load_plain(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
+@contextmanager
+def consent(source: str | Path) -> Iterator[None]:
+    """Says on one line that a checkpoint needs code of its own, where the user has not allowed that.
+
+    Raises:
+        ArtifactError: transformers would not go on without `trust_remote_code`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ArtifactError(
+            f"{source}: needs code that comes with it, which runs only where you allow it: read its .py "
+            "files, then pass trust_remote_code=True, or --trust-remote-code to a command"
+        ) from error
+
+
+def load_config(source: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a checkpoint.
+
+    Args:
+        source: a directory, or a repository's name on the Hub.
+        trust_remote_code: let code that comes with it run.
+
+    Raises:
+        ArtifactError: it cannot be loaded, or only with code that may not run.
+    """
+    try:
+        with consent(source):
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                source, trust_remote_code=bool(trust_remote_code)
+            )
+    except (OSError, ValueError) as error:
+        raise _unloadable(source, error) from error
+    return config
+
+
+def load_model(
+    source: str | Path, config: PretrainedConfig, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """The causal language model of a checkpoint; of an artifact the dense expert, routed by nothing.
+
+    Args:
+        source: a directory, or a repository's name on the Hub.
+        config: of the checkpoint.
+        trust_remote_code: let code that comes with it run.
+        kwargs: as for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ArtifactError: it can be loaded only with code that may not run.
+    """
+    with consent(source):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, trust_remote_code=_trusted(config, trust_remote_code), **kwargs
+        )
+    own = vars(model).get("generate")
+    if isinstance(own, partial) and own.func.__module__ == "mergekit_mediator.remote":
+        del model.generate  # of the artifact's remote code, which would route
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_plain(
+    source: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """An ordinary causal language model, in its stored dtype unless another one is named.
 
     Raises:
-        ArtifactError: it cannot be loaded.
+        ArtifactError: it cannot be loaded, or only with code that may not run.
     """
+    config = load_config(source, trust_remote_code)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False
-        )
+        return load_model(source, config, trust_remote_code, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    plain: PreTrainedModel = model.eval()
-    return plain
+        raise _unloadable(source, error) from error
 
 
-def stock_config(root: Path) -> PretrainedConfig | None:
+def stock_config(root: Path, trust_remote_code: bool = False) -> PretrainedConfig | None:
     """The configuration of a checkpoint, or None if `load_plain` could make no model of it."""
     skeletons: Any = AutoModelForCausalLM
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        config = load_config(root, trust_remote_code)
         with torch.device("meta"):
-            skeletons.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError):
+            skeletons.from_config(config, trust_remote_code=_trusted(config, trust_remote_code))
+    except (OSError, ValueError, ArtifactError):
         return None
     return config
+
+
+def _trusted(config: Any, trust_remote_code: bool) -> bool:
+    """Whether a model's own code may run: never this package's, which would load the routed model."""
+    named = getattr(config, "auto_map", None) or {}
+    return bool(trust_remote_code) and not is_ours(named.get("AutoModelForCausalLM"))
+
+
+def _unloadable(source: str | Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}")
 
 
 def local_directory(source: str | Path, revision: str | None) -> Path:
@@ -97,7 +172,14 @@ def local_directory(source: str | Path, revision: str | None) -> Path:
         ) from error
 
 
-def load_tokenizer(root: Path) -> Any:
-    """The tokenizer of a checkpoint, or None if it has none."""
+def load_tokenizer(root: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint, or None if it has none.
+
+    Raises:
+        ArtifactError: it can be loaded only with code that may not run.
+    """
     names = ("tokenizer.json", "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(root) if any((root / n).exists() for n in names) else None
+    if not any((root / name).exists() for name in names):
+        return None
+    with consent(root):
+        return AutoTokenizer.from_pretrained(root, trust_remote_code=bool(trust_remote_code))

@@ -124,7 +124,7 @@ class _Merge:
         check_budget(inputs.config, dense_sizes(inputs, weights))
         _check_space(self.out, inputs, weights)
         write_model_files(inputs, merge_config, self.out)
-        lessons = prepare_lessons(self._prompts, self.out)
+        lessons = prepare_lessons(self._prompts, self.out, inputs.options.trust_remote_code)
         with ThreadPoolExecutor(1) as pool:
             base_digests = pool.submit(digest_base, inputs)
             plans, measured, parameter_count = self._write_dense(weights)

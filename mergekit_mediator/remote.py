@@ -35,5 +35,8 @@ def generate(*args: Any, model: Any = None, verify: bool = True, **kwargs: Any) 
     if model is None:
         model, *args = args  # type: ignore[assignment]
     if getattr(model, "mediator", None) is None:
-        MediatorModel.attach(model, model.name_or_path, verify=verify)
+        # transformers puts this function there where it loads a model whose code the user trusts
+        trusted = "generate" in vars(model)
+        source = model.name_or_path
+        MediatorModel.attach(model, source, verify=verify, trust_remote_code=trusted)
     return type(model).generate(model, *args, **kwargs)

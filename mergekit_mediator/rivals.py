@@ -48,12 +48,19 @@ KNOWN = (*STATIC, EXTRACTED, TWIN, BY_ROUTER)
 class Rivals:
     """Makes rivals in a folder; what is there already is used again, with the time that it took."""
 
-    def __init__(self, base: str, experts: Mapping[str, str], work: Path) -> None:
+    def __init__(
+        self,
+        base: str,
+        experts: Mapping[str, str],
+        work: Path,
+        trust_remote_code: bool = False,
+    ) -> None:
         """
         Args:
             base: a directory or a repository on the Hub.
             experts: by name, in mergekit's notation: a model, or `model+adapter`.
             work: the folder.
+            trust_remote_code: let code run that comes with the models.
 
         Raises:
             InputError: a model that is a path, and not on this machine.
@@ -62,6 +69,7 @@ class Rivals:
         self.experts = {name: located(f"expert {name}", e) for name, e in experts.items()}
         self._options = MergeOptions(
             lora_merge_cache=str(work / "adapters"),
+            trust_remote_code=trust_remote_code,
             random_seed=0,
             write_model_card=False,
             quiet=True,
@@ -114,6 +122,7 @@ class Rivals:
             arguments = [text for pair in given.items() for text in pair]
             # what is tied to the embeddings is changed with them
             flags = ["--embed-lora", "--exclude-regex", "lm_head", "--quiet"]
+            flags += ["--trust-remote-code"] * self._options.trust_remote_code
             extract_lora.main([*arguments, *flags], standalone_mode=False)
 
         return self._made(f"{label}-{expert}-{rank}", extract)

@@ -9,15 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_mediator import artifact, caches
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.batches import Batches, pad_left
 from mergekit_mediator.contexts import Contexts, RouteOn, without_padding
 from mergekit_mediator.errors import MixtureError, RoutingError
-from mergekit_mediator.loading import DenseCheckpoint, load_tokenizer, local_directory
+from mergekit_mediator.loading import (
+    DenseCheckpoint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    local_directory,
+)
 from mergekit_mediator.mixture import Mixer
+from mergekit_mediator.remote_code import is_ours
 from mergekit_mediator.requests import Named, Requests, Settings
 from mergekit_mediator.residency import Experts, Residency
 from mergekit_mediator.routed import route_calls
@@ -72,6 +79,7 @@ class MediatorModel(Settings):
         *,
         revision: str | None = None,
         verify: bool = True,
+        trust_remote_code: bool = False,
         residency: Residency = "device",
         expert_budget: int | None = None,
         **kwargs: Any,
@@ -82,13 +90,16 @@ class MediatorModel(Settings):
             source: a directory, or a repository's name on the Hub.
             revision: of the repository.
             verify: check the digest of every file first, at the speed of reading it.
+            trust_remote_code: let code run that comes with the artifact, which is that of its base model:
+                of its tokenizer, its configuration and its model. Nobody is asked.
             residency: where decoded experts stay: `device`, `cpu` or `disk`; see `residency.Experts`.
             expert_budget: bytes that decoded experts may take, all together.
             kwargs: as for `AutoModelForCausalLM.from_pretrained`; `dtype` is the stored one
                 unless given.
 
         Raises:
-            ArtifactError: there is no artifact, or a file of it is missing or altered.
+            ArtifactError: there is no artifact, a file of it is missing or altered, or it needs code that
+                may not run.
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
         quantised = [name for name in _QUANTISING if kwargs.get(name)]
@@ -102,16 +113,13 @@ class MediatorModel(Settings):
         if verify:
             artifact.verify_files(root, manifest)
         kwargs.setdefault("dtype", "auto")
-        if "config" not in kwargs:
-            kwargs["config"] = AutoConfig.from_pretrained(
-                root, trust_remote_code=kwargs.get("trust_remote_code")
-            )
-        if "mediator" in getattr(kwargs["config"], "auto_map", {}).get("AutoModelForCausalLM", ""):
-            kwargs["trust_remote_code"] = False  # it would lead here again
-        model: Any = AutoModelForCausalLM.from_pretrained(root, **kwargs)
-        model.eval()
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PretrainedConfig):
+            config = load_config(config or root, trust_remote_code)
+        model = load_model(root, config, trust_remote_code, **kwargs)
         _forget_remote_code(model.config)
-        return cls(root, manifest, model, load_tokenizer(root), residency, expert_budget)
+        tokenizer = load_tokenizer(root, trust_remote_code)
+        return cls(root, manifest, model, tokenizer, residency, expert_budget)
 
     @classmethod
     def attach(
@@ -121,6 +129,7 @@ class MediatorModel(Settings):
         *,
         revision: str | None = None,
         verify: bool = True,
+        trust_remote_code: bool = False,
     ) -> "MediatorModel":
         """Route a model that was loaded from an artifact as its stock class.
 
@@ -129,16 +138,18 @@ class MediatorModel(Settings):
             source: the artifact's directory, or a repository's name on the Hub.
             revision: of the repository; that of the model unless given, where transformers knows it.
             verify: check the digest of every file first, once, at the speed of reading it.
+            trust_remote_code: let code run that comes with the artifact's tokenizer. Nobody is asked.
 
         Raises:
-            ArtifactError: there is no artifact, or a file of it is missing or altered.
+            ArtifactError: there is no artifact, a file of it is missing or altered, or its tokenizer needs
+                code that may not run.
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
         root = local_directory(source, revision or getattr(model.config, "_commit_hash", None))
         manifest = artifact.read_manifest(root)
         if verify:
             artifact.verify_files(root, manifest)
-        return cls(root, manifest, model, load_tokenizer(root))
+        return cls(root, manifest, model, load_tokenizer(root, trust_remote_code))
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -327,7 +338,7 @@ class MediatorModel(Settings):
 def _forget_remote_code(config: Any) -> None:
     """What is saved from a routed model is the dense expert, without this package's remote code."""
     named = getattr(config, "auto_map", None) or {}
-    rest = {k: v for k, v in named.items() if not v.startswith("modeling_mediator.")}
+    rest = {name: reference for name, reference in named.items() if not is_ours(reference)}
     if rest:
         config.auto_map = rest
     elif named:

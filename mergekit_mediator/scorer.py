@@ -22,7 +22,12 @@ class Scorer:
     """Scores contenders; what was scored once, in this process or an earlier one, is not run again."""
 
     def __init__(
-        self, tokenizer: Any, memory: Path | None = None, quiet: bool = False, dtype: str = "auto"
+        self,
+        tokenizer: Any,
+        memory: Path | None = None,
+        quiet: bool = False,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         """
         Args:
@@ -31,12 +36,13 @@ class Scorer:
             quiet: show no progress.
             dtype: that contenders are loaded in; `auto` is the one they are stored in. With `float32`
                 scores do not depend on which examples share a batch.
+            trust_remote_code: let code run that comes with contenders.
 
         Raises:
             OutputError: the file is damaged.
         """
         self._tokenizer, self._memory, self._quiet = tokenizer, memory, quiet
-        self._dtype = dtype
+        self._dtype, self._trust_remote_code = dtype, trust_remote_code
         self._known: dict[str, AnswerScore] = {}
         if memory is not None and memory.exists():
             try:
@@ -76,7 +82,8 @@ class Scorer:
         count = sum(len(e) for by_task in missing.values() for e in by_task.values())
         with tqdm(total=count, desc=name, unit="prompt", disable=self._quiet or not count) as bar:
             for identity, by_task in missing.items():
-                with contenders[identity].load(self._dtype) as model:
+                load = contenders[identity].load
+                with load(self._dtype, self._trust_remote_code) as model:
                     for examples in by_task.values():
                         answers = score_answers(model, self._tokenizer, examples)
                         for example, answer in zip(examples, answers, strict=True):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mergekit_mediator import caches
 from mergekit_mediator.errors import MixtureError
+from mergekit_mediator.loading import consent
 from mergekit_mediator.mixture import Mixer, Mixture
 from mergekit_mediator.routers import pad_token
 from mergekit_mediator.rows import Rows
@@ -55,8 +56,17 @@ class Serving:
         return output
 
     def own_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own generate."""
-        return self._stock.generate(self._model, *args, **kwargs)
+        """The model's own generate.
+
+        Raises:
+            ArtifactError: `custom_generate` names code that may not run: nobody is asked.
+        """
+        custom = kwargs.get("custom_generate")
+        if not isinstance(custom, str):
+            return self._stock.generate(self._model, *args, **kwargs)
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        with consent(custom):
+            return self._stock.generate(self._model, *args, **kwargs)
 
     def run(self, rows: tuple[Mixture, ...], apply: Apply, inputs: dict[str, Any]) -> Any:
         """One forward pass, each row of the batch with its mixture."""

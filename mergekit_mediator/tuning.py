@@ -49,7 +49,7 @@ def tune(
     """
     if not lessons:
         return {}
-    model: Any = load_plain(out, "float32")
+    model: Any = load_plain(out, "float32", inputs.options.trust_remote_code)
     model.to(inputs.options.device or "cpu")
     written = inputs.reader(out)
     shapes, floating = {}, []

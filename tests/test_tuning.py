@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from own_code import edit_json, give_model_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator import MediatorModel, distil, teacher
@@ -186,7 +187,9 @@ def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
     message = refused(tuned(no_tokenizer, prompts, "math", bits=2))
     assert "prompts: the base model has no tokenizer to read them with: add one" in message
     for folder in (unknown.base, *unknown.experts.values()):
-        needs_remote_code(folder)
+        give_model_code(folder)
+        names = {"AutoConfig": "configuration_own.OwnConfig"}  # and no causal language model
+        edit_json(folder / "config.json", auto_map=names)
     message = refused(tuned(unknown, prompts, "math", bits=2), "--trust-remote-code")
     assert "prompts: tuning on them requires a causal language model that transformers" in message
     (untemplated.base / "chat_template.jinja").unlink()
@@ -194,16 +197,3 @@ def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
     prompts.write_text((json.dumps({"messages": turns}) + "\n") * 8)
     message = refused(tuned(untemplated, prompts, "math", bits=2))
     assert f"model {untemplated.experts['math']}: prompts: a conversation of 3 messages" in message
-
-
-def needs_remote_code(folder):
-    """Give a checkpoint a model type that only a file of its own defines."""
-    path = folder / "config.json"
-    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    config = {**json.loads(path.read_text()), "model_type": "own", "auto_map": names}
-    path.write_text(json.dumps(config))
-    (folder / "own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
-        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )

@@ -17,13 +17,13 @@ RESULTS = Path(__file__).parent / "results"
 ROOMS = {
     "Start and configure": "__init__ _autoload _build plugin config settings expert_names keys "
     "cli cli_merge",
-    "Merge": "architecture planner weights headers passes conflict threshold plan dense dense_writer slopes storing lora merge importance "
+    "Merge": "architecture planner weights headers passes conflict threshold plan dense narrow dense_writer slopes storing lora merge importance "
     "checkpoint licenses estimate curve workers",
     "Tune on prompts": "lessons tuning teacher distil tunable",
     "Store": "sparse factor_steps factors approximate budget allocate bits entropy description codec factor_codec "
     "expert_file artifact "
     "staging",
-    "Route": "prompts contexts router router_file response hidden calibrated calibration_data "
+    "Route": "prompts contexts router router_file response hidden calibrated calibrated_file calibration_data "
     "background heads confidence fit_router calibrate routers",
     "Run": "loading batches locate prefetch residency mixture rows row_modules caches serving requests routed runtime remote remote_code",
     "Report": "tasks task_options evaluate prefix contenders scorer results quality_plot compare rivals "
