@@ -1,7 +1,6 @@
 """The artifact: a directory with an ordinary checkpoint, sparse experts, and the manifest that vouches for them."""
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mergekit_mediator import durable, in_place
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.expert_file import ExpertFile
+from mergekit_mediator.staging_directories import staging_directories
 
 MANIFEST = "mediator/manifest.json"
 EXPERTS = "mediator/experts"
 CARD = "README.md"
+CONFIG_SOURCE = "mergekit_config.yml"
 ROUTER = "mediator/router.safetensors"
 RESPONSE = "mediator/response.safetensors"
 FORMAT_VERSION = 1
@@ -157,11 +159,8 @@ def vouched_for(root: Path) -> list[str]:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest beside its place, then move it there in one step."""
-    path = root / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    (root / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(root / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -175,6 +174,11 @@ def read_manifest(root: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        if any(map(in_place.is_half_published, staging_directories(root.resolve()))):
+            raise ArtifactError(
+                f"{root}: a merge was stopped while it moved its files there: run it again, which "
+                "first puts back what was there"
+            ) from error
         raise ArtifactError(
             f"{path}: cannot be read, so {root} is not a mediator artifact: {error}"
         ) from error

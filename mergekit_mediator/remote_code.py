@@ -7,12 +7,15 @@ and `custom_generate/generate.py` routes generation in tools that load a stock c
 import json
 from pathlib import Path
 
+MODELING = "modeling_mediator.py"
 _NOTICE = '"""Needs `pip install mergekit-mediator`."""\n\n'
-_MODELING = (
+_MODELING_CODE = (
     _NOTICE
     + 'from mergekit_mediator.remote import RoutedCausalLM\n\n__all__ = ["RoutedCausalLM"]\n'
 )
-_GENERATE = _NOTICE + 'from mergekit_mediator.remote import generate\n\n__all__ = ["generate"]\n'
+_GENERATE_CODE = (
+    _NOTICE + 'from mergekit_mediator.remote import generate\n\n__all__ = ["generate"]\n'
+)
 
 
 def write_remote_code(root: Path) -> None:
@@ -22,12 +25,12 @@ def write_remote_code(root: Path) -> None:
     `AutoModelForCausalLM` gives the dense expert there; generation is routed all the same.
     """
     (root / "custom_generate").mkdir(exist_ok=True)
-    (root / "custom_generate" / "generate.py").write_text(_GENERATE, encoding="utf-8")
+    (root / "custom_generate" / "generate.py").write_text(_GENERATE_CODE, encoding="utf-8")
     path = root / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if "AutoModelForCausalLM" in config.get("auto_map", {}):
         return
-    (root / "modeling_mediator.py").write_text(_MODELING, encoding="utf-8")
+    (root / MODELING).write_text(_MODELING_CODE, encoding="utf-8")
     auto_map = {
         **config.get("auto_map", {}),
         "AutoModelForCausalLM": "modeling_mediator.RoutedCausalLM",
