@@ -2,8 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mergekit_mediator import durable, in_place
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.expert_file import ExpertFile
+from mergekit_mediator.loaded_files import loaded_files
 from mergekit_mediator.staging_directories import staging_directories
 
 MANIFEST = "mediator/manifest.json"
@@ -21,8 +23,6 @@ CONFIG_SOURCE = "mergekit_config.yml"
 ROUTER = "mediator/router.safetensors"
 RESPONSE = "mediator/response.safetensors"
 FORMAT_VERSION = 1
-# What else the directory or `mediator/` holds of these would be loaded too.
-_WEIGHTS = (".safetensors", ".bin", ".index.json")
 _EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -200,11 +200,11 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def verify_files(root: Path, manifest: Manifest) -> None:
-    """Check size and digest of every file that the manifest names.
+    """Check size and digest of every file that the manifest names, and that loading reads no other.
 
     Raises:
-        ArtifactError: naming the first file that is missing or differs, or that holds weights and is
-            not named.
+        ArtifactError: naming the first file that is missing or differs, or that loading would read
+            though it is not named.
     """
     for name, expected in manifest.files.items():
         path = root / name
@@ -214,17 +214,18 @@ def verify_files(root: Path, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{path}: {expected.bytes} bytes required, got {path.stat().st_size}"
             )
-    for name, found in digests(root, manifest.files).items():
+    with _reading(root):
+        for name in loaded_files(root):
+            if name not in manifest.files:
+                raise ArtifactError(
+                    f"{root / name}: not named by the manifest, but would be loaded: remove it"
+                )
+        read = digests(root, manifest.files)
+    for name, found in read.items():
         if found != manifest.files[name]:
             raise ArtifactError(
                 f"{root / name}: SHA-256 {manifest.files[name].sha256[:12]}… required, got "
                 f"{found.sha256[:12]}…: the file was altered after the merge"
-            )
-    for name in files_below(root):
-        beside = "/" not in name or name.startswith("mediator/")
-        if beside and name not in manifest.files and name.endswith(_WEIGHTS):
-            raise ArtifactError(
-                f"{root / name}: not named by the manifest, but would be loaded: remove it"
             )
 
 
@@ -238,10 +239,22 @@ def verify_base(base: Path, manifest: Manifest) -> None:
         path = base / name
         if not path.is_file():
             raise ArtifactError(f"{path}: missing from the base model, {manifest.base.source}")
-        if digest(path) != expected:
+        with _reading(base):
+            found = digest(path)
+        if found != expected:
             raise ArtifactError(
                 f"{path}: is not the base this artifact was made from (SHA-256 differs)"
             )
+
+
+@contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{error.filename or root}: cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def open_expert(root: Path, entry: ExpertEntry) -> ExpertFile:
