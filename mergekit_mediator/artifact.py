@@ -23,6 +23,7 @@ CONFIG_SOURCE = "mergekit_config.yml"
 ROUTER = "mediator/router.safetensors"
 RESPONSE = "mediator/response.safetensors"
 FORMAT_VERSION = 1
+_ROUTER_FILE = re.compile(r"mediator/router(-[0-9a-f]{12})?\.safetensors")
 _EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -84,7 +85,7 @@ class Manifest(_Model):
         format_version: of the artifact; this package reads version 1.
         parameters: the configuration's parameters, with their defaults.
         parameter_count: of the dense expert, each tied weight counted once.
-        router: which router `router.safetensors` holds, with its held-out figures, or None.
+        router: which router `router_file` holds, with its held-out figures, or None.
         files: digest by path of every other file of the artifact.
     """
 
@@ -123,6 +124,14 @@ class Manifest(_Model):
     def expert_names(self) -> tuple[str, ...]:
         """In the order of the configuration."""
         return tuple(expert.name for expert in self.experts)
+
+    @property
+    def router_file(self) -> str | None:
+        """The file of the calibrated router, if there is one.
+
+        It is `ROUTER`, or has its digest in its name, if a process was killed while it replaced a router.
+        """
+        return next(filter(_ROUTER_FILE.fullmatch, self.files), None)
 
     @property
     def routed_layers(self) -> tuple[LayerEntry, ...]:
@@ -216,7 +225,7 @@ def verify_files(root: Path, manifest: Manifest) -> None:
             )
     with _reading(root):
         for name in loaded_files(root):
-            if name not in manifest.files:
+            if name not in manifest.files and not is_router_left_behind(name, manifest):
                 raise ArtifactError(
                     f"{root / name}: not named by the manifest, but would be loaded: remove it"
                 )
@@ -227,6 +236,13 @@ def verify_files(root: Path, manifest: Manifest) -> None:
                 f"{root / name}: SHA-256 {manifest.files[name].sha256[:12]}… required, got "
                 f"{found.sha256[:12]}…: the file was altered after the merge"
             )
+
+
+def is_router_left_behind(name: str, manifest: Manifest) -> bool:
+    """Whether a file is a router that nobody reads: `calibrate` was stopped before the manifest named it, or after."""
+    if name == ROUTER:
+        return manifest.router_file not in (None, ROUTER)
+    return bool(_ROUTER_FILE.fullmatch(name)) and name != manifest.router_file
 
 
 def verify_base(base: Path, manifest: Manifest) -> None:

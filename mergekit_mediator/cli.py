@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from mergekit_mediator import __version__
-from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.errors import ArtifactError, MediatorError
 
 # These need libraries that take seconds to import: only when they are called.
 _LAZY = {
@@ -141,7 +141,7 @@ def calibrate(
     """
     from transformers import AutoTokenizer
 
-    from mergekit_mediator import report
+    from mergekit_mediator import artifact, report
     from mergekit_mediator.calibrate import calibrate_artifact
     from mergekit_mediator.loading import load_plain
 
@@ -155,13 +155,17 @@ def calibrate(
         if name in files:
             raise click.BadParameter(f"{name!r} is given twice: put its prompts into one file")
         files[name] = Path(path)
+    manifest = artifact.read_manifest(out)
     if data:
-        from mergekit_mediator.artifact import read_manifest
-
-        absent = [name for name in read_manifest(out).expert_names if name not in files]
+        absent = [name for name in manifest.expert_names if name not in files]
         if absent:
             raise click.UsageError(f"no data for {', '.join(absent)}: give it, or use --add")
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    artifact.verify_files(out, manifest)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(out)
+    except OSError as error:
+        first = str(error).splitlines()[0]
+        raise ArtifactError(f"{out}: its tokenizer cannot be loaded: {first}") from error
     result = calibrate_artifact(
         out,
         load_plain(out),
@@ -169,6 +173,7 @@ def calibrate(
         files,
         kind=features,
         seed=seed,
+        manifest=manifest,
     )
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_mediator import artifact
+from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.calibrated import CalibratedRouter, Kind, mean_embedding
 from mergekit_mediator.contexts import Contexts
 from mergekit_mediator.errors import ArtifactError, RoutingError
@@ -31,6 +32,7 @@ class Routers:
     def __init__(
         self,
         root: Path,
+        manifest: Manifest,
         model: PreTrainedModel,
         forward: Callable[..., Any],
         mixer: Mixer,
@@ -39,12 +41,14 @@ class Routers:
         """
         Args:
             root: of the artifact.
+            manifest: of the artifact; no router that it does not name is read.
             model: holding the dense expert outside mixtures.
             forward: the model's own, as it is without routing.
             mixer: of the same model.
             contexts: which tokens of a prompt count.
         """
-        self._root, self._model, self._forward = root, model, forward
+        self._root, self._manifest = root, manifest
+        self._model, self._forward = model, forward
         self._mixer, self._contexts = mixer, contexts
 
     @property
@@ -95,9 +99,10 @@ class Routers:
 
     @cached_property
     def _calibrated(self) -> CalibratedRouter | None:
-        path = self._root / artifact.ROUTER
-        if not path.exists():
+        name = self._manifest.router_file
+        if name is None:
             return None
+        path = self._root / name
         router = CalibratedRouter.load(path)
         self._check_experts(path, router.experts)
         return router
@@ -105,9 +110,9 @@ class Routers:
     @cached_property
     def _response(self) -> ResponseRouter | None:
         """The router that needs no data, or None where it has nothing to measure in this model."""
-        path = self._root / artifact.RESPONSE
-        if not path.exists():
+        if artifact.RESPONSE not in self._manifest.files:
             return None
+        path = self._root / artifact.RESPONSE
         router = ResponseRouter.load(path)
         self._check_experts(path, router.experts)
         return router if router.applies_to(self._model) else None

@@ -59,7 +59,7 @@ class MediatorModel(Settings):
         self._contexts = Contexts(tokenizer)
         self._batches = Batches(root, model, tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
-        routers = Routers(root, model, self._serving.forward, self._mixer, self._contexts)
+        routers = Routers(root, manifest, model, self._serving.forward, self._mixer, self._contexts)
         self._requests = Requests(self, self._mixer, routers, self._contexts)
 
     @classmethod
@@ -298,7 +298,7 @@ class MediatorModel(Settings):
     @cached_property
     def _identity(self) -> str:
         """What tells this artifact's mixtures from others': digests of its weights, not of its routers."""
-        routers = (artifact.ROUTER, artifact.RESPONSE)
+        routers = (self.manifest.router_file, artifact.RESPONSE)
         parts = [(n, d.sha256) for n, d in self.manifest.files.items() if n not in routers]
         return json.dumps(
             sorted(p for p in parts if p[0].endswith((".safetensors", "config.json")))
