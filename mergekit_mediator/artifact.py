@@ -1,26 +1,29 @@
 """The artifact: a directory with an ordinary checkpoint, sparse experts, and the manifest that vouches for them."""
 
 import hashlib
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mergekit_mediator import durable, in_place
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.expert_file import ExpertFile
+from mergekit_mediator.loaded_files import loaded_files
+from mergekit_mediator.staging_directories import staging_directories
 
 MANIFEST = "mediator/manifest.json"
 EXPERTS = "mediator/experts"
 CARD = "README.md"
+CONFIG_SOURCE = "mergekit_config.yml"
 ROUTER = "mediator/router.safetensors"
 RESPONSE = "mediator/response.safetensors"
 FORMAT_VERSION = 1
-# What else the directory or `mediator/` holds of these would be loaded too.
-_WEIGHTS = (".safetensors", ".bin", ".index.json")
+_ROUTER_FILE = re.compile(r"mediator/router(-[0-9a-f]{12})?\.safetensors")
 _EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -82,7 +85,7 @@ class Manifest(_Model):
         format_version: of the artifact; this package reads version 1.
         parameters: the configuration's parameters, with their defaults.
         parameter_count: of the dense expert, each tied weight counted once.
-        router: which router `router.safetensors` holds, with its held-out figures, or None.
+        router: which router `router_file` holds, with its held-out figures, or None.
         files: digest by path of every other file of the artifact.
     """
 
@@ -123,6 +126,14 @@ class Manifest(_Model):
         return tuple(expert.name for expert in self.experts)
 
     @property
+    def router_file(self) -> str | None:
+        """The file of the calibrated router, if there is one.
+
+        It is `ROUTER`, or has its digest in its name, if a process was killed while it replaced a router.
+        """
+        return next(filter(_ROUTER_FILE.fullmatch, self.files), None)
+
+    @property
     def routed_layers(self) -> tuple[LayerEntry, ...]:
         """The layers of which every expert keeps its own version."""
         return tuple(layer for layer in self.layers if layer.routed)
@@ -157,11 +168,8 @@ def vouched_for(root: Path) -> list[str]:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest beside its place, then move it there in one step."""
-    path = root / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    (root / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(root / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -175,6 +183,11 @@ def read_manifest(root: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        if any(map(in_place.is_half_published, staging_directories(root.resolve()))):
+            raise ArtifactError(
+                f"{root}: a merge was stopped while it moved its files there: run it again, which "
+                "first puts back what was there"
+            ) from error
         raise ArtifactError(
             f"{path}: cannot be read, so {root} is not a mediator artifact: {error}"
         ) from error
@@ -196,11 +209,11 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def verify_files(root: Path, manifest: Manifest) -> None:
-    """Check size and digest of every file that the manifest names.
+    """Check size and digest of every file that the manifest names, and that loading reads no other.
 
     Raises:
-        ArtifactError: naming the first file that is missing or differs, or that holds weights and is
-            not named.
+        ArtifactError: naming the first file that is missing or differs, or that loading would read
+            though it is not named.
     """
     for name, expected in manifest.files.items():
         path = root / name
@@ -210,18 +223,26 @@ def verify_files(root: Path, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{path}: {expected.bytes} bytes required, got {path.stat().st_size}"
             )
-    for name, found in digests(root, manifest.files).items():
+    with _reading(root):
+        for name in loaded_files(root):
+            if name not in manifest.files and not is_router_left_behind(name, manifest):
+                raise ArtifactError(
+                    f"{root / name}: not named by the manifest, but would be loaded: remove it"
+                )
+        read = digests(root, manifest.files)
+    for name, found in read.items():
         if found != manifest.files[name]:
             raise ArtifactError(
                 f"{root / name}: SHA-256 {manifest.files[name].sha256[:12]}… required, got "
                 f"{found.sha256[:12]}…: the file was altered after the merge"
             )
-    for name in files_below(root):
-        beside = "/" not in name or name.startswith("mediator/")
-        if beside and name not in manifest.files and name.endswith(_WEIGHTS):
-            raise ArtifactError(
-                f"{root / name}: not named by the manifest, but would be loaded: remove it"
-            )
+
+
+def is_router_left_behind(name: str, manifest: Manifest) -> bool:
+    """Whether a file is a router that nobody reads: `calibrate` was stopped before the manifest named it, or after."""
+    if name == ROUTER:
+        return manifest.router_file not in (None, ROUTER)
+    return bool(_ROUTER_FILE.fullmatch(name)) and name != manifest.router_file
 
 
 def verify_base(base: Path, manifest: Manifest) -> None:
@@ -234,10 +255,22 @@ def verify_base(base: Path, manifest: Manifest) -> None:
         path = base / name
         if not path.is_file():
             raise ArtifactError(f"{path}: missing from the base model, {manifest.base.source}")
-        if digest(path) != expected:
+        with _reading(base):
+            found = digest(path)
+        if found != expected:
             raise ArtifactError(
                 f"{path}: is not the base this artifact was made from (SHA-256 differs)"
             )
+
+
+@contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{error.filename or root}: cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def open_expert(

@@ -1,6 +1,6 @@
 """Calibrates the router of an artifact: prompts in, the fitted router and its figures in place."""
 
-import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_mediator import artifact, fit_router
+from mergekit_mediator import artifact, durable, fit_router
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.background import BACKGROUND
 from mergekit_mediator.calibrated import CalibratedRouter, Head, Kind, hidden_layers
@@ -20,9 +20,10 @@ from mergekit_mediator.calibration_data import (
     shared_tokens,
 )
 from mergekit_mediator.contexts import Contexts
-from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.errors import ArtifactError, OutputError, RoutingError
 from mergekit_mediator.fit_router import Calibration
 from mergekit_mediator.hidden import SUMMARY, hidden_features
+from mergekit_mediator.output_lock import output_lock
 from mergekit_mediator.prompts import render
 
 
@@ -35,10 +36,12 @@ def calibrate_artifact(
     kind: Kind = "hidden",
     head: Head = "ridge",
     seed: int = 0,
+    manifest: Manifest | None = None,
 ) -> Calibration:
     """Fit the router of an artifact and store it there, in place of an older one.
 
-    Experts without data keep what the present router knows of them. Nothing changes on an error.
+    Experts without data keep what the present router knows of them. Whatever stops this, the artifact
+    is the old or the new one, and valid. Nobody else can write to it meanwhile.
 
     Args:
         root: of the artifact.
@@ -47,12 +50,42 @@ def calibrate_artifact(
         data: a JSONL file by expert; see `calibration_data.read_prompts`.
         kind, head, seed: see `fit_router.fit`; where some experts keep their old data, those of the
             present router are used.
+        manifest: of the artifact, if its files were verified before model and tokenizer were loaded.
+            Without it they are verified here.
 
     Raises:
         RoutingError: an unknown expert, an expert without data, or data that cannot be used.
-        ArtifactError: the artifact or its router cannot be read.
+        ArtifactError: the artifact or its router cannot be read, was altered, or has become another one.
+        OutputError: another process writes to the artifact, or the router cannot be written.
     """
-    manifest = artifact.read_manifest(root)
+    try:
+        with output_lock(root):
+            if manifest is None:
+                manifest = artifact.read_manifest(root)
+                artifact.verify_files(root, manifest)
+            result, figures = _fit(root, manifest, model, tokenizer, data, kind, head, seed)
+            if artifact.read_manifest(root) != manifest:
+                raise ArtifactError(f"{root}: has become another artifact meanwhile: run it again")
+            _store(root, manifest, result.router, figures)
+    except OSError as error:
+        raise OutputError(
+            f"{root}: the router cannot be written: {error.strerror or error}: run `mergekit-mediator "
+            "calibrate` again"
+        ) from error
+    return result
+
+
+def _fit(
+    root: Path,
+    manifest: Manifest,
+    model: Any,
+    tokenizer: Any,
+    data: Mapping[str, Path],
+    kind: Kind,
+    head: Head,
+    seed: int,
+) -> tuple[Calibration, dict[str, Any]]:
+    """The router, and what the manifest says of it."""
     for name in data:
         if name not in manifest.expert_names:
             known = ", ".join(manifest.expert_names)
@@ -60,13 +93,14 @@ def calibrate_artifact(
     prompts = {name: read_prompts(path) for name, path in data.items()}
     ids = {name: [render(tokenizer, prompt) for prompt in rows] for name, rows in prompts.items()}
     missing = [name for name in manifest.expert_names if name not in data]
-    if missing and not (root / artifact.ROUTER).exists():
+    if missing and manifest.router_file is None:
         raise RoutingError(
             f"no data for {', '.join(missing)}: give --data NAME=FILE for each expert"
         )
     old = None
-    if missing:  # of other experts than now, if some were added or removed
-        old = CalibratedRouter.load(root / artifact.ROUTER, limits=Limits.of(model))
+    if missing and manifest.router_file is not None:
+        # of other experts than now, if some were added or removed
+        old = CalibratedRouter.load(root / manifest.router_file, limits=Limits.of(model))
     if old is not None:
         kind, head, seed = old.kind, old.head, old.seed
     if old is not None:
@@ -97,8 +131,7 @@ def calibrate_artifact(
     )
     digests = dict((manifest.router or {}).get("data", {})) if missing else {}
     digests |= {name: data_digest(rows) for name, rows in prompts.items()}
-    _store(root, manifest, result, digests)
-    return result
+    return result, {**result.figures, "data": digests}
 
 
 def _features(
@@ -126,12 +159,39 @@ def _layers(model: Any) -> tuple[int, int]:
     return hidden_layers(model.config.get_text_config().num_hidden_layers)
 
 
-def _store(root: Path, manifest: Manifest, result: Calibration, data: dict[str, str]) -> None:
-    """Put the router in place, then the manifest that vouches for it."""
-    path = root / artifact.ROUTER
-    partial = path.with_name(path.name + ".partial")
-    result.router.save(partial)
-    files = {**manifest.files, artifact.ROUTER: artifact.digest(partial)}
-    os.replace(partial, path)
-    figures = {**result.figures, "data": data}
-    artifact.write_manifest(root, manifest.model_copy(update={"router": figures, "files": files}))
+def _store(
+    root: Path, manifest: Manifest, router: CalibratedRouter, figures: dict[str, Any]
+) -> None:
+    """Replace the router. The artifact is valid after every step, and one step makes the old one the new one.
+
+    The manifest vouches for the router by digest, and no step changes both. So the router first gets a
+    name of its own. Once the manifest names that, nobody reads what has the usual name: it is replaced,
+    and then named again.
+    """
+    others = {name: d for name, d in manifest.files.items() if name != manifest.router_file}
+    partial = root / f"{artifact.ROUTER}.partial"
+
+    def vouch(name: str) -> None:
+        update = {"router": figures, "files": {**others, name: digest}}
+        artifact.write_manifest(root, manifest.model_copy(update=update))
+
+    try:
+        router.save(partial)
+        digest = artifact.digest(partial)
+        own_name = f"mediator/router-{digest.sha256[:12]}.safetensors"
+        durable.replace(partial, root / own_name)
+        vouch(own_name)
+        shutil.copyfile(root / own_name, partial)
+        durable.replace(partial, root / artifact.ROUTER)
+        vouch(artifact.ROUTER)
+    finally:
+        _remove_leftovers(root)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove routers that the manifest does not name, also those of a process that was killed."""
+    manifest = artifact.read_manifest(root)
+    for path in (root / artifact.ROUTER).parent.glob("router*"):
+        name = path.relative_to(root).as_posix()
+        if artifact.is_router_left_behind(name.removesuffix(".partial"), manifest):
+            path.unlink()

@@ -9,6 +9,7 @@ import yaml
 
 from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.errors import OutputError
+from mergekit_mediator.staging_directories import output_name
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _BAR = 30
@@ -87,7 +88,7 @@ def write_card(
     )
     text = _CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=True),
-        name=_title(out),
+        name=output_name(out),
         count=len(manifest.experts),
         base=_show(manifest.base.source),
         experts="\n".join(rows),
@@ -149,9 +150,3 @@ def _show(source: str) -> str:
         name = Path(part).name or part
         parts.append(f"[{part}](https://huggingface.co/{part})" if is_hub_id(part) else f"`{name}`")
     return " + ".join(parts)
-
-
-def _title(out: Path) -> str:
-    """The output's name: a staging directory is called `.NAME.partial-PID`."""
-    match = re.fullmatch(r"\.(.+)\.partial-\d+", out.name)
-    return match[1] if match else out.name

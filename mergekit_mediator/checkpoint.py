@@ -128,7 +128,7 @@ def describe(
         files={},
     )
     source = config_source or merge_config.to_yaml()
-    (out / "mergekit_config.yml").write_text(source, encoding="utf-8")
+    (out / artifact.CONFIG_SOURCE).write_text(source, encoding="utf-8")
     if inputs.options.write_model_card:
         write_card(out, manifest, source, inputs.config.prompts.values())
     files = artifact.digests(out, artifact.vouched_for(out))

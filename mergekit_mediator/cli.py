@@ -146,7 +146,7 @@ def calibrate(
 
     Example: mergekit-mediator calibrate OUT --data math=math.jsonl --data code=code.jsonl
     """
-    from mergekit_mediator import report
+    from mergekit_mediator import artifact, report
     from mergekit_mediator.calibrate import calibrate_artifact
     from mergekit_mediator.loading import load_plain, load_tokenizer
 
@@ -160,12 +160,12 @@ def calibrate(
         if name in files:
             raise click.BadParameter(f"{name!r} is given twice: put its prompts into one file")
         files[name] = Path(path)
+    manifest = artifact.read_manifest(out)
     if data:
-        from mergekit_mediator.artifact import read_manifest
-
-        absent = [name for name in read_manifest(out).expert_names if name not in files]
+        absent = [name for name in manifest.expert_names if name not in files]
         if absent:
             raise click.UsageError(f"no data for {', '.join(absent)}: give it, or use --add")
+    artifact.verify_files(out, manifest)
     tokenizer = load_tokenizer(out, trust_remote_code)
     if tokenizer is None:
         raise RoutingError(f"{out}: has no tokenizer, without which no prompt can be read")
@@ -176,6 +176,7 @@ def calibrate(
         files,
         kind=features,
         seed=seed,
+        manifest=manifest,
     )
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)

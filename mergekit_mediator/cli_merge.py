@@ -31,7 +31,11 @@ _config = click.argument("config", type=click.Path(exists=True, dir_okay=False, 
 @click.command()
 @_config
 @click.argument("out")
-@click.option("--overwrite", is_flag=True, help="Replace a model that OUT holds already.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace a model that OUT holds already; other files there stay.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
 @add_merge_options  # type: ignore[untyped-decorator]
 def merge(

@@ -7,16 +7,19 @@ read once, or twice within `bits` and `budget`; experts are read once more for w
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
+from huggingface_hub.constants import HF_HUB_CACHE
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import BaseModel
 
 from mergekit_mediator import artifact
 from mergekit_mediator.artifact import Manifest, Tuned, files_below
@@ -69,20 +72,49 @@ def run(
         raise OutputError("the output directory's name is empty: give it one")
     if config_source is not None:
         check_keys(config_source, merge_config)
-    with ExitStack() as stack:
-        if options.lora_merge_cache is None:
-            merged_adapters = stack.enter_context(tempfile.TemporaryDirectory())
-            options = options.model_copy(update={"lora_merge_cache": merged_adapters})
-        inputs = Inputs(merge_config, options)
-        stack.callback(inputs.close)
-        staging = stack.enter_context(Staging(Path(out_path), overwrite))
-        try:
+    staging = Staging(Path(out_path), overwrite, _directories(merge_config, options))
+    try:
+        with ExitStack() as stack:
+            if options.lora_merge_cache is None:
+                merged_adapters = stack.enter_context(tempfile.TemporaryDirectory())
+                options = options.model_copy(update={"lora_merge_cache": merged_adapters})
+            inputs = Inputs(merge_config, options)
+            stack.callback(inputs.close)
+            stack.enter_context(staging)
             merge = _Merge(inputs, staging.path, allow_nonfinite, stack.enter_context(workers()))
             manifest = merge.run(merge_config, config_source)
             staging.publish(manifest)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise OutputError(f"{out_path}: cannot be written: {first_line(error)}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OutputError(f"{out_path}: cannot be written: {first_line(error)}") from error
     return manifest
+
+
+def _directories(merge_config: MergeConfiguration, options: MergeOptions) -> dict[str, Path]:
+    """The directories that a merge reads or fills, by what to call them: no output may be one of them."""
+    cache = options.transformers_cache or HF_HUB_CACHE
+    directories = {}
+    for reference in _references(merge_config):
+        for model in (reference.model, reference.lora):
+            if model is not None and Path(model.path).is_dir():
+                directories[model.path] = Path(model.path)
+            elif model is not None:
+                directories[model.path] = Path(cache, f"models--{model.path.replace('/', '--')}")
+    if options.lora_merge_cache is not None:
+        directories["--lora-merge-cache"] = Path(options.lora_merge_cache)
+    return directories
+
+
+def _references(value: Any) -> Iterator[ModelReference]:
+    """The models that a part of a configuration names: to merge, as the base, and for the tokenizer."""
+    if isinstance(value, ModelReference):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from _references([getattr(value, name) for name in type(value).model_fields])
+    elif isinstance(value, Mapping):
+        yield from _references(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _references(item)
 
 
 def plan_layers(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergekit_mediator import durable
 from mergekit_mediator.errors import ArtifactError, OutputError
 
 _KEY = "mediator_router"
@@ -27,20 +27,20 @@ _DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32}
 def save_tensors(
     path: Path, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> None:
-    """Write a router of a kind, and move it into place, so that an older one stays until then.
+    """Write a router of a kind, and move it into place at once, so that an older one stays until then.
 
     Raises:
         OutputError: the file cannot be written.
     """
     header = {"format_version": _VERSION, "kind": kind, **about}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(path.name + ".partial")
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             unfinished,
             metadata={_KEY: json.dumps(header, sort_keys=True, allow_nan=False)},
         )
-        os.replace(unfinished, path)
+        durable.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write the router {path}: {error}") from error
     finally:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_mediator import artifact
+from mergekit_mediator.artifact import Manifest
 from mergekit_mediator.calibrated import CalibratedRouter, Kind, mean_embedding
 from mergekit_mediator.calibrated_file import Limits
 from mergekit_mediator.contexts import Contexts
@@ -32,6 +33,7 @@ class Routers:
     def __init__(
         self,
         root: Path,
+        manifest: Manifest,
         model: PreTrainedModel,
         forward: Callable[..., Any],
         mixer: Mixer,
@@ -41,13 +43,15 @@ class Routers:
         """
         Args:
             root: of the artifact.
+            manifest: of the artifact; no router that it does not name is read.
             model: holding the dense expert outside mixtures.
             forward: the model's own, as it is without routing.
             mixer: of the same model.
             contexts: which tokens of a prompt count.
             shapes: of the dense checkpoint's weights.
         """
-        self._root, self._model, self._forward = root, model, forward
+        self._root, self._manifest = root, manifest
+        self._model, self._forward = model, forward
         self._mixer, self._contexts, self._shapes = mixer, contexts, shapes
 
     @property
@@ -98,17 +102,19 @@ class Routers:
 
     @cached_property
     def _calibrated(self) -> CalibratedRouter | None:
-        path = self._root / artifact.ROUTER
-        if not path.exists():
+        name = self._manifest.router_file
+        if name is None:
             return None
-        return CalibratedRouter.load(path, tuple(self._mixer.experts.files), Limits.of(self._model))
+        return CalibratedRouter.load(
+            self._root / name, tuple(self._mixer.experts.files), Limits.of(self._model)
+        )
 
     @cached_property
     def _response(self) -> ResponseRouter | None:
         """The router that needs no data, or None where it has nothing to measure in this model."""
-        path = self._root / artifact.RESPONSE
-        if not path.exists():
+        if artifact.RESPONSE not in self._manifest.files:
             return None
+        path = self._root / artifact.RESPONSE
         router = ResponseRouter.load(path, tuple(self._mixer.experts.files), self._shapes)
         return router if router.applies_to(self._model) else None
 

@@ -68,7 +68,7 @@ class MediatorModel(Settings):
         self._batches = Batches(root, model, tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
         routers = Routers(
-            root, model, self._serving.forward, self._mixer, self._contexts, dense.shapes
+            root, manifest, model, self._serving.forward, self._mixer, self._contexts, dense.shapes
         )
         self._requests = Requests(self, self._mixer, routers, self._contexts)
 
@@ -328,7 +328,7 @@ class MediatorModel(Settings):
     @cached_property
     def _identity(self) -> str:
         """What tells this artifact's mixtures from others': digests of its weights, not of its routers."""
-        routers = (artifact.ROUTER, artifact.RESPONSE)
+        routers = (self.manifest.router_file, artifact.RESPONSE)
         parts = [(n, d.sha256) for n, d in self.manifest.files.items() if n not in routers]
         return json.dumps(
             sorted(p for p in parts if p[0].endswith((".safetensors", "config.json")))

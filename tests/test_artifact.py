@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
-from mergekit_mediator import MediatorModel, artifact
+from mergekit_mediator import MediatorModel, artifact, durable
 from mergekit_mediator.artifact import MANIFEST, digest, read_manifest, verify_base, verify_files
 from mergekit_mediator.errors import ArtifactError, OutputError
 from mergekit_mediator.expert_file import ExpertWriter
@@ -205,27 +204,20 @@ def test_an_interrupt_while_writing_leaves_nothing(family, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("survivors", range(0, 9, 2))
-def test_an_interrupt_while_publishing_leaves_no_artifact(
-    family, original, out, monkeypatch, survivors
-):
-    """Whatever has been moved into place by then, and although a complete artifact was there."""
-    stock, moves = os.replace, []
+def test_an_interrupt_while_publishing_leaves_the_earlier_model(family, out, monkeypatch):
+    """See test_staging for every other moment, and every other way to publish."""
 
-    def replace(source, target):
-        if Path(target).is_relative_to(out) and ".partial-" not in str(target):
-            if len(moves) == survivors:
-                raise KeyboardInterrupt
-            moves.append(target)
-        stock(source, target)
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
+    before = {name: digest(out / name) for name in listing(out)}
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
+        patch.setattr(durable, "exchange", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(family, out, overwrite=True)
-    assert not list(out.parent.glob(".*partial*"))
-    with pytest.raises(ArtifactError, match="manifest"):
-        MediatorModel.from_pretrained(out)
+    assert {name: digest(out / name) for name in listing(out)} == before
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    MediatorModel.from_pretrained(out)
 
 
 def test_a_failed_merge_leaves_the_earlier_model(family, out, monkeypatch):

@@ -21,8 +21,8 @@ ROOMS = {
     "checkpoint licenses estimate curve workers",
     "Tune on prompts": "lessons tuning teacher distil tunable",
     "Store": "sparse factor_steps factors approximate budget allocate bits entropy description codec factor_codec "
-    "expert_file artifact "
-    "staging",
+    "expert_file artifact loaded_files",
+    "Publish": "staging staging_directories model_files exchange in_place output_lock durable",
     "Route": "prompts contexts router router_file response hidden calibrated calibrated_file calibration_data "
     "background heads confidence fit_router calibrate routers",
     "Run": "loading batches locate prefetch residency mixture rows row_modules caches serving requests routed runtime remote remote_code",
