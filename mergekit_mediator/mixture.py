@@ -164,13 +164,14 @@ class Mixer:
         return {w: self.experts.read(name, w, weights[w].device) for w in file.weights}
 
     def parts(self, weight: str, mixture: Mixture) -> list[tuple[str, float, SparseTensor]]:
-        """The experts that change a weight in a mixture: those in it, and with p = 0 those that the
-        dense weight is a mean of, as far as they are stored relative to the base."""
+        """The experts that change a weight in a mixture, each with its coefficient: those in the mixture,
+        and those that the dense weight is a mean of, as far as they are stored relative to the base."""
         given, device = dict(mixture), self._weights[weight].device
-        return [
-            (name, given.get(name, 0.0), self.experts.read(name, weight, device))
-            for name in self._takes_part(weight, given)
-        ]
+        total, parts = sum(given.values()), []
+        for name in self._takes_part(weight, given):
+            stored = self.experts.read(name, weight, device)
+            parts.append((name, stored.coefficient(given.get(name, 0.0), total), stored))
+        return parts
 
     def described(self, weight: str, mixture: Mixture) -> list[Description]:
         """What the files say about `parts`; nothing is read."""
@@ -212,7 +213,7 @@ class Mixer:
         """Put the experts of a mixture into a weight, whose dense values are saved first."""
         if not found:
             return
-        weight, parts = self._weights[name], [(p, stored) for _, p, stored in found]
+        weight, parts = self._weights[name], [(c, stored) for _, c, stored in found]
         if any(stored.factors for _, stored in parts):
             saved = self.remember(("dense", name), weight, lambda: displace(weight, parts))
         else:

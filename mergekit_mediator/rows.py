@@ -1,7 +1,7 @@
 """The rows form: every row of a batch with a mixture of its own, without touching the weights.
 
 In a routed layer `y_b = x_b W' + Σ_t c_bt (x_b D_t')`, where D_t is what expert t adds to the dense
-weight W and c_bt its weight in the row's mixture (see `sparse.mix_` for experts relative to the base).
+weight W and c_bt its coefficient in the row's mixture (see `SparseTensor.coefficient`).
 Each expert is applied once per layer, to its rows together; low-rank parts of all experts are one pair
 of thin products. Costs grow with the experts in use, and there is nothing to enter or leave.
 """
@@ -97,13 +97,11 @@ class Rows:
         """The experts that change a weight, each with its coefficients for the rows."""
         found: dict[str, tuple[SparseTensor, list[float]]] = {}
         for mixture in set(rows):
-            parts = self._mixer.parts(name, mixture)
-            total = sum(p for _, p, _ in parts)
-            for expert, p, stored in parts:
+            for expert, coefficient, stored in self._mixer.parts(name, mixture):
                 _, coefficients = found.setdefault(expert, (stored, [0.0] * len(rows)))
                 for row, own in enumerate(rows):
                     if own == mixture:
-                        coefficients[row] = p - stored.share * total
+                        coefficients[row] = coefficient
         return [
             Part(
                 stored,
