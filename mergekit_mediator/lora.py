@@ -90,8 +90,10 @@ def _is_of_base(name: str, tensor: Tensor, base: Callable[[str], Tensor | None] 
 
 def _scale(module: str, config: dict[str, Any]) -> float:
     """alpha / r, or alpha / √r for rank-stabilised adapters, with the module's own alpha and r."""
-    rank = _pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    rank = _pattern(config.get("rank_pattern"), module, config.get("r", LoraConfig.r))
+    alpha = _pattern(
+        config.get("alpha_pattern"), module, config.get("lora_alpha", LoraConfig.lora_alpha)
+    )
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
