@@ -37,7 +37,7 @@ def approximate(
         difference: float32, any shape, finite. Two and more dimensions are a matrix `[..., in]`.
         slope: squared error per stored number, > 0.
         dtype: of the weight that it is the difference of.
-        share: of the expert in the dense weight, if the difference is from the base; see `mix_`.
+        share: of the expert in the dense weight, if the difference is from the base; see `SparseTensor`.
         components: of the difference as a matrix, where they are known.
     """
     if is_vector(difference):

@@ -98,8 +98,10 @@ class MediatorConfig(BaseModel):
 
     @property
     def keeps_factors(self) -> bool:
-        """Whether all experts are adapters of the base, and nothing says how to store them."""
-        return not self.storage_given and all(
+        """Whether all experts are adapters of the base, which is none, and nothing says how to store them."""
+        if self.storage_given or self.base_model.lora is not None:
+            return False
+        return all(
             model.lora is not None and model.model == self.base_model.model
             for model in self.experts
         )

@@ -38,10 +38,16 @@ class Factors:
     def of_adapter(cls, lora_b: Tensor, lora_a: Tensor, scale: float) -> "Factors":
         """The factors of a LoRA adapter as they are: `scale · B A`, with B `[out, r]` and A `[r, in]`.
 
-        Factors are stored in one dtype; if these differ, both in the wider one.
+        Factors are stored in one dtype; if these differ, both in the wider one. If r is larger than the
+        rank of any matrix `[out, in]`, B A takes fewer numbers and is kept instead, rounded to float32 once.
         """
         dtype = torch.promote_types(lora_b.dtype, lora_a.dtype)
-        scales = torch.full((lora_b.shape[1],), scale, dtype=torch.float32)
+        (out, rank), width = lora_b.shape, lora_a.shape[1]
+        if rank > min(out, width):
+            dtype, rank = torch.promote_types(dtype, torch.float32), min(out, width)
+            product, one = lora_b.to(torch.float64) @ lora_a.to(torch.float64), torch.eye(rank)
+            lora_b, lora_a = (one, product) if rank == out else (product, one)
+        scales = torch.full((rank,), scale, dtype=torch.float32)
         return cls(lora_b.to(dtype), lora_a.T.to(dtype).contiguous(), scales)
 
     @property

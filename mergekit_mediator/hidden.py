@@ -6,6 +6,7 @@ tasks apart that the other confuses. Words that make a model sum up a text are t
 (Jiang et al., arXiv 2307.16645).
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mergekit_mediator.calibrated import mean_state
 from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.hooks import Hook, hooked
 
 SUMMARY = "This is a problem about"  # of ten, the one that told most tasks of the development set
 
@@ -57,14 +59,9 @@ def hidden_features(
             raise _ReachedError
 
     blocks = _blocks(model)
-    handles = [blocks[layer - 1].register_forward_hook(keep) for layer in layers]
-    try:
+    hooks = [Hook(blocks[layer - 1], keep) for layer in layers]
+    with suppress(_ReachedError), hooked(hooks):
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except _ReachedError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     prompt = mean_state(states[0][:, : counted.shape[1]], counted)
     return torch.cat([prompt, states[1][:, -1].to(torch.float32)], dim=1)
 

@@ -241,7 +241,7 @@ class _Merge:
         """The second pass; gives the experts' files."""
         config = self.inputs.config
         (self.out / artifact.EXPERTS).mkdir(parents=True)
-        storing = Storing(config, self.passes.device, slopes, adapters_for(config, weights))
+        storing = Storing(config, self.passes.device, slopes, adapters_for(self.inputs, weights))
         with ExitStack() as stack:
             paths, files = {}, {}
             for model, name in self.inputs.config.experts.items():

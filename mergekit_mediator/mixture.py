@@ -1,9 +1,7 @@
 """Mixtures of experts on the weights of one model: entered in place, left bit for bit."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from threading import RLock, get_ident
@@ -15,17 +13,16 @@ from torch import Tensor, nn
 from mergekit_mediator.description import Description
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.locate import fingerprint, locate_weights
+from mergekit_mediator.pool import Pool
 from mergekit_mediator.prefetch import read_ahead, side_streams
 from mergekit_mediator.residency import Experts, tensor_bytes
+from mergekit_mediator.scope import scope, undoing
 from mergekit_mediator.sparse import Displaced, SparseTensor, displace, mix_, overwriting, restore_
 
 # The experts of a mixture that have a weight above 0, in the artifact's order; none is the dense expert.
 Mixture = tuple[tuple[str, float], ...]
 
 T = TypeVar("T")
-
-# Below this many weights, starting threads takes longer than what they save.
-_PARALLEL = 1 << 22
 
 
 class Mixer:
@@ -36,7 +33,11 @@ class Mixer:
     """
 
     def __init__(
-        self, model: nn.Module, experts: Experts, layers: Iterable[Sequence[str]] | None = None
+        self,
+        model: nn.Module,
+        experts: Experts,
+        layers: Iterable[Sequence[str]] | None = None,
+        parallel_from: int = 1 << 22,
     ) -> None:
         """
         Args:
@@ -44,11 +45,13 @@ class Mixer:
             experts: the stored experts.
             layers: the weights of each routed layer, which are brought to a device together; each
                 weight alone unless given.
+            parallel_from: so many routed weights are put in place by several threads; for fewer, starting
+                threads takes longer than what they save.
 
         Raises:
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
-        self._model, self.experts = model, experts
+        self._model, self.experts, self.parallel_from = model, experts, parallel_from
         self._shapes: dict[str, tuple[int, ...]] = {}
         # by weight, the experts that change it, and whether they have a share in the dense weight
         self._changing: dict[str, list[tuple[str, bool]]] = {}
@@ -62,7 +65,7 @@ class Mixer:
         self.rows: tuple[Mixture, ...] | None = None
         self._owner: int | None = None
         self._displaced: dict[str, Sequence[Displaced]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Pool[str] | None = None
         self._moved = False
         self._locate()
 
@@ -87,8 +90,8 @@ class Mixer:
             self._locate()
         return self._weights
 
-    @contextmanager
-    def mixture(self, mixture: Mapping[str, float]) -> Iterator[None]:
+    @scope
+    def mixture(self, mixture: Mapping[str, float]) -> Generator[None, None, None]:
         """W(p) = W_dense + Σ_t p_t Δ_t inside the context, the dense expert's bits after it.
 
         Whatever ends the context, and wherever entering it is interrupted, the dense weights come
@@ -103,14 +106,11 @@ class Mixer:
         """
         chosen = self.check(mixture)
         with self.hold((chosen,)):
-            try:
-                self._enter(chosen)
-                yield
-            finally:
-                self._restore()
+            self._enter(chosen)
+            yield
 
-    @contextmanager
-    def hold(self, rows: tuple[Mixture, ...]) -> Iterator[None]:
+    @scope
+    def hold(self, rows: tuple[Mixture, ...]) -> Generator[None, None, None]:
         """Keep other threads out; `rows` are the mixtures of the batch's rows, or one for all.
 
         Raises:
@@ -123,12 +123,10 @@ class Mixer:
                     f"a mixture of {names or 'no expert'} is in place already: leave it before "
                     "entering another"
                 )
-            self._restore()  # what a second interrupt may have left
-            self.rows, self._owner = rows, get_ident()
-            try:
+            self._restore()  # an error may have kept an earlier mixture in place
+            with undoing(self._leave):
+                self.rows, self._owner = rows, get_ident()
                 yield
-            finally:
-                self.rows = self._owner = None
 
     def check(self, mixture: Mapping[str, float]) -> Mixture:
         """The experts of a mixture that have a weight above 0, as plain numbers.
@@ -164,13 +162,14 @@ class Mixer:
         return {w: self.experts.read(name, w, weights[w].device) for w in file.weights}
 
     def parts(self, weight: str, mixture: Mixture) -> list[tuple[str, float, SparseTensor]]:
-        """The experts that change a weight in a mixture: those in it, and with p = 0 those that the
-        dense weight is a mean of, as far as they are stored relative to the base."""
+        """The experts that change a weight in a mixture, each with its coefficient: those in the mixture,
+        and those that the dense weight is a mean of, as far as they are stored relative to the base."""
         given, device = dict(mixture), self._weights[weight].device
-        return [
-            (name, given.get(name, 0.0), self.experts.read(name, weight, device))
-            for name in self._takes_part(weight, given)
-        ]
+        total, parts = sum(given.values()), []
+        for name in self._takes_part(weight, given):
+            stored = self.experts.read(name, weight, device)
+            parts.append((name, stored.coefficient(given.get(name, 0.0), total), stored))
+        return parts
 
     def described(self, weight: str, mixture: Mixture) -> list[Description]:
         """What the files say about `parts`; nothing is read."""
@@ -212,7 +211,7 @@ class Mixer:
         """Put the experts of a mixture into a weight, whose dense values are saved first."""
         if not found:
             return
-        weight, parts = self._weights[name], [(p, stored) for _, p, stored in found]
+        weight, parts = self._weights[name], [(c, stored) for _, c, stored in found]
         if any(stored.factors for _, stored in parts):
             saved = self.remember(("dense", name), weight, lambda: displace(weight, parts))
         else:
@@ -248,23 +247,22 @@ class Mixer:
             self._memory[key] = (of, result)
         return result
 
+    def _leave(self) -> None:
+        """Put the dense expert back. May be interrupted, and repeated."""
+        try:
+            self._restore()
+        finally:
+            self.rows = self._owner = None
+
     def _restore(self) -> None:
-        """Put back what was displaced, to the end, also where it is interrupted."""
-        interrupt: KeyboardInterrupt | None = None
-        while self._displaced or self._pool:
-            try:
-                if self._pool is not None:
-                    self._pool.shutdown(wait=True)  # nobody may write any more
-                    self._pool = None
-                if self._fingerprint != fingerprint(self._model):
-                    self._locate()  # moved or cast inside the mixture
-                    self._moved = True
-                self._over(self._restore_one, list(self._displaced))
-                self._moved = False
-            except KeyboardInterrupt as error:  # noqa: PERF203 - the loop is what it is about
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        if self._pool is not None:
+            self._pool.stop()
+        if self._displaced:
+            if self._fingerprint != fingerprint(self._model):
+                self._moved = True  # or cast, inside the mixture
+                self._locate()
+            self._over(self._restore_one, list(self._displaced))
+        self._moved = False
 
     def _restore_one(self, name: str) -> None:
         if self._moved:
@@ -281,25 +279,12 @@ class Mixer:
         """Call a function with each name, on all cores where that is worth it."""
         ordered, threads = list(names), torch.get_num_threads()
         numel = sum(self._weights[name].numel() for name in ordered)
-        if threads == 1 or numel < _PARALLEL or not self._on_cpu:
+        if threads > 1 and numel >= self.parallel_from and self._on_cpu:
+            self._pool = Pool(function, ordered, threads)  # known before any thread of it
+            self._pool.run()
+        else:
             for name in ordered:
                 function(name)
-            return
-        left = iter(ordered)  # of all threads: the next name goes to the first that asks
-
-        def work() -> None:
-            for name in left:
-                function(name)
-
-        try:
-            torch.set_num_threads(1)  # in each of the threads, which keep all cores busy
-            self._pool = ThreadPoolExecutor(threads)
-            for job in [self._pool.submit(work) for _ in range(threads)]:
-                job.result()
-            self._pool.shutdown(wait=True)
-            self._pool = None
-        finally:
-            torch.set_num_threads(threads)
 
     def _locate(self) -> None:
         self._weights = locate_weights(self._model, self._shapes, self._shapes)

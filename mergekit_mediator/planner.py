@@ -9,6 +9,7 @@ from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfiguration
 from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
@@ -38,6 +39,11 @@ class PlannedWeight:
     shares: dict[ModelReference, float]
     densities: dict[ModelReference, float]
     importance: float = 1.0
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether mergekit brings its rows to one vocabulary when it loads it."""
+        return not isinstance(self.inputs, GatherTensors)
 
 
 class Planner(MergePlanner):  # type: ignore[misc]

@@ -90,13 +90,16 @@ class Experts:
             self._bytes = 0
 
     def _keep(self, key: tuple[str, str], stored: SparseTensor) -> None:
-        with self._lock:
+        size = stored_bytes(stored)
+        with self._lock:  # an interrupt falls on a call: none between a weight and its bytes
             if key not in self._kept:
                 self._kept[key] = stored
-                self._bytes += stored_bytes(stored)
+                self._bytes += size
             while self.budget is not None and self._bytes > self.budget:
-                _, evicted = self._kept.popitem(last=False)
-                self._bytes -= stored_bytes(evicted)
+                oldest, evicted = next(iter(self._kept.items()))
+                size = stored_bytes(evicted)
+                del self._kept[oldest]
+                self._bytes -= size
 
 
 def stored_bytes(stored: SparseTensor) -> int:

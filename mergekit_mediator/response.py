@@ -16,8 +16,7 @@ et al., arXiv 2405.11157).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -29,8 +28,10 @@ from torch import Tensor, nn
 from mergekit_mediator.entropy import byte_planes, from_byte_planes, pack, unpack
 from mergekit_mediator.errors import ArtifactError, RoutingError
 from mergekit_mediator.factor_steps import codes
+from mergekit_mediator.hooks import Hook, hooked
 from mergekit_mediator.router import RoutingDecision, decide_from_scores
 from mergekit_mediator.router_file import RouterFile, listed, save_tensors
+from mergekit_mediator.scope import scope
 
 TEMPERATURE = 0.03  # nats of response; the benchmark's file says how it was chosen
 _SCALE = ".scale"
@@ -90,8 +91,10 @@ class ResponseRouter:
         """Whether any measured weight belongs to a linear layer of the model."""
         return any(True for _ in self._layers(model))
 
-    @contextmanager
-    def recording(self, model: nn.Module, counted: Tensor) -> Iterator[dict[str, Tensor]]:
+    @scope
+    def recording(
+        self, model: nn.Module, counted: Tensor
+    ) -> Generator[dict[str, Tensor], None, None]:
         """Measure responses while the dense expert runs on a batch.
 
         Args:
@@ -106,20 +109,17 @@ class ResponseRouter:
             RoutingError: no measured weight belongs to a linear layer of the model.
         """
         responses: dict[str, Tensor] = {}
-        handles = [
-            module.register_forward_pre_hook(_hook(responses, name, directions, counted))
+        hooks = [
+            Hook(module, _hook(responses, name, directions, counted), before=True)
             for name, directions, module in self._layers(model)
         ]
-        if not handles:
+        if not hooks:
             raise RoutingError(
                 f"none of the {len(self.directions)} weights that response routing measures is a "
                 "linear layer of this model; use the likelihood router or calibrate one"
             )
-        try:
+        with hooked(hooks):
             yield responses
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _layers(self, model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Linear]]:
         modules = dict(model.named_modules())

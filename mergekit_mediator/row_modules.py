@@ -1,7 +1,7 @@
 """How a module that uses a routed weight is given a weight of its own for every row of a batch.
 
-One function for each kind of module. It prepares what the experts in use add, installs a hook, and gives
-what takes the hook away again. Larger batches than prepared for have groups of equal size, in order.
+One function for each kind of module. It prepares what the experts in use add, and gives the hook that adds
+it. Larger batches than prepared for have groups of equal size, in order.
 """
 
 import warnings
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mergekit_mediator.errors import MixtureError
+from mergekit_mediator.hooks import Hook
 from mergekit_mediator.sparse import SparseTensor
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -47,8 +48,7 @@ class Part:
 
 
 Parts = list[Part]
-Undo = Callable[[], None]
-Kind = Callable[[Place, Tensor, Parts, int], Undo]
+Kind = Callable[[Place, Tensor, Parts, int], Hook]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def sparse_matrix(weight: Tensor, stored: SparseTensor) -> Tensor:
     )
 
 
-def _linear(place: Place, weight: Tensor, parts: Parts, batch: int) -> Undo:
+def _linear(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
     terms = _terms(parts)
     thin = _thin(weight, parts)
     all_sparse = all(term.matrix.layout is torch.sparse_csr for term in terms)
@@ -118,19 +118,19 @@ def _linear(place: Place, weight: Tensor, parts: Parts, batch: int) -> Undo:
             output.view(-1, output.shape[-1]).addmm_(z.view(-1, z.shape[-1]), left)
         return output
 
-    return place.module.register_forward_hook(hook).remove
+    return Hook(place.module, hook)
 
 
-def _bias(place: Place, weight: Tensor, parts: Parts, batch: int) -> Undo:
+def _bias(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
     added = _row_weights(weight, parts, batch) - weight.to(torch.float32)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + _column(added, _repeat(output, batch), output).to(output.dtype)
 
-    return place.module.register_forward_hook(hook).remove
+    return Hook(place.module, hook)
 
 
-def _embedding(place: Place, weight: Tensor, parts: Parts, batch: int) -> Undo:
+def _embedding(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
     flat = weight.view(-1)
     prepared = []
     for part in parts:
@@ -147,10 +147,10 @@ def _embedding(place: Place, weight: Tensor, parts: Parts, batch: int) -> Undo:
             result = result + table[place_of] * _column(coefficients, _repeat(ids, batch), result)
         return result.to(output.dtype)
 
-    return place.module.register_forward_hook(hook).remove
+    return Hook(place.module, hook)
 
 
-def _scale(place: Place, weight: Tensor, parts: Parts, batch: int) -> Undo:
+def _scale(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
     rows = _row_weights(weight, parts, batch).to(weight.dtype)
     module, own = place.module, place.module._parameters[place.parameter]
 
@@ -158,13 +158,10 @@ def _scale(place: Place, weight: Tensor, parts: Parts, batch: int) -> Undo:
         value: Any = _column(rows, _repeat(args[0], batch), args[0])
         module._parameters[place.parameter] = value
 
-    handle = module.register_forward_pre_hook(hook)
-
-    def undo() -> None:
-        handle.remove()
+    def reset() -> None:
         module._parameters[place.parameter] = own
 
-    return undo
+    return Hook(module, hook, before=True, reset=reset)
 
 
 def _add_together_(output: Tensor, x: Tensor, terms: list[_Term]) -> None:

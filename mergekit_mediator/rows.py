@@ -1,21 +1,22 @@
 """The rows form: every row of a batch with a mixture of its own, without touching the weights.
 
 In a routed layer `y_b = x_b W' + Σ_t c_bt (x_b D_t')`, where D_t is what expert t adds to the dense
-weight W and c_bt its weight in the row's mixture (see `sparse.mix_` for experts relative to the base).
+weight W and c_bt its coefficient in the row's mixture (see `SparseTensor.coefficient`).
 Each expert is applied once per layer, to its rows together; low-rank parts of all experts are one pair
 of thin products. Costs grow with the experts in use, and there is nothing to enter or leave.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mergekit_mediator.errors import MixtureError
+from mergekit_mediator.hooks import hooked
 from mergekit_mediator.mixture import Mixer, Mixture
 from mergekit_mediator.row_modules import Kind, Part, Place, kind_of, sparse_matrix
+from mergekit_mediator.scope import scope
 from mergekit_mediator.sparse import SparseTensor
 
 # Putting factors into weights, and the dense weights back, takes as long as the thin products of as many
@@ -39,8 +40,8 @@ class Rows:
         """The first routed weight that this form cannot serve, with its module's class; None if none."""
         return self._plan()[1]
 
-    @contextmanager
-    def applied(self, rows: tuple[Mixture, ...]) -> Iterator[None]:
+    @scope
+    def applied(self, rows: tuple[Mixture, ...]) -> Generator[None, None, None]:
         """Inside, row b of every batch has mixture b; of larger batches, rows follow each other in
         groups of equal size, as beams and returned sequences do. One mixture alone is for every row.
 
@@ -53,14 +54,16 @@ class Rows:
                 f"apply='rows' cannot serve {obstacle}: use apply='merge', which runs the rows of "
                 "each mixture together"
             )
-        with self._mixer.hold(rows), ExitStack() as stack:
-            weights = self._mixer.weights
+        with self._mixer.hold(rows):
+            weights, hooks = self._mixer.weights, []
             for name, places in plan.items():
                 parts = self._parts(name, weights[name], rows)
                 if parts:
-                    for place, kind in places:
-                        stack.callback(kind(place, weights[name], parts, len(rows)))
-            yield
+                    hooks += [
+                        kind(place, weights[name], parts, len(rows)) for place, kind in places
+                    ]
+            with hooked(hooks):
+                yield
 
     def is_cheaper(self, mixture: Mixture, batch: int, length: int, steps: int) -> bool:
         """Whether a batch of one mixture takes less time in this form than with the mixture in place.
@@ -97,13 +100,11 @@ class Rows:
         """The experts that change a weight, each with its coefficients for the rows."""
         found: dict[str, tuple[SparseTensor, list[float]]] = {}
         for mixture in set(rows):
-            parts = self._mixer.parts(name, mixture)
-            total = sum(p for _, p, _ in parts)
-            for expert, p, stored in parts:
+            for expert, coefficient, stored in self._mixer.parts(name, mixture):
                 _, coefficients = found.setdefault(expert, (stored, [0.0] * len(rows)))
                 for row, own in enumerate(rows):
                     if own == mixture:
-                        coefficients[row] = p - stored.share * total
+                        coefficients[row] = coefficient
         return [
             Part(
                 stored,

@@ -1,8 +1,7 @@
 """MediatorModel: loads an artifact, and answers each request with the mixture of experts that it needs."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mergekit_mediator.residency import Experts, Residency
 from mergekit_mediator.routed import route_calls
 from mergekit_mediator.router import RoutingDecision
 from mergekit_mediator.routers import Router, Routers, pad_token
+from mergekit_mediator.scope import scope
 from mergekit_mediator.serving import Apply, Serving
 
 _QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
@@ -161,8 +161,8 @@ class MediatorModel(Settings):
         """What decoded experts take in memory now."""
         return self._mixer.resident_bytes
 
-    @contextmanager
-    def mixture(self, weights: Named) -> Iterator[PreTrainedModel]:
+    @scope
+    def mixture(self, weights: Named) -> Generator[PreTrainedModel, None, None]:
         """Put W_dense + Σ_t p_t Δ_t in place; yields the model, and restores the dense expert after.
 
         Inside, the model is as its stock class: nothing is routed. Other threads wait.

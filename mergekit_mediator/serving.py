@@ -1,8 +1,7 @@
 """Runs a batch whose rows need different mixtures: in rows form, or the rows of each mixture together."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
@@ -143,11 +142,9 @@ class Serving:
                 return int(limit) - (length if name == "max_length" else 0)
         return _DEFAULT_STEPS
 
-    @contextmanager
-    def _applied(self, rows: tuple[Mixture, ...], form: _Form) -> Iterator[None]:
+    def _applied(self, rows: tuple[Mixture, ...], form: _Form) -> AbstractContextManager[None]:
         rows = caches.joined(rows)
-        with self._rows.applied(rows) if form == "rows" else self._mixer.mixture(dict(rows[0])):
-            yield
+        return self._rows.applied(rows) if form == "rows" else self._mixer.mixture(dict(rows[0]))
 
     def _run_parted(self, rows: tuple[Mixture, ...], inputs: dict[str, Any]) -> Any:
         refused = [k for k in ("output_hidden_states", "output_attentions") if inputs.get(k)]

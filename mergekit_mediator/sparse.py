@@ -39,7 +39,7 @@ class SparseTensor:
         shift: for `steps`, what a code's magnitude exceeds its value by, in steps.
         factors: the low-rank part, of the weight as a matrix `[..., in]`; never with `exact` codes.
         share: of this expert in the dense weight, if the difference is from the base instead of from
-            the dense weight. See `mix_`.
+            the dense weight. See `coefficient`.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +51,20 @@ class SparseTensor:
     shift: float = 0.0
     factors: Factors | None = None
     share: float = 0.0
+
+    def coefficient(self, p: float, total: float) -> float:
+        """The factor of Δ in a mixture, which adds coefficient · Δ to the dense weight.
+
+        A mixture is W + Σ_t p_t (θ_t − W). Where experts θ_t = θ0 + τ_t are stored relative to the base θ0,
+        the dense weight W is θ0 + Σ_s w_s τ_s with shares w_s, and the mixture is
+        W + Σ_s (p_s − w_s Σ_t p_t) τ_s. So every expert with a share takes part in every mixture, with
+        p = 0 if it is not chosen, and an expert with τ_t = 0 counts in the sum.
+
+        Args:
+            p: the expert's weight in the mixture.
+            total: Σ_t p_t over all experts of the mixture, also those that change nothing here.
+        """
+        return p - self.share * total
 
     def difference(self, dense: Tensor) -> Tensor:
         """The sparse part of Δ `[k]` in float32, given the dense expert's weights `[k]` at the kept positions."""
@@ -134,35 +148,31 @@ def mix_(
     parts: Sequence[tuple[float, SparseTensor]],
     displaced: Sequence[Displaced] | None = None,
 ) -> Sequence[Displaced]:
-    """W ← W + Σ_t p_t Δ_t in place, summed in float32 and rounded once; gives what `restore_` needs.
+    """W ← W + Σ_t c_t Δ_t in place, summed in float32 and rounded once; gives what `restore_` needs.
 
-    A single expert with weight 1 and no factors is put in place as stored, without arithmetic. Where
-    experts are stored relative to the base θ0, the dense weight is θ0 + Σ_s w_s τ_s with shares w_s, and
-    θ0 + Σ_t p_t τ_t is W + Σ_s (p_s − w_s Σ_t p_t) τ_s: so every expert with a share takes part in every
-    mixture, with p = 0 if it is not chosen.
+    A single expert with coefficient 1 and no factors is put in place as stored, without arithmetic.
 
     Args:
         weight: contiguous, holding the dense expert's weight.
-        parts: the weight p_t and the stored tensor of each expert, on the device of `weight`.
+        parts: the coefficient c_t and the stored tensor of each expert, on the device of `weight`; see
+            `SparseTensor.coefficient`.
         displaced: from `displace`, for a caller that must hold it before anything is written.
     """
     flat = weight.view(-1)
     displaced = displace(weight, parts) if displaced is None else displaced
     if len(parts) == 1:
-        (p, stored), (saved,) = parts[0], displaced
-        if p == 1.0 and not stored.share and stored.factors is None:
+        (coefficient, stored), (saved,) = parts[0], displaced
+        if coefficient == 1.0 and stored.factors is None:
             _put_(flat, saved.positions, stored.weights(saved.weights))
             return displaced
-    total = sum(p for p, _ in parts)
-    shares = [(p - stored.share * total, stored) for p, stored in parts]
-    factored = [(c, stored.factors) for c, stored in shares if stored.factors]
+    factored = [(c, stored.factors) for c, stored in parts if stored.factors]
     factors_alone = not any(stored.positions.numel() for _, stored in parts)
     # the range of float16 is too small for the factors' scales
     if factored and factors_alone and weight.dtype != torch.float16:
         _add_products_(flat.view(-1, weight.shape[-1]), factored)
         return displaced
     mixed = flat.to(torch.float32, copy=True)
-    for coefficient, stored in shares:
+    for coefficient, stored in parts:
         if stored.positions.numel():
             difference = stored.difference(flat.index_select(0, stored.positions))
             mixed.index_add_(0, stored.positions, difference, alpha=coefficient)

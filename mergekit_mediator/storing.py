@@ -18,6 +18,7 @@ from mergekit_mediator.narrow import check_range, narrowed
 from mergekit_mediator.passes import Load
 from mergekit_mediator.planner import PlannedWeight
 from mergekit_mediator.sparse import SparseTensor
+from mergekit_mediator.weights import Inputs
 
 
 class Storing:
@@ -58,7 +59,7 @@ class Storing:
         share = weight.shares[model] / sum(weight.shares.values())
         share = 0.0 if self._config.reference == "base" else share
         if self._adapters:
-            factors = self._adapters[model].get(weight.info.name)
+            factors = self._adapters[model].get(weight.names[model].name)
             if factors is None:
                 return None
             if dense.dtype == torch.float16:  # of the others, none has so small a range
@@ -77,19 +78,25 @@ class Storing:
 
 
 def adapters_for(
-    config: MediatorConfig, weights: Sequence[PlannedWeight]
+    inputs: Inputs, weights: Sequence[PlannedWeight]
 ) -> dict[ModelReference, Mapping[str, Factors]]:
     """Every expert's own factors, if all experts are plain adapters of the base; else none.
 
     Only where nothing else is asked for: `density`, `values`, `bits` and `budget` all are given up by it.
+    Factors are by the names that weights have in the expert, from which slices may differ.
     """
-    if not config.keeps_factors:
+    if not inputs.config.keeps_factors:
         return {}
-    known = {weight.info.name for weight in weights}
+    of_base = {weight.names[inputs.base].name: weight for weight in weights}
+
+    def base(name: str) -> Tensor | None:
+        return inputs.load(of_base[name], inputs.base) if name in of_base else None
+
     adapters: dict[ModelReference, Mapping[str, Factors]] = {}
-    for model in config.experts:
-        factors = read_adapter(_directory(model))
-        if factors is None or not known.issuperset(factors):
+    for model in inputs.experts:
+        factors = read_adapter(_directory(model), base)
+        own = {w.names[model].name for w in weights if not w.is_aligned}
+        if factors is None or not own.issuperset(factors):
             return {}
         adapters[model] = factors
     return adapters

@@ -52,7 +52,7 @@ def tunable(weight: Tensor, stored: SparseTensor, change: Tensor) -> Tunable | N
     Args:
         weight: of the model, float32, holding what is served as the expert.
         stored: of the expert. With a share w in the dense weight a change of it counts 1 − w; see
-            `sparse.mix_`.
+            `SparseTensor.coefficient`.
         change: of the expert from the base in full, float32 of the same shape: from where codes were rounded.
     """
     if stored.share >= 1:

@@ -105,8 +105,12 @@ def _mix(
     weight: Tensor, expert: ModelReference, versions: Mapping[ModelReference, SparseTensor]
 ) -> None:
     """Bring a weight of the dense expert to what is served as one expert."""
-    if versions:
-        mix_(weight, [(float(o == expert), v.to(weight.device)) for o, v in versions.items()])
+    parts = [
+        (stored.coefficient(float(other == expert), 1.0), stored.to(weight.device))
+        for other, stored in versions.items()
+    ]
+    if parts:
+        mix_(weight, parts)
 
 
 def _rewrite(path: Path, name: str, stored: Mapping[str, SparseTensor]) -> None:

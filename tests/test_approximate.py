@@ -91,7 +91,9 @@ def test_experts_with_shares_are_mixed_as_if_added_to_the_base():
     expected = (1 - total) * dense + total * base
     expected += sum(p * tau for p, tau in zip(weights, taus, strict=True))
     weight = dense.clone()
-    displaced = mix_(weight, list(zip(weights, stored, strict=True)))
+    displaced = mix_(
+        weight, [(s.coefficient(p, total), s) for p, s in zip(weights, stored, strict=True)]
+    )
     assert torch.allclose(weight, expected, atol=1e-3)
     restore_(weight, displaced)
     assert torch.equal(weight, dense)
@@ -100,8 +102,17 @@ def test_experts_with_shares_are_mixed_as_if_added_to_the_base():
 def test_one_expert_with_a_share_is_the_base_and_its_difference():
     base, tau = torch.randn(30, 20), difference(30, 20, noise=0.3)
     weight = base + 0.5 * tau
-    mix_(weight, [(1.0, approximate(tau, 1e-9, torch.float32, 0.5))])
+    stored = approximate(tau, 1e-9, torch.float32, 0.5)
+    mix_(weight, [(stored.coefficient(1.0, 1.0), stored)])
     assert torch.allclose(weight, base + tau, atol=1e-3)
+
+
+def test_an_expert_that_changes_nothing_here_counts_in_the_total():
+    base, tau = torch.randn(30, 20), difference(30, 20, noise=0.3)
+    weight = base + 0.5 * tau
+    stored = approximate(tau, 1e-9, torch.float32, 0.5)
+    mix_(weight, [(stored.coefficient(0.0, 1.0), stored)])
+    assert torch.allclose(weight, base, atol=1e-3)
 
 
 def test_an_adapter_is_stored_and_applied_exactly():
@@ -112,7 +123,8 @@ def test_an_adapter_is_stored_and_applied_exactly():
     stored = SparseTensor.of_factors((30, 20), torch.float32, factors, share=0.25)
     stream, description = encode_bytes(stored)
     weight = torch.zeros(30, 20)
-    mix_(weight, [(1.0, decode_bytes(stream, description, "here"))])
+    stored = decode_bytes(stream, description, "here")
+    mix_(weight, [(stored.coefficient(1.0, 1.0), stored)])
     assert torch.allclose(weight, 0.75 * 4 / 3 * lora_b.float() @ lora_a, atol=1e-5)
 
 

@@ -121,3 +121,23 @@ def test_vectors_that_round_to_the_same_ones_are_no_obstacle():
     quantised = twice.quantise(1e-9, full)
     assert quantised.rank == 2
     assert (quantised.product() - full).norm() < 0.05 * full.norm()
+
+
+@given(
+    *(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30)),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_factors_of_an_adapter_are_exact_and_of_no_higher_rank_than_the_weight(
+    out, width, rank, dtype
+):
+    lora_b, lora_a = matrix(out, rank).to(dtype), matrix(rank, width, seed=1).to(dtype)
+    found = Factors.of_adapter(lora_b, lora_a, 0.75)
+    assert found.rank == min(rank, out, width)
+    assert (found.left.dtype, found.left.shape) == (found.right.dtype, (out, found.rank))
+    if rank == found.rank:
+        assert torch.equal(found.left, lora_b)
+        assert torch.equal(found.right.T, lora_a)
+    exact = lora_b.double() @ lora_a.double()
+    kept = found.left.double() @ found.right.double().T
+    assert torch.equal(kept.float(), exact.float())
+    torch.testing.assert_close(found.product(), (0.75 * exact).float())

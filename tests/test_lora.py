@@ -60,6 +60,52 @@ def test_an_adapter_that_changes_more_is_not_taken_by_its_factors(family, tmp_pa
     assert read_adapter(tmp_path / "a") is None
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"arrow_config": {"top_k": 2}},
+        {"monteclora_config": {"num_samples": 2}},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_changes_the_base_or_the_forward_pass_is_not_taken_by_its_factors(
+    family, tmp_path, setting
+):
+    train(family.base, tmp_path / "a", 0)
+    path = tmp_path / "a/adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "a setting of nobody's": 1}))
+    assert read_adapter(tmp_path / "a") is not None
+    path.write_text(json.dumps({**config, **setting}))
+    assert read_adapter(tmp_path / "a") is None
+
+
+def test_a_head_that_is_saved_beside_its_factors_must_be_that_of_the_base(family, tmp_path, read):
+    change = train(family.base, tmp_path / "a", 0, target_modules=["lm_head", "q_proj"])
+    base = read(family.base)
+    assert read_adapter(tmp_path / "a", base.get).keys() == change.keys()
+    assert read_adapter(tmp_path / "a") is None
+    assert read_adapter(tmp_path / "a", lambda name: base[name] + 1) is None
+
+
+def test_factors_of_a_head_that_is_brought_to_another_vocabulary_are_merged_first(
+    family, merged, tmp_path
+):
+    models = []
+    for seed, name in enumerate("ab"):
+        train(family.base, tmp_path / name, seed, target_modules=["lm_head", "q_proj"])
+        models.append({"model": f"{family.base}+{tmp_path / name}"})
+    for tokenizer, factored in ((None, True), ({"source": "union"}, False)):
+        config = family.config(models=models)
+        out = merged(
+            {**config, "tokenizer": tokenizer} if tokenizer else config, name=str(factored)
+        )
+        stored = MediatorModel.from_pretrained(out)._mixer.experts.files["a"].weights
+        assert bool(stored["model.layers.0.self_attn.q_proj.weight"].factors) == factored
+
+
 def test_a_damaged_adapter_is_named(family, tmp_path):
     train(family.base, tmp_path / "a", 0)
     (tmp_path / "a/adapter_model.safetensors").write_bytes(b"damaged")

@@ -148,9 +148,9 @@ def test_real_interrupts_at_random_moments_leave_no_flipped_bit(mixer):
     assert interrupted > 100
 
 
-def test_large_models_are_restored_by_several_threads(mixer, monkeypatch):
+def test_large_models_are_restored_by_several_threads(mixer):
     model, mixer = mixer
-    monkeypatch.setattr(mixture_module, "_PARALLEL", 0)
+    mixer.parallel_from = 1
     before = bits(model)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -160,6 +160,7 @@ def test_large_models_are_restored_by_several_threads(mixer, monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+    mixer.parallel_from = 1 << 22
     with mixer.mixture({"a": 1.0}):
         assert same(bits(model), alone)
     assert same(bits(model), before)

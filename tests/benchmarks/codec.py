@@ -134,7 +134,7 @@ def stored_experts(
         for task in family.tasks:
             weight = dense.clone()
             chosen = [
-                (float(other == task), tensor)
+                (tensor.coefficient(float(other == task), 1.0), tensor)
                 for other, tensor in stored.items()
                 if other == task or tensor.share
             ]
