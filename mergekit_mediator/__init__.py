@@ -5,16 +5,16 @@ __version__ = "0.1.0"
 # The start-up hook imports this file in every interpreter, so it does without `typing` too.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from mergekit_mediator.artifact import Manifest as Manifest
     from mergekit_mediator.errors import MediatorError as MediatorError
-    from mergekit_mediator.router import RoutingDecision as RoutingDecision
-    from mergekit_mediator.runtime import MediatorModel as MediatorModel
+    from mergekit_mediator.route.decision import RoutingDecision as RoutingDecision
+    from mergekit_mediator.serve.model import MediatorModel as MediatorModel
+    from mergekit_mediator.store.manifest import Manifest as Manifest
 
 _EXPORTS = {
-    "Manifest": "artifact",
+    "Manifest": "store.manifest",
     "MediatorError": "errors",
-    "MediatorModel": "runtime",
-    "RoutingDecision": "router",
+    "MediatorModel": "serve.model",
+    "RoutingDecision": "route.decision",
 }
 
 __all__ = ["Manifest", "MediatorError", "MediatorModel", "RoutingDecision", "__version__"]

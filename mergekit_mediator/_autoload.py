@@ -57,7 +57,7 @@ class _Loader:
     def exec_module(self, module: "ModuleType") -> None:
         self._loader.exec_module(module)
         try:
-            from mergekit_mediator import plugin
+            from mergekit_mediator.merge import plugin
 
             getattr(plugin, self._hook)(module)
         except Exception as error:  # noqa: BLE001 (other merge methods must go on working)

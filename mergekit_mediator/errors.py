@@ -35,3 +35,9 @@ class TaskError(MediatorError):
 
 class PromptError(MediatorError):
     """A prompt that cannot be turned into tokens."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

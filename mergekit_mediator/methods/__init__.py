@@ -1,0 +1,3 @@
+"""Merge methods that mergekit registers, one short file each.
+
+They know tensors only."""

@@ -1,0 +1,256 @@
+"""Routing without any data: which expert's change answers most strongly to this request.
+
+Training writes into a weight along the inputs that it saw: a gradient of `W` is a sum of outer
+products with inputs. So a task vector τt amplifies the activations of its own task more than
+others, also where the expert's likelihood of the prompt says nothing (experts are usually trained
+on answers only). With `x` the inputs of a weight at the request's tokens in the dense expert,
+
+    r_t(weight) = 1/2 log( mean_x ‖τt x‖² / (‖τt‖_F² ‖x‖²) )
+    score_t     = mean over weights of r_t  −  the same for a reference prompt that says nothing
+
+The reference (the chat template around an empty message) takes each expert's own bias away. Of τt,
+the leading right singular vectors are enough. Measured are the projections out of the MLPs, whose
+inputs are the most specific. One pass of the dense expert serves all experts. The formula is ours;
+reading routes off the right singular vectors of low-rank experts is the idea of Arrow (Ostapenko
+et al., arXiv 2405.11157).
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_mediator.delta.factor_steps import codes
+from mergekit_mediator.errors import ArtifactError, RoutingError
+from mergekit_mediator.models.hooks import Hook, hooked
+from mergekit_mediator.models.scope import scope
+from mergekit_mediator.route.decision import RoutingDecision, decide_from_scores
+from mergekit_mediator.store.router_file import RouterFile, listed, save_tensors
+from mergekit_mediator.store.streams import byte_planes, from_byte_planes, pack, unpack
+
+TEMPERATURE = 0.03  # nats of response; the benchmark's file says how it was chosen
+_SCALE = ".scale"
+_FINENESS = 3.0  # of stored directions, see `factor_steps`
+_MOST_DIRECTIONS = 64  # of an expert in one weight, in a file
+_SMALLEST = 1e-20  # keeps the log finite for an expert that left a weight as it was
+
+
+def is_measured(shape: Sequence[int], hidden_size: int) -> bool:
+    """Whether a weight of this shape, `[out, in]`, writes into the residual stream of
+    `hidden_size` from something wider, as the last projection of an MLP does."""
+    return len(shape) == 2 and shape[0] == hidden_size and shape[1] > hidden_size
+
+
+def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Tensor:
+    """The leading right singular vectors of τ/‖τ‖_F, each times its singular value.
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061), two rounds.
+
+    Args:
+        task_vector: `[out, in]`, any float dtype; computed in float32 on its device.
+        rank: how many to keep.
+        seed: of the random start.
+
+    Returns:
+        `[rank, in]` float16, rows of zeros where τ has no such direction.
+    """
+    tau = task_vector.to(torch.float32)
+    norm = tau.norm()
+    result = torch.zeros(rank, tau.shape[1], dtype=torch.float16, device=tau.device)
+    if norm == 0:
+        return result
+    width = min(rank + 8, *tau.shape)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(tau.shape[1], width, generator=generator).to(tau.device)
+    basis = torch.linalg.qr(tau @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(tau @ torch.linalg.qr(tau.T @ basis).Q).Q
+    _, values, vectors = torch.linalg.svd(basis.T @ tau, full_matrices=False)
+    found = min(rank, width)
+    result[:found] = (values[:found, None] * vectors[:found] / norm).to(torch.float16)
+    return result
+
+
+@dataclass(frozen=True)
+class ResponseRouter:
+    """Every expert's leading directions in the measured weights.
+
+    experts: names, in the order of the first dimension of `directions`.
+    directions: by weight name, `[n_experts, rank, in]` float16.
+    """
+
+    experts: tuple[str, ...]
+    directions: Mapping[str, Tensor]
+
+    def applies_to(self, model: nn.Module) -> bool:
+        """Whether any measured weight belongs to a linear layer of the model."""
+        return any(True for _ in self._layers(model))
+
+    @scope
+    def recording(
+        self, model: nn.Module, counted: Tensor
+    ) -> Generator[dict[str, Tensor], None, None]:
+        """Measure responses while the dense expert runs on a batch.
+
+        Args:
+            model: whose submodules carry the weights' names; must hold the dense expert.
+            counted: `[batch, seq]` bool, the tokens that count: no padding, and no template
+                tokens that every request begins with. At least one per row.
+
+        Yields:
+            A dictionary that the forward pass fills: by weight, r_t `[batch, n_experts]`.
+
+        Raises:
+            RoutingError: no measured weight belongs to a linear layer of the model.
+        """
+        responses: dict[str, Tensor] = {}
+        hooks = [
+            Hook(module, _hook(responses, name, directions, counted), before=True)
+            for name, directions, module in self._layers(model)
+        ]
+        if not hooks:
+            raise RoutingError(
+                f"none of the {len(self.directions)} weights that response routing measures is a "
+                "linear layer of this model; use the likelihood router or calibrate one"
+            )
+        with hooked(hooks):
+            yield responses
+
+    def _layers(self, model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Linear]]:
+        modules = dict(model.named_modules())
+        for name, directions in self.directions.items():
+            module = modules.get(name.removesuffix(".weight"))
+            if isinstance(module, nn.Linear) and module.in_features == directions.shape[2]:
+                yield name, directions, module
+
+    def decide(
+        self,
+        responses: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        temperature: float = TEMPERATURE,
+    ) -> RoutingDecision:
+        """Score recorded responses against those of the reference prompt.
+
+        Args:
+            responses: by weight, `[batch, n_experts]`, from `recording`.
+            reference: the same of one prompt that says nothing, `[1, n_experts]`.
+            temperature: in nats of response.
+
+        Returns:
+            A decision whose `ood` is minus the strongest score. It orders requests; without
+            data there is no threshold for it.
+        """
+        scores = torch.stack([responses[name] - reference[name] for name in responses]).mean(dim=0)
+        return decide_from_scores(scores, self.experts, temperature, -scores.max(dim=1).values)
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, each direction in steps of 0.7 of its root mean square: a probability
+        changes by less than 0.01. The streams of codes are as those of factors, see FORMAT.md."""
+        tensors, shapes = {}, {}
+        for name, directions in self.directions.items():
+            vectors = directions.to("cpu", torch.float32).flatten(0, 1).T
+            lengths = vectors.norm(dim=0).clamp_min(_SMALLEST)
+            steps = codes(vectors / lengths, torch.full_like(lengths, _FINENESS))
+            found = steps.to(torch.float32)
+            # the length that brings the codes nearest to the direction
+            scale = (found * vectors).sum(0) / found.square().sum(0).clamp_min(_SMALLEST)
+            (plane,) = byte_planes(steps.T.reshape(-1).numpy(), all_planes=True)
+            tensors[name] = torch.frombuffer(bytearray(pack(plane)), dtype=torch.uint8)
+            tensors[name + _SCALE] = scale.view(*directions.shape[:2], 1)
+            shapes[name] = list(directions.shape)
+        save_tensors(path, "response", tensors, {"experts": list(self.experts), "shapes": shapes})
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        experts: Sequence[str] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "ResponseRouter":
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            experts: those of the artifact, which the router must be of; None if they are not known.
+            shapes: of the dense checkpoint's weights, which bound what is decoded; None to trust the file.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, of another kind, of other experts, or inconsistent.
+        """
+        file = RouterFile(path, "response")
+        names, found = file.experts(experts), file.about.get("shapes")
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{path}: `shapes` must be an object, got {short(found)}")
+        for name, shape in found.items():
+            _check(file, path, name, shape, len(names))
+            if shapes is not None:
+                _check_weight(f"{path}: {listed([name])}", shape, shapes.get(name))
+        directions = {}
+        for name, shape in found.items():
+            plane = unpack(file.read(name).numpy(), math.prod(shape), f"{path}: {name}")
+            steps = torch.from_numpy(from_byte_planes([plane], 1)).view(*shape)
+            scaled = steps.to(torch.float32) * file.read(name + _SCALE)
+            directions[name] = scaled.to(torch.float16)
+        return cls(names, directions)
+
+
+def _check(file: RouterFile, path: Path, name: str, shape: Any, experts: int) -> None:
+    """Check what the header says about the directions in one weight.
+
+    Raises:
+        ArtifactError: they are missing, or of another form.
+    """
+    where = f"{path}: {listed([name])}"
+    if not _is_shape(shape) or shape[0] != experts:
+        raise ArtifactError(f"{where}: a shape [{experts}, rank, in] required, got {short(shape)}")
+    if shape[1] > _MOST_DIRECTIONS:
+        raise ArtifactError(
+            f"{where}: at most {_MOST_DIRECTIONS} directions of an expert required, got {shape[1]}"
+        )
+    dtype, stored = file.header(name)
+    if dtype != torch.uint8 or len(stored) != 1:
+        got = "none" if dtype is None else f"{dtype} {stored}"
+        raise ArtifactError(f"{where} must be a stream of bytes, got {got}")
+    dtype, stored = file.header(name + _SCALE)
+    if dtype != torch.float32 or stored != [*shape[:2], 1]:
+        found = None if dtype is None else f"{stored} of {dtype}"
+        raise ArtifactError(f"{where}{_SCALE} must be {[*shape[:2], 1]}, got {found}")
+
+
+def _check_weight(where: str, shape: list[int], weight: tuple[int, ...] | None) -> None:
+    """Check that directions `[n_experts, rank, in]` are of a weight `[out, in]`.
+
+    Raises:
+        ArtifactError: they are of another one, or of none.
+    """
+    if weight is None or len(weight) != 2 or weight[1] != shape[2]:
+        got = "none" if weight is None else list(weight)
+        raise ArtifactError(
+            f"{where}: directions of a weight [out, {shape[2]}], but the dense checkpoint has {got}"
+        )
+
+
+def _is_shape(shape: object) -> TypeGuard[list[int]]:
+    return (
+        isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+    )
+
+
+def _hook(
+    responses: dict[str, Tensor], name: str, directions: Tensor, counted: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().to(torch.float32)
+        x = x / x.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST)
+        d = directions.to(x.device, torch.float32)
+        energy = (x @ d.flatten(0, 1).T).unflatten(-1, d.shape[:2]).square().sum(dim=-1)
+        mask = counted.to(x.device, torch.float32)[..., None]
+        mean = (energy * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
+        responses[name] = mean.clamp_min(_SMALLEST).log() / 2
+
+    return hook

@@ -1,0 +1,179 @@
+"""Which mixture each row of a batch gets: as its cache has it, as it is named, or as it is routed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_mediator.errors import MixtureError, RoutingError
+from mergekit_mediator.models.contexts import Contexts, RouteOn
+from mergekit_mediator.route.decision import OodAction, Policy, RoutingDecision, apply_policy
+from mergekit_mediator.serve import caches
+from mergekit_mediator.serve.batch_forms import Apply
+from mergekit_mediator.serve.mixer import Mixer, Mixture
+from mergekit_mediator.serve.routers import Router, Routers
+
+# An expert's name, `dense`, or weights by expert.
+Named = str | Mapping[str, float]
+_UNCALIBRATED_ENTROPY = 0.5
+
+
+@dataclass(eq=False)
+class Settings:
+    """How requests are answered; may be changed between them.
+
+    Attributes:
+        policy: how probabilities become a mixture; see `decision.apply_policy`.
+        entropy_threshold: of the policy `auto`, as a fraction of log(number of experts); None is the
+            calibrated one, or 0.5 without calibration.
+        ood_threshold: requests beyond it count as out of distribution; None is the calibrated one.
+        ood_action: what is done with a request that is out of distribution; see `decision.apply_policy`.
+        fallback: what answers a request that has no text to route by, and with the action `fallback` one
+            that is out of distribution: an expert's name or `dense`. None refuses the former.
+        route_on: what routing looks at: the whole `prompt`, or the `last_user` turn of a chat.
+        apply: `merge` puts a mixture into the weights, and rows that need different ones are run one
+            mixture after the other; `rows` gives every row its own without touching the weights (see
+            `rows`); `auto` is `rows` for rows that differ, where the model's layers allow it, and
+            where experts are factors alone and few tokens are computed; else `merge`.
+    """
+
+    policy: Policy = "auto"
+    entropy_threshold: float | None = None
+    ood_threshold: float | None = None
+    ood_action: OodAction = "blend"
+    fallback: str | None = None
+    route_on: RouteOn = "prompt"
+    apply: Apply = "auto"
+
+
+class Requests:
+    """Finds the mixtures of requests."""
+
+    def __init__(
+        self, settings: Settings, mixer: Mixer, routers: Routers, contexts: Contexts
+    ) -> None:
+        self._settings, self._mixer = settings, mixer
+        self._routers, self._contexts = routers, contexts
+
+    def decide(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        router: Router | None = None,
+        temperature: float | None = None,
+        route_on: RouteOn | None = None,
+    ) -> RoutingDecision:
+        """Which experts each row `[batch, length]` needs; see `MediatorModel.route`.
+
+        Raises:
+            RoutingError: a row without any text.
+            MixtureError: a mixture is in place.
+        """
+        if not bool(mask.any(dim=1).all()):
+            raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
+        if self._mixer.inside:
+            raise MixtureError("routing needs the dense expert: leave the mixture first")
+        counted = self._contexts.counted(ids, mask, route_on or self._settings.route_on)
+        with self._mixer.lock:
+            return self._routers.decide(ids, mask, counted, router, temperature)
+
+    def weights(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
+        """The mixtures that a decision leads to, `[batch, n_experts]` float32.
+
+        Raises:
+            RoutingError: see `decision.apply_policy`; or an action for what is out of distribution where the
+                router cannot tell what is.
+        """
+        own = self._settings
+        entropy, ood = self._routers.thresholds(router)
+        entropy = _UNCALIBRATED_ENTROPY if entropy is None else entropy
+        if own.entropy_threshold is not None:
+            entropy = own.entropy_threshold
+        if own.ood_threshold is not None:
+            ood = own.ood_threshold
+        action = own.ood_action
+        if ood is None and action != "blend":
+            raise RoutingError(
+                f"ood_action {action!r} needs a router that knows what is out of distribution: run "
+                "`mergekit-mediator calibrate`, or set ood_threshold"
+            )
+        if action == "fallback" and self._is_dense(own.fallback):
+            action = "dense"
+        return apply_policy(
+            decision,
+            own.policy,
+            entropy,
+            ood_threshold=ood,
+            ood_action=action,
+            fallback=own.fallback,
+        )
+
+    def named(self, mixture: Named) -> Mixture:
+        """A mixture from an expert's name, `dense` or weights.
+
+        Raises:
+            MixtureError: see `mixture.Mixer.mixture`.
+        """
+        if isinstance(mixture, str):
+            mixture = {} if self._is_dense(mixture) else {mixture: 1.0}
+        return self._mixer.check(mixture)
+
+    def _is_dense(self, name: str | None) -> bool:
+        """Whether a name is that of the dense expert, and of no sparse one."""
+        return name == "dense" and name not in self._mixer.experts.files
+
+    def mixtures(
+        self,
+        ids: Tensor | None,
+        context: Tensor,
+        wanted: Named | Sequence[Named | None] | None,
+        cache: object,
+        route_on: RouteOn | None,
+    ) -> tuple[Mixture, ...]:
+        """The mixture of each row.
+
+        Args:
+            ids: `[batch, length]`; not looked at where nothing has to be routed.
+            context: `[batch, length]`, 1 for the tokens to route by.
+            wanted: one for all rows or one for each; None in the place of a row routes it.
+            cache: keys and values of earlier tokens, or None.
+            route_on: instead of the setting.
+
+        Raises:
+            MixtureError: an unknown expert, another number of mixtures than rows, or a cache that was
+                filled under another mixture than is wanted.
+            RoutingError: a row that must be routed and cannot be.
+        """
+        batch = len(context)
+        rows: list[Mixture | None] = [None] * batch
+        if wanted is not None:
+            many = isinstance(wanted, Sequence | Tensor) and not isinstance(wanted, str)
+            each: list[Any] = list(wanted) if many else [wanted] * batch
+            if len(each) != batch:
+                raise MixtureError(f"mixture: {batch} rows, but {len(each)} mixtures are given")
+            rows = [None if name is None else self.named(name) for name in each]
+        if caches.is_filled(cache):
+            known = caches.rows_of(cache)
+            known = known * batch if len(known) == 1 else known
+            found = tuple(r if r is not None else k for r, k in zip(rows, known, strict=False))
+            caches.check(cache, caches.joined(found))
+            return found
+        if self._settings.fallback is not None:
+            fallback = self.named(self._settings.fallback)
+            empty = (~context.bool().any(dim=1)).tolist()
+            rows = [
+                fallback if is_empty and row is None else row
+                for is_empty, row in zip(empty, rows, strict=True)
+            ]
+        asked = [place for place, row in enumerate(rows) if row is None]
+        if asked:
+            if ids is None:
+                raise RoutingError("inputs_embeds cannot be routed: give input_ids, or a mixture")
+            decision = self.decide(ids[asked], context[asked], route_on=route_on)
+            experts = self._mixer.experts.files
+            for place, values in zip(asked, self.weights(decision).tolist(), strict=True):
+                rows[place] = tuple(
+                    (name, p) for name, p in zip(experts, values, strict=True) if p > 0
+                )
+        return tuple(row for row in rows if row is not None)

@@ -1,0 +1,181 @@
+"""The routers of an artifact, by name: what each measures in the model, and its decision."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.models.contexts import Contexts
+from mergekit_mediator.models.prompts import pad_token
+from mergekit_mediator.route.calibrated import CalibratedRouter, Kind
+from mergekit_mediator.route.calibrated_file import Limits
+from mergekit_mediator.route.decision import RoutingDecision, decide_from_scores
+from mergekit_mediator.route.features import hidden_features, mean_embedding
+from mergekit_mediator.route.response import ResponseRouter
+from mergekit_mediator.serve.mixer import Mixer
+from mergekit_mediator.store.manifest import RESPONSE, Manifest
+
+Router = Literal["calibrated", "hidden", "embedding", "response", "likelihood"]
+_CALIBRATED = ("calibrated", *get_args(Kind))
+
+
+class Routers:
+    """Routes requests by `calibrated`, `response` or `likelihood`, the first that there is by default.
+
+    `hidden` and `embedding` are `calibrated` by name of the features that it was calibrated with.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        mixer: Mixer,
+        contexts: Contexts,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """
+        Args:
+            root: of the artifact.
+            manifest: of the artifact; no router that it does not name is read.
+            model: holding the dense expert outside mixtures.
+            forward: the model's own, as it is without routing.
+            mixer: of the same model.
+            contexts: which tokens of a prompt count.
+            shapes: of the dense checkpoint's weights.
+        """
+        self._root, self._manifest = root, manifest
+        self._model, self._forward = model, forward
+        self._mixer, self._contexts, self._shapes = mixer, contexts, shapes
+
+    @property
+    def default(self) -> Router:
+        """The best router that this artifact has."""
+        if self._calibrated is not None:
+            return "calibrated"
+        return "likelihood" if self._response is None else "response"
+
+    def thresholds(self, router: Router | None) -> tuple[float | None, float | None]:
+        """Calibrated thresholds of normalised entropy and of the out-of-distribution score, if any."""
+        if (router or self.default) not in _CALIBRATED or self._calibrated is None:
+            return None, None
+        numbers = self._calibrated.numbers
+        return numbers["entropy_threshold"], numbers["ood_threshold"]
+
+    @torch.no_grad()
+    def decide(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        counted: Tensor,
+        router: Router | None = None,
+        temperature: float | None = None,
+    ) -> RoutingDecision:
+        """Which experts each row needs; the dense expert must be in place.
+
+        Args:
+            ids, mask: `[batch, length]`.
+            counted: `[batch, length]` bool, the tokens that tell requests apart.
+            router: None for the default one.
+            temperature: of the softmax over experts, in the router's own unit.
+
+        Raises:
+            RoutingError: an unknown router, or one that this artifact does not have.
+        """
+        chosen = router or self.default
+        if chosen not in get_args(Router):
+            names = ", ".join(get_args(Router))
+            raise RoutingError(f"unknown router {chosen!r}: choose {names}")
+        given = {} if temperature is None else {"temperature": temperature}
+        if chosen == "likelihood":
+            return self._by_likelihood(ids, mask, counted, **given)
+        if chosen in _CALIBRATED:
+            return self._by_calibration(ids, mask, counted, chosen, temperature)
+        responses, response = self._responses(ids, mask, counted)
+        return response.decide(responses, self._reference, **given)
+
+    @cached_property
+    def _calibrated(self) -> CalibratedRouter | None:
+        name = self._manifest.router_file
+        if name is None:
+            return None
+        return CalibratedRouter.load(
+            self._root / name, tuple(self._mixer.experts.files), Limits.of(self._model)
+        )
+
+    @cached_property
+    def _response(self) -> ResponseRouter | None:
+        """The router that needs no data, or None where it has nothing to measure in this model."""
+        if RESPONSE not in self._manifest.files:
+            return None
+        path = self._root / RESPONSE
+        router = ResponseRouter.load(path, tuple(self._mixer.experts.files), self._shapes)
+        return router if router.applies_to(self._model) else None
+
+    @cached_property
+    def _reference(self) -> dict[str, Tensor]:
+        """The responses to a prompt that says nothing: the chat template around an empty message."""
+        tokens = self._contexts.nothing or [pad_token(self._model)]
+        ids = torch.tensor([tokens], device=self._model.device)
+        mask = torch.ones_like(ids)
+        responses, _ = self._responses(ids, mask, self._contexts.counted(ids, mask))
+        return responses
+
+    def _by_calibration(
+        self, ids: Tensor, mask: Tensor, counted: Tensor, name: Router, temperature: float | None
+    ) -> RoutingDecision:
+        router = self._calibrated
+        if router is None:
+            raise RoutingError(
+                f"{self._root}: has no calibrated router: run `mergekit-mediator calibrate`"
+            )
+        if name not in ("calibrated", router.kind):
+            raise RoutingError(
+                f"{self._root}: is calibrated with {router.kind} features: run `mergekit-mediator "
+                f"calibrate --features {name}` to route by {name}"
+            )
+        if router.kind == "embedding":
+            embedding: Any = self._model.get_input_embeddings()
+            features = mean_embedding(ids, counted, embedding.weight, router.tokens)
+        else:
+            features = hidden_features(
+                self._model, ids, mask, counted, router.tokens, router.layers
+            )
+        return router.decide(features.cpu(), temperature)
+
+    def _responses(
+        self, ids: Tensor, mask: Tensor, counted: Tensor
+    ) -> tuple[dict[str, Tensor], ResponseRouter]:
+        if self._response is None:
+            raise RoutingError(
+                f"{self._root}: response routing has nothing to measure in this model: use the "
+                "likelihood router, or calibrate one"
+            )
+        with self._response.recording(self._model, counted) as responses:
+            self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return responses, self._response
+
+    def _by_likelihood(
+        self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float = 1.0
+    ) -> RoutingDecision:
+        """p(t | prompt) ∝ exp((L_t − L_dense) / T), with L in nats over the counted tokens."""
+        dense = self._log_likelihood(ids, mask, counted)
+        scores = []
+        for name in self._mixer.experts.files:
+            with self._mixer.mixture({name: 1.0}):
+                scores.append(self._log_likelihood(ids, mask, counted) - dense)
+        names = tuple(self._mixer.experts.files)
+        return decide_from_scores(torch.stack(scores, dim=1), names, temperature)
+
+    def _log_likelihood(self, ids: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
+        """Nats `[batch]` of the counted tokens that follow a token, in float32."""
+        logits = self._forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        tokens = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        likelihood: Tensor = (tokens * (counted[:, 1:] * mask[:, :-1])).sum(dim=1)
+        return likelihood

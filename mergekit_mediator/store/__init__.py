@@ -1,0 +1,3 @@
+"""An artifact on disk: manifest, expert files, router files, and how they are published.
+
+It knows no model and no mergekit."""

@@ -1,0 +1,149 @@
+"""StoredWeight to bytes and back: the one place that knows how a stored weight is laid out (FORMAT.md)."""
+
+import math
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergekit_mediator.delta.factors import Factors
+from mergekit_mediator.delta.float_bits import by_exponent, from_ordered, raw_bytes, to_ordered
+from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.store.description import DTYPES, Description
+from mergekit_mediator.store.factor_codec import decode_factors, encode_factors
+from mergekit_mediator.store.streams import (
+    Bytes,
+    Integers,
+    byte_planes,
+    from_byte_planes,
+    from_gap_streams,
+    gap_streams,
+    pack,
+    unpack,
+)
+
+# From this density on, codes of all coordinates are shorter than gaps and codes of the kept ones.
+_IMPLIED_DENSITY = 0.45
+
+
+def encode_bytes(sparse: StoredWeight, dense: Tensor | None = None) -> tuple[Tensor, Description]:
+    """The stored form `[bytes]` uint8 of a sparse tensor, and its description.
+
+    Args:
+        sparse: what to store.
+        dense: the dense expert's weight, of the same shape and dtype. With it, exact values take about
+            half the bytes, and reading them takes the same weight.
+    """
+    positions, numel = sparse.positions, math.prod(sparse.shape)
+    exact, relative = sparse.values == "exact", sparse.values == "exact" and dense is not None
+    d = Description(
+        shape=sparse.shape,
+        dtype=str(sparse.dtype).removeprefix("torch."),
+        values=sparse.values,
+        count=positions.numel(),
+        scale=sparse.scale,
+        shift=sparse.shift,
+        share=sparse.share,
+        relative=relative,
+        implied=(relative or not exact) and positions.numel() > _IMPLIED_DENSITY * numel,
+        check=_checksum(sparse.codes, sparse.factors),
+    )
+    codes = to_ordered(sparse.codes) if exact else sparse.codes
+    kept = _kept(dense, positions) if relative else None
+    if kept is not None:
+        codes = codes - to_ordered(kept)
+    if d.implied:
+        codes = codes.new_zeros(numel).index_copy_(0, positions.to(torch.int64), codes)
+        kept = _kept(dense, None) if relative else None
+    array: Integers = codes.numpy()
+    if kept is not None:
+        array = array[by_exponent(kept)]
+    parts = [] if d.implied else gap_streams(positions.numpy(), d.wide)
+    streams = [pack(part) for part in [*parts, *byte_planes(array)]]
+    sizes = tuple(len(stream) for stream in streams)
+    factors = None
+    if sparse.factors:
+        factor_streams, factors = encode_factors(sparse.factors)
+        streams += factor_streams
+    content = np.frombuffer(b"".join(streams), dtype=np.uint8).copy()
+    gaps = parts[0].size if parts else 0
+    update = {"gaps": gaps, "sizes": sizes, "factors": factors}
+    return torch.from_numpy(content), d.model_copy(update=update)
+
+
+def decode_bytes(
+    stream: Tensor, description: Description, where: str, dense: Tensor | None = None
+) -> StoredWeight:
+    """The sparse tensor of a stored form.
+
+    Args:
+        stream: `[bytes]` uint8.
+        description: as written beside it; see `parse_description`.
+        where: the file and tensor, for error messages.
+        dense: the dense expert's weight as in its checkpoint; needed if the description says `relative`,
+            and of the described shape if it is given.
+
+    Raises:
+        ArtifactError: the bytes do not fit the description, or `dense` is not what they were stored with.
+    """
+    d, dtype = description, DTYPES[description.dtype]
+    fits = dense is not None and tuple(dense.shape) == d.shape
+    same = fits and dense is not None and dense.dtype == dtype
+    if not (same if d.relative else fits or dense is None):
+        got = "none" if dense is None else f"{dense.dtype} {list(dense.shape)}"
+        raise ArtifactError(f"{where}: needs the dense weight {dtype} {list(d.shape)}, got {got}")
+    sizes = d.sizes + (d.factors.sizes if d.factors else ())
+    if sum(sizes) != stream.numel():
+        raise ArtifactError(f"{where}: {sum(sizes)} bytes expected, got {stream.numel()}")
+    streams = _cut(stream.numpy(), sizes)
+    factors = decode_factors(streams[len(d.sizes) :], d, d.factors, where) if d.factors else None
+    kept: Tensor | None = None
+    if not d.implied:
+        heads = [unpack(s, n, where) for s, n in zip(streams, d.heads, strict=False)]
+        kept = torch.from_numpy(from_gap_streams(heads, d.numel, where))
+    coded = d.numel if d.implied else d.count
+    planes = [unpack(s, coded, where) for s in streams[len(d.heads) : len(d.sizes)]]
+    array = from_byte_planes(planes, d.code_bytes)
+    if d.relative:
+        ordered = np.empty_like(array)
+        ordered[by_exponent(_kept(dense, kept))] = array
+        array = ordered
+    codes = torch.from_numpy(array)
+    if kept is None:
+        kept = codes.nonzero().reshape(-1)
+        codes = codes[kept]
+    if kept.numel() != d.count:
+        raise ArtifactError(f"{where}: {d.count} coordinates expected, got {kept.numel()}")
+    if d.values == "exact":
+        codes = codes + to_ordered(_kept(dense, kept)) if d.relative else codes
+        codes = from_ordered(codes, dtype)
+    if _checksum(codes, factors) != d.check:
+        reason = ": is this the dense weight it was stored with?" if d.relative else ""
+        raise ArtifactError(f"{where}: the decoded values fail their checksum{reason}")
+    positions = kept.to(torch.int32 if d.numel < 2**31 else torch.int64)
+    return StoredWeight(
+        d.shape, dtype, d.values, positions, codes, d.scale, d.shift, factors, d.share
+    )
+
+
+def _kept(dense: Tensor | None, positions: Tensor | None) -> Tensor:
+    """The dense weights at some positions, or all of them, flat."""
+    if dense is None:
+        raise TypeError("relative values need the dense weight")
+    flat = dense.reshape(-1)
+    return flat if positions is None else flat.index_select(0, positions)
+
+
+def _cut(stream: Bytes, sizes: tuple[int, ...]) -> list[Bytes]:
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    return [stream[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _checksum(codes: Tensor, factors: Factors | None) -> int:
+    """CRC-32 of the codes, and of the factors row by row if there are any."""
+    check = zlib.crc32(raw_bytes(codes).data)
+    for part in (factors.left, factors.right, factors.scales) if factors else ():
+        check = zlib.crc32(raw_bytes(part).data, check)
+    return check

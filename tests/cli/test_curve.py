@@ -1,0 +1,74 @@
+import pico
+import pytest
+import torch
+import yaml
+from commands import call, figures, write
+
+from mergekit_mediator import MediatorModel
+from mergekit_mediator.delta.allocation import Allocation
+from mergekit_mediator.delta.curve import curve, predicted_loss_recovered
+from mergekit_mediator.delta.tradeoff import SLOPES
+
+
+@pytest.fixture(scope="module")
+def wide(make):
+    return make(lambda: pico.llama(hidden_size=128, intermediate_size=384, head_dim=64))
+
+
+@pytest.fixture(scope="module")
+def points(wide, tmp_path_factory):
+    config = write(wide.config(route="all"), tmp_path_factory.mktemp("curve") / "config.yml")
+    return figures("plan", config, "--curve", "--quiet")["curve"]
+
+
+def test_more_bytes_leave_less(points):
+    assert len(points) > 3
+    for column, descending in [("total_bytes", False), ("bits", False), ("left", True)]:
+        values = [point[column] for point in points]
+        assert values == sorted(values, reverse=descending)
+        assert len(set(values)) == len(values)
+
+
+def test_a_merge_leaves_what_the_curve_said(wide, points, merged, read):
+    point = next(p for p in points if p["over_dense"] == 1.5)
+    model = MediatorModel.from_pretrained(merged(wide.config(budget="1.5x")))
+    base = read(wide.base)
+    lost = change = 0.0
+    for name, path in wide.experts.items():
+        expert = read(path)
+        with model.mixture({name: 1.0}) as mixed:
+            for key, weight in mixed.state_dict().items():
+                lost += float((weight.float() - expert[key].float()).square().sum())
+                change += float((base[key].float() - expert[key].float()).square().sum())
+    # bfloat16 rounds what is mixed, and a merge keeps a little of the budget in reserve
+    assert lost / change == pytest.approx(point["left"], rel=0.35, abs=0.01)
+
+
+def test_the_table_and_the_picture_show_the_same_budgets(wide, points, tmp_path):
+    config = write(wide.config(budget="1.5x"), tmp_path / "config.yml")
+    shown = call("plan", config, "--curve", "--quiet", "--plot", tmp_path / "curve.png").output
+    for point in points:
+        assert f"{point['over_dense']:g}x" in shown
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_nothing_is_refused(wide, tmp_path):
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(wide.config()))
+    result = call("plan", config, "--plot", tmp_path / "p.png")
+    assert result.exit_code != 0
+    assert "give one" in result.output
+
+
+def test_budgets_below_the_fixed_bytes_are_left_out():
+    bits = torch.linspace(800, 8000, len(SLOPES), dtype=torch.float64)
+    tradeoff = torch.stack([bits, 2.0 ** -torch.arange(len(SLOPES), dtype=torch.float64)])
+    points = curve(Allocation([tradeoff]), 1000, checkpoint_bytes=1000, fixed_bytes=1100)
+    sizes = [p.over_dense for p in points]
+    assert min(sizes) == 1.25
+    assert points[-2].left >= 1e-3 > points[-1].left
+
+
+def test_what_is_left_out_altogether_recovers_nothing():
+    assert predicted_loss_recovered(1.0) == 0.0
+    assert predicted_loss_recovered(0.0) == 1.0

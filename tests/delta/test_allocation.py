@@ -1,0 +1,88 @@
+import itertools
+
+import pytest
+import torch
+
+from mergekit_mediator.delta.allocation import LOSS_POWER, Allocation
+from mergekit_mediator.delta.tradeoff import SLOPES, tradeoff
+from mergekit_mediator.errors import ConfigError
+
+AT = torch.arange(len(SLOPES), dtype=torch.float64)
+
+
+def exponential(scale, half, energy=1.0):
+    """Bits that grow with the slope's place, and an error that halves every `half` places."""
+    return torch.stack([scale * AT, energy * 2.0 ** (-AT / half)])
+
+
+def place(slope):
+    return -2 * torch.tensor(slope).log2()
+
+
+def loss(left):
+    return sum(x**LOSS_POWER for x in left)
+
+
+def test_equal_experts_share_equally():
+    shared = Allocation([exponential(10, 4)] * 3)
+    first, second, third = shared.slopes(900)
+    assert first == second == third
+    assert place(first) == pytest.approx(30, abs=0.05)
+
+
+def test_the_size_of_a_change_alone_makes_no_difference():
+    shared = Allocation([exponential(10, 4, energy=1e-4), exponential(10, 4, energy=1e4)])
+    small, large = shared.slopes(700)
+    assert small == large
+
+
+def test_no_other_division_loses_less():
+    curves = [exponential(10, 3), exponential(14, 7), exponential(6, 12)]
+    shared = Allocation(curves)
+    found = loss(shared.left(900))
+    tried = 0
+    for places in itertools.product(range(0, 100, 2), repeat=3):
+        if sum(float(c[0][p]) for c, p in zip(curves, places, strict=True)) <= 900:
+            tried += 1
+            assert (
+                found <= loss([float(c[1][p]) for c, p in zip(curves, places, strict=True)]) + 1e-9
+            )
+    assert tried > 1000
+
+
+@pytest.mark.parametrize("bits", [8_000, 50_000, 400_000])
+def test_bits_are_spent_and_never_exceeded(bits):
+    generator = torch.Generator().manual_seed(0)
+    measured = [tradeoff(s * torch.randn(60, 40, generator=generator)) for s in (1e-3, 1e-2, 3.0)]
+    shared = Allocation(measured)
+    slopes = shared.slopes(bits)
+    spent = 0.0
+    for curve, slope in zip(measured, slopes, strict=True):
+        at = float(place(slope))
+        low = int(at)
+        high = min(low + 1, len(SLOPES) - 1)
+        between = curve[0].log1p()
+        spent += float((between[low] + (at - low) * (between[high] - between[low])).expm1())
+    assert spent <= bits * 1.001
+    if bits < shared.most:
+        assert spent > 0.9 * bits
+
+
+def test_an_expert_that_is_the_base_takes_nothing_from_the_others():
+    nothing = tradeoff(torch.zeros(60, 40))
+    change = tradeoff(torch.randn(60, 40, generator=torch.Generator().manual_seed(0)))
+    _, alone = Allocation([nothing, change]).slopes(6000)
+    assert alone == pytest.approx(Allocation([change]).slopes(6000)[0], rel=0.05)
+
+
+def test_more_than_everything_takes_the_finest_slope():
+    shared = Allocation([exponential(10, 4)] * 2)
+    assert shared.left(10 * shared.most) == pytest.approx([0.0, 0.0], abs=1e-3)
+
+
+def test_fewer_bits_than_the_least_are_refused():
+    vectors = tradeoff(torch.randn(100, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(
+        ConfigError, match=r"budget: 163 bytes for experts required at least, 12 are"
+    ):
+        Allocation([vectors, vectors]).slopes(100)

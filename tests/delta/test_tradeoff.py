@@ -1,0 +1,71 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_mediator.delta.approximate import approximate
+from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.delta.tradeoff import SLOPES, slope_for, tradeoff
+from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.store.codec import encode_bytes
+
+
+def weights():
+    """Differences with a decaying spectrum, like those of fine-tunes, and a vector."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for out, width in [(512, 512), (512, 1024)]:
+        left = torch.randn(out, 128, generator=generator)
+        right = torch.randn(128, width, generator=generator)
+        decay = torch.arange(1, 129) ** -1.0
+        noise = torch.randn(out, width, generator=generator)
+        result.append(1e-3 * ((left * decay) @ right / 3 + 0.5 * noise))
+    return [*result, 1e-3 * torch.randn(512, generator=generator)]
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return sum(tradeoff(weight) for weight in weights())
+
+
+@pytest.mark.parametrize("bits", [0.1, 0.4, 2.0])
+def test_an_expert_takes_about_the_bits_that_were_asked_for(costs, bits):
+    numel = sum(weight.numel() for weight in weights())
+    slope = slope_for(costs[0], numel, bits)
+    stored = [approximate(weight, slope, torch.bfloat16) for weight in weights()]
+    taken = sum(8 * encode_bytes(tensor)[0].numel() for tensor in stored)
+    assert taken / numel == pytest.approx(bits, rel=0.1)
+
+
+def test_a_budget_below_the_vectors_is_refused():
+    vector = torch.randn(1000)
+    with pytest.raises(ConfigError, match=r"bits: 0\.1 is less than the least"):
+        slope_for(tradeoff(vector)[0], 1000, 0.1)
+
+
+def test_a_budget_above_everything_takes_the_smallest_slope():
+    assert slope_for(tradeoff(torch.zeros(4, 4))[0], 16, 8.0) == SLOPES[-1]
+
+
+@pytest.mark.parametrize("bits", [0.1, 0.4, 2.0])
+def test_the_error_that_is_left_is_about_the_predicted_one(costs, bits):
+    numel = sum(weight.numel() for weight in weights())
+    slope = slope_for(costs[0], numel, bits)
+    left = 0.0
+    for weight in weights():
+        rebuilt = torch.zeros_like(weight)
+        mix_(rebuilt, [(1.0, approximate(weight, slope, torch.float32))])
+        left += float((rebuilt - weight).square().sum())
+    # slopes descend by half octaves; logarithms are close to a line between two of them
+    place = -2 * math.log2(slope)
+    predicted = np.exp(np.interp(place, range(len(SLOPES)), costs[1].clamp_min(1e-300).log()))
+    assert left == pytest.approx(predicted, rel=0.05)
+
+
+def test_an_error_that_matters_more_is_brought_down_at_a_coarser_slope():
+    delta = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
+    plain, heavy = tradeoff(delta), tradeoff(delta, importance=2.0)
+    # half the slope is two places further in the grid
+    assert torch.allclose(heavy[0, :-2], plain[0, 2:], rtol=1e-6)
+    assert torch.allclose(heavy[1, :-2], 2 * plain[1, 2:], rtol=1e-6)

@@ -1,0 +1,201 @@
+"""`prompts:` in a merge configuration, through the stock command."""
+
+import json
+
+import pico
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from own_code import edit_json, give_model_code
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_mediator import MediatorModel
+from mergekit_mediator.cli.inspection import inspect_figures, inspect_report
+from mergekit_mediator.cli.main import main
+from mergekit_mediator.models.prompts import render
+from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.tune import fit as distil
+from mergekit_mediator.tune import teacher
+
+TEXTS = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    """A file of prompts, and answers that are short enough for a test."""
+    monkeypatch.setattr(teacher, "_ANSWER_TOKENS", 8)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def tuned(family, prompts, *names, **settings):
+    config = family.config(**settings)
+    for entry in config["models"]:
+        if entry["parameters"]["expert"] in names:
+            entry["parameters"]["prompts"] = str(prompts)
+    return config
+
+
+def expert_bytes(out, name):
+    return (out / f"mediator/experts/{name}.safetensors").read_bytes()
+
+
+def test_experts_with_prompts_change_and_no_others(family, merged, prompts):
+    plain = merged(family.config(bits=2, route="all"), name="plain")
+    out = merged(tuned(family, prompts, "math", "code", bits=2, route="all"))
+    entries = {entry.name: entry.tuned for entry in read_manifest(out).experts}
+    for name in ("math", "code"):
+        assert entries[name].prompts == len(TEXTS)
+        assert entries[name].divergence_after < entries[name].divergence_before
+        assert expert_bytes(out, name) != expert_bytes(plain, name)
+    assert entries["chat"] is None
+    assert expert_bytes(out, "chat") == expert_bytes(plain, "chat")
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert not list((out / "mediator/experts").glob("*.tuned"))
+    verify_files(out, read_manifest(out))
+
+
+def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged, prompts):
+    out = merged(tuned(family, prompts, "math", bits=2, route="all"))
+    entry = read_manifest(out).experts[0]
+    model = MediatorModel.from_pretrained(out, dtype=torch.float32)
+    expert = AutoModelForCausalLM.from_pretrained(family.experts["math"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = [render(tokenizer, text) for text in TEXTS]
+    answers = teacher.answer(expert, ids, pad=0)[:: distil._HELD_OUT]
+    with model.mixture({"math": 1.0}) as mixed:
+        served = distil._divergence(mixed, answers)
+    assert served == pytest.approx(entry.tuned.divergence_after, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "gemma3", "gpt2", "qwen3_moe"])
+def test_every_architecture_can_be_tuned(make, merged, prompts, architecture):
+    family = make(pico.ARCHITECTURES[architecture])
+    out = merged(tuned(family, prompts, "math", bits=3, route="all"))
+    entry = read_manifest(out).experts[0]
+    assert entry.tuned.divergence_after < entry.tuned.divergence_before
+
+
+def test_averaged_layers_stay_as_they_are(family, merged, prompts):
+    out = merged(tuned(family, prompts, "math", bits=2, routed_layers="1"))
+    entry = read_manifest(out).experts[0]
+    assert entry.tuned.divergence_after <= entry.tuned.divergence_before
+
+
+def test_a_budget_holds_for_what_was_tuned(make, merged, prompts):
+    wide = make(lambda: pico.llama(hidden_size=128, intermediate_size=384, head_dim=64))
+    out = merged(tuned(wide, prompts, "math", "code", "chat", budget="1.5x"))
+    ours = {"README.md", "mergekit_config.yml"}
+    files = [p for p in out.iterdir() if p.is_file() and p.name not in ours]
+    dense = sum(p.stat().st_size for p in files)
+    assert sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) <= 1.5 * dense
+
+
+def test_equal_merges_give_equal_files(family, merged, prompts):
+    config = tuned(family, prompts, "math", bits=2, route="all")
+    first, second = merged(config, name="first"), merged(config, name="second")
+    assert expert_bytes(first, "math") == expert_bytes(second, "math")
+
+
+def test_the_card_shows_no_directory_of_this_machine(family, merged, prompts):
+    out = merged(tuned(family, prompts, "math", bits=2, route="all"))
+    assert str(prompts.parent) not in (out / "README.md").read_text()
+    assert "prompts: prompts.jsonl" in (out / "README.md").read_text()
+
+
+def test_inspect_says_what_tuning_did(family, merged, prompts):
+    out = merged(tuned(family, prompts, "math", bits=2, route="all"))
+    figures = inspect_figures(out, read_manifest(out))
+    first, second, _ = figures["experts"]
+    assert first["tuned"]["prompts"] == len(TEXTS)
+    assert second["tuned"] is None
+    before, after = (first["tuned"][f"divergence_{when}"] for when in ("before", "after"))
+    assert f"{before:.2g} to {after:.2g} by {len(TEXTS)} prompts" in inspect_report(figures)
+
+
+def test_a_plan_knows_that_tuning_takes_the_whole_model(family, prompts, tmp_path):
+    def planned(config):
+        path = tmp_path / "plan.yml"
+        path.write_text(yaml.safe_dump(config))
+        result = CliRunner().invoke(main, ["plan", str(path), "--json"])
+        return result, json.loads(result.output) if result.exit_code == 0 else None
+
+    _, figures = planned(family.config(bits=2))
+    _, with_prompts = planned(tuned(family, prompts, "math", bits=2))
+    assert with_prompts["peak_memory"] >= figures["peak_memory"]
+    prompts.write_text("")
+    result, _ = planned(tuned(family, prompts, "math", bits=2))
+    assert result.exit_code == 1
+    assert "at least 5 prompts required" in result.output
+
+
+def test_an_expert_that_is_the_dense_one_stays_as_it_is(family, merged, prompts):
+    config = tuned(family, prompts, "math", bits=2, route="all")
+    for entry in config["models"][1:]:
+        entry["parameters"]["weight"] = 0
+    entry = read_manifest(merged(config)).experts[0]
+    assert entry.tuned.divergence_after == entry.tuned.divergence_before < 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "content", "message"),
+    [
+        ({"density": 0.1}, None, "prompts: they tune what a `budget` or `bits` store"),
+        ({"bits": 2}, "", "prompts.jsonl: at least 5 prompts required, got 0"),
+        ({"bits": 2}, "{", "prompts.jsonl line 1 is no JSON"),
+        ({"bits": 2}, None, "nowhere.jsonl"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_refused_before_weights_are_read(
+    family, refused, prompts, monkeypatch, settings, content, message
+):
+    def unread(*_):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("mergekit_mediator.merge.inputs.Inputs.load", unread)
+    if content is not None:
+        prompts.write_text(content)
+    path = prompts.with_name("nowhere.jsonl") if "nowhere" in message else prompts
+    assert message in refused(tuned(family, path, "math", **settings))
+
+
+def test_prompts_belong_to_one_model_and_are_one_file(family, refused, prompts):
+    assert "'prompts' belongs to one model's" in refused(family.config(prompts="p.jsonl", bits=2))
+    config = tuned(family, prompts, "math", bits=2)
+    config["models"][0]["parameters"]["prompts"] = ["a", "b"]
+    assert "prompts: takes one value" in refused(config)
+
+
+def test_a_prompt_that_is_too_long_is_refused(family, refused, prompts):
+    lines = [json.dumps({"prompt": " ".join(["w1"] * 70)})] * 6
+    prompts.write_text("\n".join(lines))
+    message = refused(tuned(family, prompts, "math", bits=2, route="all"))
+    assert f"model {family.experts['math']}: prompts: a prompt of 7" in message
+    assert "leaves no room for an answer: the model reads 64" in message
+
+
+def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
+    make, refused, prompts, monkeypatch
+):
+    def unread(*_):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("mergekit_mediator.merge.inputs.Inputs.load", unread)
+    no_tokenizer, unknown, untemplated = make(), make(), make()
+    for path in no_tokenizer.base.glob("tokenizer*"):
+        path.unlink()
+    message = refused(tuned(no_tokenizer, prompts, "math", bits=2))
+    assert "prompts: the base model has no tokenizer to read them with: add one" in message
+    for folder in (unknown.base, *unknown.experts.values()):
+        give_model_code(folder)
+        names = {"AutoConfig": "configuration_own.OwnConfig"}  # and no causal language model
+        edit_json(folder / "config.json", auto_map=names)
+    message = refused(tuned(unknown, prompts, "math", bits=2), "--trust-remote-code")
+    assert "prompts: tuning on them requires a causal language model that transformers" in message
+    (untemplated.base / "chat_template.jinja").unlink()
+    turns = [{"role": "user", "content": "w1"}] * 3
+    prompts.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    message = refused(tuned(untemplated, prompts, "math", bits=2))
+    assert f"model {untemplated.experts['math']}: prompts: a conversation of 3 messages" in message
