@@ -1,7 +1,6 @@
 """The commands that need mergekit: merge and plan."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import click
@@ -10,18 +9,20 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, add_merge_options
 from pydantic import ValidationError
 
-from mergekit_mediator.cli import tables as report
+from mergekit_mediator.cli import tables
 from mergekit_mediator.cli.plots import plot_conflict, plot_curve
+from mergekit_mediator.delta.curve import Point
 from mergekit_mediator.errors import ConfigError, first_line
 from mergekit_mediator.merge import plugin
-from mergekit_mediator.merge.budget import check_budget, predict
+from mergekit_mediator.merge.budget import predict
 from mergekit_mediator.merge.config import METHOD
-from mergekit_mediator.merge.estimate import dense_sizes, estimate
-from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.conflict import METRICS
+from mergekit_mediator.merge.estimate import estimate
+from mergekit_mediator.merge.inputs import HeaderInputs
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.passes import Measured, Passes
-from mergekit_mediator.merge.run import plan_layers, run
-from mergekit_mediator.merge.tuning import read_all_prompts
-from mergekit_mediator.merge.unknown_keys import check_keys
+from mergekit_mediator.merge.preparation import prepared
+from mergekit_mediator.merge.run import run
 from mergekit_mediator.merge.workers import workers
 
 _config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -88,39 +89,34 @@ def plan(
     _also_here(merge_options)
     if plot is not None and conflict == curve:
         raise click.UsageError("--plot draws what one of --conflict and --curve finds: give one")
-    _, merge_config = _read(config)
-    with tempfile.TemporaryDirectory() as merged_adapters:
-        if merge_options.lora_merge_cache is None:
-            merge_options = merge_options.model_copy(update={"lora_merge_cache": merged_adapters})
-        inputs = Inputs(merge_config, merge_options)
-        read_all_prompts(inputs.config)  # what a merge would refuse
-        try:
-            inputs.open() if conflict or curve else inputs.peek()
-            weights = inputs.weights()
-            check_budget(inputs.config, dense_sizes(inputs, weights))
-            measured: dict[str, Measured] = {}
-            if conflict or curve:
-                with workers() as over:
-                    found = Passes(inputs, over).first(
-                        weights, with_costs=curve, only_conflict=True
-                    )
-                    measured = {weight.info.name: conflict for weight, conflict in found}
-            plans = plan_layers(inputs, weights, measured)
-            estimated = estimate(inputs, weights, plans)
-            points = predict(inputs, weights, measured) if curve else []
-        finally:
-            inputs.close()
+    source, merge_config = _read(config)
+    kind = OpenInputs if conflict or curve else HeaderInputs
+    with prepared(kind, merge_config, merge_options, source) as preparation:
+        inputs, weights = preparation.inputs, preparation.weights
+        measured: dict[str, Measured] = {}
+        points: list[Point] = []
+        if isinstance(inputs, OpenInputs):
+            costed = {weight.info.name for weight in weights} if curve else set()
+            with workers() as threads:
+                passes = Passes(inputs, threads)
+                measured = {w.info.name: m for w, m in passes.measure(weights, costed)}
+            if curve:
+                points = predict(inputs, weights, measured)
+        plans = preparation.plan_layers({name: m.conflict for name, m in measured.items()})
+        estimated = estimate(inputs, weights, plans)
     if plot is not None and curve:
         plot_curve(plot, points)
     elif plot is not None:
-        profile = {m: [p.metrics[m] for p in plans] for m in ("sign", "mass", "dispersion")}
+        profile: dict[str, list[float]] = {
+            metric: [p.metrics[metric] for p in plans] for metric in METRICS
+        }
         plot_conflict(plot, [p.name for p in plans], profile, [p.routed for p in plans])
-    figures = report.plan_figures(estimated) | (
+    figures = tables.plan_figures(estimated) | (
         {"curve": [vars(p) for p in points]} if curve else {}
     )
-    text = report.plan_report(estimated)
+    text = tables.plan_report(estimated)
     if curve:
-        text += f"\n\n{report.curve_report(points)}"
+        text += f"\n\n{tables.curve_report(points)}"
     elif inputs.config.density_decides:
         text += (
             "\nA budget keeps more in as many bytes, if not bit for bit: --curve predicts how much."
@@ -155,5 +151,4 @@ def _read(path: Path) -> tuple[str, MergeConfiguration]:
         raise ConfigError(
             f"{path}: merge_method is {config.merge_method}, not {METHOD}: use mergekit-yaml"
         )
-    check_keys(source, config)
     return source, config

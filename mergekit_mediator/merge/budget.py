@@ -12,13 +12,13 @@ from mergekit_mediator.delta.tradeoff import slope_for
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.estimate import Size, dense_sizes
-from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.passes import Measured
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.store.expert_file import header_bytes
 
-# Of what a budget leaves for experts, this much is for the error of the prediction.
-_RESERVE = 0.01
+# The part of what a budget leaves for experts that is kept back for the error of the prediction.
+RESERVE = 0.01
 # Of manifest and card: what they say of every weight besides its name, and the rest.
 _LISTED_BYTES, _CARD_BYTES = 10, 8000
 
@@ -30,6 +30,7 @@ def slopes_for(
     dense: Mapping[str, Size],
     checkpoint_bytes: int,
     other_bytes: int,
+    reserve: float = RESERVE,
 ) -> dict[ModelReference, float]:
     """The slope of each expert: that which takes its `bits`, or its share of a `budget`.
 
@@ -43,6 +44,7 @@ def slopes_for(
         dense: the sizes of the dense expert's weights by name.
         checkpoint_bytes: of the dense expert's checkpoint, with tokenizer and configuration: what `1x` is.
         other_bytes: that were written besides it and count too.
+        reserve: the part of the rest that is not spent.
 
     Raises:
         ConfigError: the budget leaves too little, or the bits are fewer than the least possible.
@@ -64,7 +66,7 @@ def slopes_for(
             f"budget: {config.budget} is {config.budget_bytes(checkpoint_bytes):,} bytes, and the dense "
             f"expert, its tokenizer and the headers of {len(models)} experts take {fixed:,} alone"
         )
-    slopes = Allocation(found).slopes(8 * left * (1 - _RESERVE))
+    slopes = Allocation(found).slopes(8 * left * (1 - reserve))
     return dict(zip(models, slopes, strict=True))
 
 
@@ -103,12 +105,12 @@ def bytes_over(
 
 
 def predict(
-    inputs: Inputs, weights: Sequence[PlannedWeight], measured: Mapping[str, Measured]
+    inputs: OpenInputs, weights: Sequence[PlannedWeight], measured: Mapping[str, Measured]
 ) -> list[Point]:
     """What every budget would keep, if all layers are routed.
 
     Args:
-        inputs: opened.
+        inputs: the models.
         weights: all of them.
         measured: by name, with costs.
     """

@@ -1,8 +1,8 @@
 """Everything of an artifact but its weights: configuration, tokenizer, card, and the manifest."""
 
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mergekit_mediator.errors import first_line
 from mergekit_mediator.merge.card import license_of, write_card
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.layers import LayerPlan
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.remote_code import own_modules, write_remote_code
 from mergekit_mediator.store.manifest import (
     CONFIG_SOURCE,
@@ -33,7 +34,26 @@ from mergekit_mediator.store.manifest import (
 )
 
 
-def write_model_files(inputs: Inputs, merge_config: MergeConfiguration, out: Path) -> None:
+@dataclass(frozen=True)
+class Merged:
+    """What the passes of a merge found out, for its manifest.
+
+    Attributes:
+        layers: in order, decided.
+        parameter_count: of the dense expert.
+        base_digests: by file of the base model.
+        slopes: by expert, see `budget.slopes_for`; empty where experts are stored without `bits` or `budget`.
+        tuned: by the name of each expert that was tuned.
+    """
+
+    layers: Sequence[LayerPlan]
+    parameter_count: int
+    base_digests: Mapping[str, FileDigest]
+    slopes: Mapping[ModelReference, float]
+    tuned: Mapping[str, Tuned]
+
+
+def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out: Path) -> None:
     """Configuration, tokenizer and the files that go along with them, all by mergekit's own code."""
     built, options = inputs.build_tokenizer(), inputs.options
     if built is not None:
@@ -82,7 +102,7 @@ def _copy_code(base: ModelPath, out: Path) -> None:
             wanted += [module for module in get_relative_imports(found) if module.isidentifier()]
 
 
-def digest_base(inputs: Inputs) -> dict[str, FileDigest]:
+def digest_base(inputs: OpenInputs) -> dict[str, FileDigest]:
     """The digests of the base model's weight files."""
     root = inputs.base_directory()
     files = [p.name for pattern in ("*.safetensors", "*.bin") for p in root.glob(pattern)]
@@ -93,22 +113,14 @@ def describe(
     inputs: Inputs,
     merge_config: MergeConfiguration,
     config_source: str | None,
-    plans: list[LayerPlan],
-    parameter_count: int,
-    base_digests: "Future[dict[str, FileDigest]]",
-    slopes: Mapping[ModelReference, float],
-    tuned: Mapping[str, Tuned],
+    merged: Merged,
     out: Path,
 ) -> Manifest:
-    """Write card and configuration to `out`; gives the manifest of everything that is there.
-
-    Slopes are those of `budget.slopes_for`, if experts were stored within bits or a budget; `tuned` is what
-    `tuning.tune` gave.
-    """
+    """Write card and configuration to `out`; gives the manifest of everything that is there."""
     parameters = _parameters(merge_config, inputs)
-    if slopes:
+    if merged.slopes:
         names = inputs.config.experts
-        parameters["slopes"] = {names[model]: slope for model, slope in slopes.items()}
+        parameters["slopes"] = {names[model]: slope for model, slope in merged.slopes.items()}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         package_version=__version__,
@@ -116,18 +128,18 @@ def describe(
             source=str(inputs.base.model.path),
             revision=inputs.base.model.revision,
             license=license_of(str(inputs.base.model.path), inputs.base.model.revision),
-            files=base_digests.result(),
+            files=dict(merged.base_digests),
         ),
         experts=tuple(
-            _expert(merge_config, model, name, tuned.get(name))
+            _expert(merge_config, model, name, merged.tuned.get(name))
             for model, name in inputs.config.experts.items()
         ),
         layers=tuple(
             LayerEntry(name=p.name, weights=p.weights, conflict=p.metrics, routed=bool(p.routed))
-            for p in plans
+            for p in merged.layers
         ),
         parameters=parameters,
-        parameter_count=parameter_count,
+        parameter_count=merged.parameter_count,
         files={},
     )
     source = config_source or merge_config.to_yaml()

@@ -1,7 +1,7 @@
 """The dense expert's checkpoint, written as its weights come, also before it is known which are routed."""
 
 import tempfile
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -9,7 +9,8 @@ from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+
+from mergekit_mediator.merge.passes import DenseVersions
 
 
 class DenseWriter:
@@ -38,28 +39,23 @@ class DenseWriter:
         self._waiting: dict[str, Path] = {}
         self._scratch = tempfile.TemporaryDirectory(dir=out)
 
-    def write(self, name: str, versions: Mapping[bool, Tensor]) -> None:
-        """Write a weight.
-
-        Args:
-            name: of the weight.
-            versions: by whether it is routed; one tensor under both keys where that makes no difference.
-        """
-        first, *others = versions.values()
+    def write(self, name: str, versions: DenseVersions) -> None:
+        """Write a weight, or keep both versions on disk until `finish` knows which one is right."""
+        first = versions.averaged
         self.parameters += first.numel()
         if first.is_floating_point():
             self.dtype = torch.promote_types(self.dtype or first.dtype, first.dtype)
-        if all(other is first for other in others):
+        if versions.routed is first:
             self._writer.save_tensor(name, first, clone=self._clone)
             return
         self._waiting[name] = Path(self._scratch.name, f"{len(self._waiting)}.safetensors")
-        save_file({str(routed): v for routed, v in versions.items()}, self._waiting[name])
+        save_file({"averaged": first, "routed": versions.routed}, self._waiting[name])
 
     def finish(self, routed: Container[str]) -> None:
         """Write what waited, in the version that routing asks for, and complete the checkpoint."""
         for name, path in self._waiting.items():
             with safe_open(path, framework="pt") as file:
-                weight = file.get_tensor(str(name in routed)).clone()
+                weight = file.get_tensor("routed" if name in routed else "averaged").clone()
             self._writer.save_tensor(name, weight, clone=self._clone)
         self._writer.finalize()
         self._scratch.cleanup()

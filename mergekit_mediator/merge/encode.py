@@ -14,13 +14,13 @@ from mergekit_mediator.delta.narrow import check_range, narrowed
 from mergekit_mediator.delta.stored_weight import StoredWeight, encode
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.conflict import task_vectors
-from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.lora import read_adapter
 from mergekit_mediator.merge.passes import Load
 from mergekit_mediator.merge.planner import PlannedWeight
 
 
-class Storing:
+class Encoder:
     """Encodes experts as a configuration asks."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Storing:
 
 
 def adapters_for(
-    inputs: Inputs, weights: Sequence[PlannedWeight]
+    inputs: OpenInputs, weights: Sequence[PlannedWeight]
 ) -> dict[ModelReference, Mapping[str, Factors]]:
     """Every expert's own factors, if all experts are plain adapters of the base; else none.
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from mergekit.common import dtype_from_name
 
 from mergekit_mediator.delta.kth_largest import count_kept
-from mergekit_mediator.merge.inputs import MAPPED_BYTES, Inputs
+from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.layers import LayerPlan
+from mergekit_mediator.merge.loaders import MAPPED_BYTES
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import count_workers
 from mergekit_mediator.tune.fit import TOKENS_AT_ONCE

@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mergekit_mediator.errors import ConfigError
@@ -62,6 +62,38 @@ class LayerPlan:
     def metrics(self) -> dict[Metric, float]:
         """The three metrics, each in [0, 1]; empty where nothing was measured."""
         return {m: self.conflict.value(m) for m in METRICS} if self.conflict else {}
+
+
+def plan_layers(
+    places: Iterable[tuple[str, str]],
+    selection: Selection,
+    metric: Metric,
+    conflicts: Mapping[str, Conflict],
+) -> list[LayerPlan]:
+    """The layers in order, decided if the selection needs no conflict or if it was measured.
+
+    Args:
+        places: the layer and the name of every weight, in order.
+        selection: the rule.
+        metric: the conflict that the rule looks at.
+        conflicts: by weight; empty if nothing was measured.
+    """
+    weights: dict[str, list[str]] = {}
+    for layer, name in places:
+        weights.setdefault(layer, []).append(name)
+    plans = [
+        LayerPlan(
+            layer,
+            tuple(dict.fromkeys(names)),
+            sum((conflicts[name] for name in names), Conflict()) if conflicts else None,
+        )
+        for layer, names in weights.items()
+    ]
+    if selection.needs_conflict and not conflicts:
+        return plans
+    values = {plan.name: plan.conflict.value(metric) for plan in plans if plan.conflict}
+    routed = select_routed(list(weights), selection, values)
+    return [replace(plan, routed=plan.name in routed) for plan in plans]
 
 
 def select_routed(

@@ -1,13 +1,13 @@
-"""The two passes over the weights of a merge, which read one expert at a time.
+"""The passes over the weights of a merge, which read one expert at a time.
 
-The first measures and averages. Of the experts only sums are kept, so that memory does not grow with
-their number. The second encodes what every expert keeps of the routed weights.
+`measure` finds conflict and costs, `average` the dense expert besides, and `store` encodes what every expert
+keeps of the routed weights. Of the experts only sums are kept, so that memory does not grow with their number.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -24,7 +24,7 @@ from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict
-from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
@@ -33,75 +33,101 @@ from mergekit_mediator.store.codec import encode_bytes
 from mergekit_mediator.store.description import Description
 
 Load = Callable[[ModelReference], Tensor]
-Stored = tuple[PlannedWeight, ModelReference, tuple[Tensor, Description] | None]
+Encoded = tuple[Tensor, Description]
 Encode = Callable[[PlannedWeight, ModelReference, Tensor, Load], StoredWeight | None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the first pass finds of one weight.
+    """The figures of one weight.
 
     Attributes:
-        conflict: of the experts' task vectors.
-        costs: by expert, what storing its task vector takes and leaves; see `tradeoff.tradeoff`.
-        directions: `[n_experts, rank, in]` float16 for the response router, if it measures this weight.
-        dense: the dense expert's weight on the CPU, in the output dtype: if it is averaged, under False,
-            if it is routed, under True, or both as long as that is not known.
+        conflict: between the experts' task vectors; all zero for a buffer of integers.
+        costs: by expert, what storing its task vector takes and leaves, see `tradeoff.tradeoff`; empty where
+            nobody asked, or nothing can be stored.
     """
 
     conflict: Conflict
-    costs: tuple[Tensor, ...] = ()
-    directions: Tensor | None = None
-    dense: Mapping[bool, Tensor] = field(default_factory=dict)
+    costs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class DenseVersions:
+    """The dense expert's weight on the CPU, in the output dtype, as each outcome of routing wants it.
+
+    One tensor under both names where the outcome is known or makes no difference.
+    """
+
+    averaged: Tensor
+    routed: Tensor
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """One weight of the dense expert, and what was measured on the way.
+
+    Attributes:
+        measured: its figures.
+        directions: by expert, `[rank, in]` float16 for the response router; empty where it does not measure
+            this weight.
+        dense: the weight.
+    """
+
+    measured: Measured
+    directions: tuple[Tensor, ...]
+    dense: DenseVersions
 
 
 class Passes:
     """Reads the weights of a merge, one expert of one weight at a time on each worker."""
 
-    def __init__(self, inputs: Inputs, over: Workers, allow_nonfinite: bool = False) -> None:
+    def __init__(self, inputs: OpenInputs, workers: Workers, allow_nonfinite: bool = False) -> None:
         """
         Args:
-            inputs: opened.
-            over: what runs the independent parts; see `workers`.
+            inputs: the models.
+            workers: run the independent parts.
             allow_nonfinite: accept NaN and infinity.
         """
-        self.inputs, self._over, self._allow_nonfinite = inputs, over, allow_nonfinite
+        self.inputs, self._workers, self._allow_nonfinite = inputs, workers, allow_nonfinite
         self.device = inputs.options.device or "cpu"
 
-    def first(
-        self,
-        weights: Sequence[PlannedWeight],
-        routed: frozenset[str] | None = None,
-        with_costs: bool = False,
-        only_conflict: bool = False,
+    def measure(
+        self, weights: Sequence[PlannedWeight], costed: Container[str]
     ) -> Iterator[tuple[PlannedWeight, Measured]]:
-        """Measure and average every weight.
+        """Measure every weight.
 
         Args:
             weights: in the order of the results.
-            routed: the names of the routed weights; None if that is not known yet.
-            with_costs: also find what storing would cost, where it may be asked for.
-            only_conflict: nothing else.
+            costed: the names of the weights whose costs are wanted.
 
         Raises:
             InputError: a tensor that cannot be read, is not everywhere, is not finite or would not be in
                 the output dtype, or holds integers that differ between the models.
         """
-        sizes = {weight.info.name: self.inputs.input_bytes(weight) for weight in weights}
-        measure = partial(self._measure, routed, with_costs, only_conflict)
-        with self._bar(
-            "measure" if only_conflict else "measure and average", sum(sizes.values())
-        ) as bar:
-            results = self._over(measure, weights, lambda weight: sizes[weight.info.name])
-            for weight, measured in zip(weights, results, strict=True):
-                bar.set_postfix_str(weight.info.name, refresh=False)
-                yield weight, measured
-                bar.update(sizes[weight.info.name])
+        return self._each("measure", weights, partial(self._measure, costed))
 
-    def second(
+    def average(
+        self,
+        weights: Sequence[PlannedWeight],
+        routed: Container[str] | None,
+        costed: Container[str],
+    ) -> Iterator[tuple[PlannedWeight, Averaged]]:
+        """Measure and average every weight.
+
+        Args:
+            weights: in the order of the results.
+            routed: the names of the routed weights; None while that is not known.
+            costed: as for `measure`.
+
+        Raises:
+            InputError: see `measure`.
+        """
+        return self._each("measure and average", weights, partial(self._average, routed, costed))
+
+    def store(
         self, weights: Sequence[PlannedWeight], out: Path, encode: Encode
-    ) -> Iterator[Stored]:
-        """What every expert stores of every weight, as `encode_bytes` gives it; None if nothing.
+    ) -> Iterator[tuple[PlannedWeight, ModelReference, Encoded | None]]:
+        """Encode what every expert stores of every weight; None if it stores nothing.
 
         Args:
             weights: the routed ones, in the order of the results.
@@ -118,7 +144,7 @@ class Passes:
                 for model, size in zip(inputs.experts, by_expert, strict=True):
                     yield _Item(weight, model, size, base, dense)
 
-        def store(item: _Item) -> tuple[_Item, tuple[Tensor, Description] | None]:
+        def encoded(item: _Item) -> tuple[_Item, Encoded | None]:
             weight, dense = item.weight, item.dense()
             if not dense.is_floating_point():
                 return item, None
@@ -130,112 +156,138 @@ class Passes:
             return item, None if stored is None else encode_bytes(stored, dense)
 
         with self._bar("store", sum(map(sum, sizes))) as bar:
-            for item, stored in self._over(store, items(), lambda item: item.size):
+            for item, stored in self._workers(encoded, items(), lambda item: item.size):
                 bar.set_postfix_str(f"{item.weight.info.name} of {item.model}", refresh=False)
                 yield item.weight, item.model, stored
                 bar.update(item.size)
 
-    def _measure(
+    def _each(
         self,
-        routed: frozenset[str] | None,
-        with_costs: bool,
-        only_conflict: bool,
-        weight: PlannedWeight,
-    ) -> Measured:
+        description: str,
+        weights: Sequence[PlannedWeight],
+        function: Callable[[PlannedWeight], Any],
+    ) -> Iterator[tuple[PlannedWeight, Any]]:
+        """Every weight with what a function gives for it, in order."""
+        sizes = {weight.info.name: self.inputs.input_bytes(weight) for weight in weights}
+        with self._bar(description, sum(sizes.values())) as bar:
+            results = self._workers(function, weights, lambda weight: sizes[weight.info.name])
+            for weight, result in zip(weights, results, strict=True):
+                bar.set_postfix_str(weight.info.name, refresh=False)
+                yield weight, result
+                bar.update(sizes[weight.info.name])
+
+    def _measure(self, costed: Container[str], weight: PlannedWeight) -> Measured:
+        base = self.inputs.load(weight, self.inputs.base)
+        if not base.is_floating_point():
+            self._check_buffer(weight, base)
+            return Measured(Conflict(), ())
+        accumulator = Accumulator(base, self.inputs.config.denoise, self.device)
+        costs = [
+            tradeoff(tau.cpu(), importance=weight.importance)
+            for _, tau in self._task_vectors(weight, base, accumulator)
+            if weight.info.name in costed
+        ]
+        return Measured(accumulator.conflict(), tuple(costs))
+
+    def _average(
+        self, routed: Container[str] | None, costed: Container[str], weight: PlannedWeight
+    ) -> Averaged:
         inputs, name = self.inputs, weight.info.name
         base = inputs.load(weight, inputs.base)
         if not base.is_floating_point():
-            return Measured(Conflict(), dense=self._buffer(weight, base))
-        found = Accumulator(base, inputs.config.denoise, self.device)
+            self._check_buffer(weight, base)
+            buffer = base.to("cpu", copy=True)
+            return Averaged(Measured(Conflict(), ()), (), DenseVersions(buffer, buffer))
+        accumulator = Accumulator(base, inputs.config.denoise, self.device)
         shares = [weight.shares[model] for model in inputs.experts]
-        weighted = None
-        if self._allow_nonfinite or len(set(shares)) > 1:
-            weighted = WeightedSum(base, shares, self.device)
-        with_costs = with_costs and (routed is None or name in routed)
-        with_directions = not only_conflict and is_measured(base.shape, inputs.hidden_size)
+        # the plain sum of the task vectors is the accumulator's already
+        equal = len(set(shares)) == 1 and not self._allow_nonfinite
+        weighted = None if equal else WeightedSum(base, shares, self.device)
+        with_directions = is_measured(base.shape, inputs.hidden_size)
         costs: list[Tensor] = []
         directions: list[Tensor] = []
-        dtype = base.dtype
-        for model in inputs.experts:
-            expert = inputs.load(weight, model, base)
-            dtype = torch.promote_types(dtype, expert.dtype)
-            tau = self._add(weight, found, model, base, expert)
+        widest = base.dtype
+        for expert, tau in self._task_vectors(weight, base, accumulator):
+            widest = torch.promote_types(widest, expert.dtype)
             if weighted is not None:
                 weighted.add(expert)
             del expert  # before the next one is loaded
-            if with_costs:
+            if name in costed:
                 costs.append(tradeoff(tau.cpu(), importance=weight.importance))
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
-        dense: dict[bool, Tensor] = {}
-        if not only_conflict:
-            total = found.total if weighted is None else weighted.total
-            dense = self._dense(weight, base, total, routed, dtype)
-        stacked = torch.stack(directions) if directions else None
-        return Measured(found.conflict(), tuple(costs), stacked, dense)
+        total = accumulator.total if weighted is None else weighted.total
+        measured = Measured(accumulator.conflict(), tuple(costs))
+        return Averaged(
+            measured, tuple(directions), self._dense(weight, base, total, routed, widest)
+        )
 
-    def _add(
-        self,
-        weight: PlannedWeight,
-        found: Accumulator,
-        model: ModelReference,
-        base: Tensor,
-        expert: Tensor,
-    ) -> Tensor:
-        if not expert.is_floating_point():
-            raise InputError(
-                f"{weight.info.name}: {expert.dtype} in {model}, {base.dtype} in the base"
-            )
-        for owner, tensor in ((self.inputs.base, base), (model, expert)):
-            check_range(tensor, torch.float32, f"{weight.info.name} of {owner}")
-        tau = found.add(expert)
-        if not found.finite and not self._allow_nonfinite:
-            for owner, tensor in ((self.inputs.base, base), (model, expert)):
-                if not bool(tensor.isfinite().all()):
-                    raise InputError(
-                        f"{weight.info.name}: NaN or infinity in {owner}: mend the model, or run "
-                        "`mergekit-mediator merge --allow-nonfinite`"
-                    )
-            change = expert.to(torch.float32) - base.to(torch.float32)
-            if not bool(change.isfinite().all()):
-                where = f"{weight.info.name}: the change in {model}"
-                raise range_error(where, math.inf, torch.float32)
-        return tau
+    def _task_vectors(
+        self, weight: PlannedWeight, base: Tensor, accumulator: Accumulator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every expert's weight with its task vector, which the accumulator has taken in."""
+        for model in self.inputs.experts:
+            expert = self.inputs.load(weight, model, base)
+            if not expert.is_floating_point():
+                raise InputError(
+                    f"{weight.info.name}: {expert.dtype} in {model}, {base.dtype} in the base"
+                )
+            tensors = {self.inputs.base: base, model: expert}
+            for owner, tensor in tensors.items():
+                check_range(tensor, torch.float32, f"{weight.info.name} of {owner}")
+            tau = accumulator.add(expert)
+            if not accumulator.finite and not self._allow_nonfinite:
+                self._refuse_nonfinite(weight, tensors)
+                change = expert.to(torch.float32) - base.to(torch.float32)
+                if not bool(change.isfinite().all()):
+                    where = f"{weight.info.name}: the change in {model}"
+                    raise range_error(where, math.inf, torch.float32)
+            del tensors, tensor
+            yield expert, tau
+            del expert, tau
 
-    def _buffer(self, weight: PlannedWeight, base: Tensor) -> dict[bool, Tensor]:
-        """Integers, which must be the same in all models."""
+    @staticmethod
+    def _refuse_nonfinite(weight: PlannedWeight, tensors: dict[ModelReference, Tensor]) -> None:
+        for owner, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise InputError(
+                    f"{weight.info.name}: NaN or infinity in {owner}: mend the model, or run "
+                    "`mergekit-mediator merge --allow-nonfinite`"
+                )
+
+    def _check_buffer(self, weight: PlannedWeight, base: Tensor) -> None:
+        """Integers must be the same in all models."""
         try:
             for model in self.inputs.experts:
                 expert = self.inputs.load(weight, model, base)
                 copy_non_floating_buffer([base, expert], weight.info.name)
         except (TypeError, ValueError) as error:
             raise InputError(f"{weight.info.name}: {first_line(error)}") from error
-        return dict.fromkeys((False, True), base.to("cpu", copy=True))
 
     def _dense(
         self,
         weight: PlannedWeight,
         base: Tensor,
         total: Tensor,
-        routed: frozenset[str] | None,
+        routed: Container[str] | None,
         widest: torch.dtype,
-    ) -> dict[bool, Tensor]:
-        """The dense expert's weight as each outcome of routing wants it; one tensor where all want the same."""
+    ) -> DenseVersions:
         dtype = dtype_from_name(weight.info.force_dtype or self.inputs.out_dtype) or widest
         shares = [weight.shares[model] for model in self.inputs.experts]
-        of_base = self.inputs.config.reference == "base"
-        scales = {False: weight.scale, True: 0.0 if of_base else 1.0}
+        if_averaged = weight.scale
+        if_routed = 0.0 if self.inputs.config.reference == "base" else 1.0
         if routed is not None:
-            is_routed = weight.info.name in routed
-            scales = {is_routed: scales[is_routed]}
+            if_averaged = if_routed = if_routed if weight.info.name in routed else if_averaged
+
         name, finite = weight.info.name, not self._allow_nonfinite
-        made = {
-            scale: on_base(base, total, shares, scale, dtype, name, finite).cpu()
-            if scale
-            else narrowed(base, dtype, name).cpu()
-            for scale in set(scales.values())
-        }
-        return {is_routed: made[scale] for is_routed, scale in scales.items()}
+
+        def version(scale: float) -> Tensor:
+            if scale:
+                return on_base(base, total, shares, scale, dtype, name, finite).cpu()
+            return narrowed(base, dtype, name).cpu()
+
+        averaged = version(if_averaged)
+        return DenseVersions(averaged, averaged if if_routed == if_averaged else version(if_routed))
 
     @contextmanager
     def _bar(self, description: str, size: int) -> "Iterator[tqdm[Any]]":

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mergekit_mediator.delta.stored_weight import StoredWeight, mix_
 from mergekit_mediator.errors import ConfigError, PromptError, RoutingError
 from mergekit_mediator.merge.config import MediatorConfig
-from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.models.loading import load_plain, load_tokenizer, stock_config
 from mergekit_mediator.models.locate import locate_weights
@@ -99,7 +99,7 @@ def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
 
 
 def tune(
-    inputs: Inputs,
+    inputs: OpenInputs,
     weights: Sequence[PlannedWeight],
     lessons: Lessons,
     files: Mapping[ModelReference, Path],
@@ -108,7 +108,7 @@ def tune(
     """Replace the files of experts that have prompts by tuned ones; by name, what that did.
 
     Args:
-        inputs: opened.
+        inputs: the models.
         weights: all of them.
         lessons: by expert; see `lessons`.
         files: of the experts.

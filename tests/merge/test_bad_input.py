@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.store.expert_file import ExpertWriter
 from mergekit_mediator.store.manifest import read_manifest
 
@@ -51,7 +51,7 @@ def test_unknown_and_contradictory_parameters(family, refused, settings, parts):
 def test_wrong_parameters_are_refused_before_any_weight_is_read(
     family, refused, monkeypatch, settings
 ):
-    monkeypatch.delattr(Inputs, "load")
+    monkeypatch.delattr(OpenInputs, "load")
     assert next(iter(settings)) in refused(family.config(**settings))
 
 
@@ -83,7 +83,7 @@ def test_an_output_directory_that_holds_a_model(family, mergekit_yaml, merged, t
 def test_a_disk_that_is_too_small_is_noticed_before_weights_are_read(family, refused, monkeypatch):
     usage = type(shutil.disk_usage("/"))(10**9, 10**9 - 100, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(Inputs, "load", None)
+    monkeypatch.setattr(OpenInputs, "load", None)
     message = refused(family.config())
     assert "disk full" in message
     assert "100 free" in message
@@ -172,7 +172,7 @@ def test_a_misspelt_key_of_a_model_is_refused(family, refused):
 def test_a_budget_below_the_dense_expert_is_refused_before_weights_are_read(
     family, refused, monkeypatch, budget
 ):
-    monkeypatch.setattr(Inputs, "load", None)
+    monkeypatch.setattr(OpenInputs, "load", None)
     message = refused(family.config(budget=budget))
     assert f"budget: {budget} is" in message
     assert "raise it above 1x" in message

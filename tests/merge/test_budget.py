@@ -2,8 +2,8 @@ import pico
 import pytest
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.merge import budget as slopes
-from mergekit_mediator.merge import run as merge
+from mergekit_mediator.merge import expert_pass
+from mergekit_mediator.merge.budget import slopes_for
 from mergekit_mediator.store.manifest import open_expert, read_manifest
 
 
@@ -84,11 +84,13 @@ def test_a_budget_bounds_the_whole_directory(wide, merged):
 
 
 def test_a_budget_holds_even_where_sizes_were_predicted_too_small(wide, merged, monkeypatch):
-    monkeypatch.setattr(slopes, "_RESERVE", -0.2)
-    passes, own = [], merge._Merge._write_experts
-    monkeypatch.setattr(
-        merge._Merge, "_write_experts", lambda *given: [passes.append(1), own(*given)]
-    )
+    passes = []
+
+    def too_much(*arguments):
+        passes.append(1)
+        return slopes_for(*arguments, reserve=-0.2)
+
+    monkeypatch.setattr(expert_pass, "slopes_for", too_much)
     out = merged(wide.config(budget="1.5x"))
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert 1.35 < total / checkpoint_bytes(out) <= 1.5

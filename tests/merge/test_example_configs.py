@@ -7,7 +7,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_mediator.merge.config import MediatorConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
 
 

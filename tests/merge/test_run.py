@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.merge import conflict
-from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.store.manifest import open_expert, read_manifest
 
@@ -184,7 +184,7 @@ def test_only_what_is_stored_is_read_a_second_time(family, merged, monkeypatch):
 def most_inputs_at_once(family, out, monkeypatch, **settings):
     """The largest number of the inputs' tensors that are in memory when another one is loaded."""
     alive, most, lock = set(), 0, threading.Lock()
-    stock = Inputs.load
+    stock = OpenInputs.load
 
     def watching(self, *args):
         nonlocal most
@@ -196,7 +196,7 @@ def most_inputs_at_once(family, out, monkeypatch, **settings):
 
     config = family.config(route="all", density=0.5, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(Inputs, "load", watching)
+        patch.setattr(OpenInputs, "load", watching)
         run(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True))
     return most
 

@@ -154,7 +154,7 @@ def test_prompts_that_cannot_be_used_are_refused_before_weights_are_read(
     def unread(*_):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("mergekit_mediator.merge.inputs.Inputs.load", unread)
+    monkeypatch.setattr("mergekit_mediator.merge.loaders.OpenInputs.load", unread)
     if content is not None:
         prompts.write_text(content)
     path = prompts.with_name("nowhere.jsonl") if "nowhere" in message else prompts
@@ -182,7 +182,7 @@ def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
     def unread(*_):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("mergekit_mediator.merge.inputs.Inputs.load", unread)
+    monkeypatch.setattr("mergekit_mediator.merge.loaders.OpenInputs.load", unread)
     no_tokenizer, unknown, untemplated = make(), make(), make()
     for path in no_tokenizer.base.glob("tokenizer*"):
         path.unlink()
