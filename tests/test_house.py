@@ -1,4 +1,4 @@
-"""The rules of the house: who may import what, and in one direction."""
+"""The rules of the house: which room may import which, and what no room does."""
 
 import ast
 import graphlib
@@ -9,141 +9,157 @@ import pytest
 import mergekit_mediator
 
 ROOT = Path(mergekit_mediator.__file__).parent
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
-TENSORS_ONLY = {
-    *("conflict", "plan", "sparse", "router", "threshold", "dense", "response"),
-    *(
-        "codec",
-        "factor_codec",
-        "entropy",
-        "bits",
-        "description",
-        "expert_file",
-        "workers",
-        "mixture",
-    ),
-    *(
-        "factor_steps",
-        "factors",
-        "approximate",
-        "budget",
-        "allocate",
-        "importance",
-        "teacher",
-        "distil",
-    ),
+# By room, the rooms that it may import from. Modules of the root are rooms of one file.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "delta": {"errors"},
+    "store": {"errors", "delta"},
+    "models": {"errors"},
+    "tune": {"errors", "delta", "models"},
+    "route": {"errors", "delta", "store", "models"},
+    "methods": {"errors", "delta"},
+    "merge": {"errors", "delta", "store", "models", "tune", "route", "methods"},
+    "serve": {"errors", "delta", "store", "models", "route"},
+    "evaluate": {"errors", "models", "methods", "merge", "serve"},
+    "remote": {"serve"},
+    "_autoload": {"merge"},
+    "_build": set(),
 }
-MERGING = {
-    "plugin",
-    "config",
-    "settings",
-    "expert_names",
-    "keys",
-    "planner",
-    "weights",
-    "architecture",
+ALLOWED["cli"] = {"errors", *ALLOWED} - {"remote", "_autoload", "_build"}
+ALLOWED["__init__"] = {
+    "errors",
+    "store",
+    "route",
+    "serve",
+}  # lazily: what `import` of the package gives
+
+# Libraries that only some rooms may import.
+LIBRARIES = {
+    "mergekit": {"methods", "merge", "evaluate", "cli"},
+    "transformers": {"models", "merge", "serve", "cli", "remote"},
+    "huggingface_hub": {"models", "merge"},
+    "datasets": {"models"},
 }
-MERGING |= {"passes", "storing", "checkpoint", "merge"}
-MERGING |= {"estimate", "slopes", "cli_merge", "demo", "dense_writer", "rivals"}
-MERGING |= {"lessons", "tuning"}
-SERVING = {"runtime", "loading", "routed", "remote", "routers", "serving", "requests"}
 
 
-def imports(module, at_import_only=False):
-    """The modules that one file imports; those inside functions too, unless told otherwise."""
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
-    skipped = set()
-    if at_import_only:
-        for node in ast.walk(tree):
-            lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-            if lazy or typing:
-                skipped.update(id(inner) for inner in ast.walk(node))
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+def modules():
+    """The source of every module, by its path below the package without the suffix."""
+    paths = sorted(ROOT.rglob("*.py"))
+    return {p.relative_to(ROOT).with_suffix("").as_posix(): p.read_text() for p in paths}
+
+
+def room(module):
+    return module.split("/")[0]
+
+
+def imports(source):
+    """The dotted names that a module imports, those inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: relative import"
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            assert node.level == 0, "relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
 
 
-def packages(module):
-    return {name.split(".")[0] for name in imports(module)}
+def own(source):
+    """The modules of this package that a module imports, as paths."""
+    found = set()
+    for name in imports(source):
+        parts = name.split(".")
+        if parts[0] != "mergekit_mediator":
+            continue
+        parts = parts[1:]
+        while parts and not (ROOT.joinpath(*parts).with_suffix(".py").exists()):
+            parts.pop()  # a definition, or what the package itself gives
+        found.add("/".join(parts) or "__init__")
+    return found
 
 
-def own(module, at_import_only=False):
-    """The modules of this package that one file imports."""
-    prefix = "mergekit_mediator."
-    names = {n.removeprefix(prefix).split(".")[0] for n in imports(module, at_import_only)}
-    return names & set(MODULES)
+def wrong_arrows(sources):
+    """Every import that the table does not allow, and every room that it does not know."""
+    wrong = [f"unknown room: {room(m)}" for m in sources if room(m) not in ALLOWED]
+    for module, source in sources.items():
+        for other in own(source) - {"__init__"}:
+            a, b = room(module), room(other)
+            if a != b and b not in ALLOWED.get(a, set()):
+                wrong.append(f"{module} imports {other}")
+    return sorted(set(wrong))
 
 
-def reach(module):
-    """Everything of this package that a module needs, directly or not."""
-    seen, left = set(), {module}
+def test_imports_point_one_way():
+    assert wrong_arrows(modules()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "complaint"),
+    [
+        ("serve/model", "from mergekit_mediator.merge.run import run", "imports merge/run"),
+        ("merge/run", "def f():\n    import mergekit_mediator.serve.model", "imports serve/model"),
+        ("delta/curve", "from mergekit_mediator.store import codec", "imports store/codec"),
+    ],
+)
+def test_a_wrong_import_is_found(module, line, complaint):
+    sources = modules()
+    sources[module] += f"\n{line}\n"
+    assert wrong_arrows(sources) == [f"{module} {complaint}"]
+
+
+def test_a_room_that_the_table_does_not_know_is_found():
+    assert wrong_arrows({**modules(), "attic/box": ""}) == ["unknown room: attic"]
+
+
+def test_the_table_names_no_room_that_is_gone():
+    assert set(ALLOWED) == {room(module) for module in modules()}
+
+
+def test_merging_and_serving_share_nothing_but_the_rooms_below_both():
+    below, left = set(), ["serve"]
     while left:
-        name = left.pop()
-        seen.add(name)
-        left |= own(name) - seen
-    return seen
-
-
-@pytest.mark.parametrize("module", sorted(TENSORS_ONLY & set(MODULES)))
-def test_the_core_knows_tensors_only(module):
-    for name in reach(module):
-        assert not packages(name) & {"mergekit", "transformers", "huggingface_hub"}, name
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_mergekit_is_imported_at_its_seam_only(module):
-    assert "mergekit" not in packages(module) or module in MERGING
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_transformers_is_imported_where_models_are_made_only(module):
-    assert "transformers" not in packages(module) or module in MERGING | SERVING | {"cli"}
-
-
-@pytest.mark.parametrize("module", sorted(SERVING & set(MODULES)))
-def test_serving_needs_no_mergekit(module):
-    assert all("mergekit" not in packages(name) for name in reach(module))
-
-
-def test_merging_and_serving_meet_in_the_artifact_only():
-    assert "runtime" not in reach("merge")
-    assert "merge" not in reach("runtime")
+        rooms = ALLOWED[left.pop()] - below
+        below |= rooms
+        left += rooms
+    assert not below & {"merge", "methods", "evaluate", "cli"}
 
 
 def test_no_module_imports_itself_through_others():
-    graph = {module: own(module) for module in MODULES if module != "__init__"}
+    sources = modules()
+    graph = {module: own(source) - {"__init__"} for module, source in sources.items()}
     tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_in_its_rooms_only(library):
+    for module, source in modules().items():
+        if any(name.split(".")[0] == library for name in imports(source)):
+            assert room(module) in LIBRARIES[library], module
+
+
+@pytest.mark.parametrize("module", modules())
 def test_no_module_uses_pickle(module):
-    source = (ROOT / f"{module}.py").read_text()
+    source = modules()[module]
     for call in ("pickle.load", "pickle.dump", "Unpickler(", "torch.load(", "torch.save("):
         assert call not in source
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", modules())
 def test_user_errors_are_no_asserts(module):
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    tree = ast.parse(modules()[module])
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_says_what_it_is_for(module):
-    assert ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text()))
+@pytest.mark.parametrize("module", modules())
+def test_no_docstring_begins_with_what(module):
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    for node in ast.walk(ast.parse(modules()[module])):
+        if isinstance(node, documented):
+            text = ast.get_docstring(node) or ""
+            assert not text.startswith("What "), f"{getattr(node, 'name', module)}: {text[:60]}"
 
 
-def test_every_module_of_the_core_has_its_tests():
-    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
-    core = {"conflict", "plan", "sparse", "router", "threshold", "response", "codec", "expert_file"}
-    assert core <= tests
+def test_files_are_short():
+    long = {module: source.count("\n") for module, source in modules().items()}
+    assert {module: lines for module, lines in long.items() if lines > 400} == {}

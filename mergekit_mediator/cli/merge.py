@@ -15,7 +15,6 @@ from mergekit_mediator.delta.curve import Point
 from mergekit_mediator.errors import ConfigError, first_line
 from mergekit_mediator.merge import plugin
 from mergekit_mediator.merge.budget import predict
-from mergekit_mediator.merge.config import METHOD
 from mergekit_mediator.merge.conflict import METRICS
 from mergekit_mediator.merge.estimate import estimate
 from mergekit_mediator.merge.inputs import HeaderInputs
@@ -24,6 +23,7 @@ from mergekit_mediator.merge.passes import Measured, Passes
 from mergekit_mediator.merge.preparation import prepared
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.merge.workers import workers
+from mergekit_mediator.methods.mediator import METHOD
 
 _config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 

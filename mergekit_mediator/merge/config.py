@@ -24,7 +24,6 @@ from mergekit_mediator.merge.parameters import (
     sources,
 )
 
-METHOD = "mediator"
 _RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget")
 _STORAGE = frozenset({"density", "values", "bits", "budget"})
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

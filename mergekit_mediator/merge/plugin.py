@@ -2,106 +2,23 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import click
-import torch
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    BatchOptions,
-    GroupMergeMethod,
-    InputContract,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
-from pydantic import Field
 
-from mergekit_mediator.errors import ConfigError, MediatorError
-from mergekit_mediator.merge.config import METHOD
+from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.methods.mediator import METHOD, Mediator
+from mergekit_mediator.methods.mediator_dense import MediatorDense
 
-REFERENCE = "https://arxiv.org/abs/2502.04411"
-_SHARE = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0)
-_SCALE = ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0)
-_DENSITY = ParameterSpec(
-    "density", Annotated[float, Field(gt=0, le=1)], ParameterScope.NON_BASE, default=0.1
-)
-
-
-class DenseMethod(GroupMergeMethod):  # type: ignore[misc]
-    """`mediator_dense`: θ_0 + λ·Σ_t w_t τ_t / Σ_t w_t, the dense expert of averaged layers alone."""
-
-    spec = MergeMethodSpec(
-        name="mediator_dense",
-        pretty_name="Mediator (dense expert)",
-        reference_url=REFERENCE,
-        parameters=(_SHARE, _SCALE),
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    )
-
-    def _execute(
-        self,
-        groups: Sequence[TensorGroup],
-        parameters: list[dict[str, Any]],
-        options: BatchOptions,
-        *,
-        input_dtypes: Sequence[torch.dtype | None],
-        out_dtype: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """mergekit's own, but finite numbers that a dtype makes infinite are refused."""
-        from mergekit_mediator.delta.narrow import check_range, narrowed
-
-        results = []
-        for group, given, dtype in zip(groups, parameters, input_dtypes, strict=True):
-            name = group.metadata.name or "weight"
-            for entry in group.entries:
-                check_range(entry.tensor, dtype or entry.tensor.dtype, f"{name} of {entry.id}")
-            (result,) = super()._execute((group,), [given], options, input_dtypes=[dtype])
-            results.append(result if out_dtype is None else narrowed(result, out_dtype, name))
-        return tuple(results)
-
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        from mergekit_mediator.methods.weighted_mean import average
-
-        shares = [parameters["weight"][entry.id] for entry in group.non_base]
-        if sum(shares) <= 0:
-            raise ConfigError("weight: the sum over all experts must be above 0")
-        base, name = group.base.tensor, group.metadata.name or "weight"
-        experts = [entry.tensor for entry in group.non_base]
-        scale, device = parameters["lambda"], str(base.device)
-        return average(base, experts, shares, scale, base.dtype, name, device)
-
-
-class MediatorMethod(GroupMergeMethod):  # type: ignore[misc]
-    """`mediator`: known by name, so that mergekit resolves its per-weight parameters.
-
-    A method sees one tensor at a time and returns one tensor, while an artifact needs all layers and
-    more files than one: so it is `run_merge` that does the work.
-    """
-
-    spec = MergeMethodSpec(
-        name=METHOD,
-        pretty_name="Mediator",
-        reference_url=REFERENCE,
-        parameters=(_SHARE, _SCALE, _DENSITY),
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
-    )
-
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        raise ConfigError(
-            "merge_method mediator writes an artifact and cannot merge tensors in memory: "
-            "use mediator_dense, or mergekit.merge.run_merge"
-        )
+_METHODS = (Mediator, MediatorDense)
 
 
 def register_methods(merge_methods: ModuleType) -> None:
-    """Register both methods, once, with the module `mergekit.merge_methods`."""
+    """Register all methods, once, with the module `mergekit.merge_methods`."""
     registered = {method.spec.name for method in merge_methods.registered_methods()}
-    for method in (MediatorMethod(), DenseMethod()):
+    for method in (kind() for kind in _METHODS):
         if method.spec.name not in registered:
             merge_methods.register(method)
 
@@ -150,7 +67,7 @@ def _rounding_itself(stock: Any) -> Any:
 
     class Planner(stock):  # type: ignore[misc]
         def plan_tensor(self, weight: Any, *args: Any, **kwargs: Any) -> None:
-            if self.config.merge_method != DenseMethod.spec.name:
+            if self.config.merge_method != MediatorDense.spec.name:
                 super().plan_tensor(weight, *args, **kwargs)
                 return
             before, dtype = len(self._tensors), self.config.dtype

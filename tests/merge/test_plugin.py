@@ -153,9 +153,15 @@ def test_the_dense_method_writes_the_dense_expert_as_an_ordinary_merge(family, m
     assert all(torch.equal(dense[name], expected[name]) for name in expected)
 
 
-def test_the_full_method_says_why_it_cannot_merge_in_memory():
+def test_in_memory_the_full_method_gives_the_dense_expert_and_says_so(caplog):
     base, first, second = models()
-    with pytest.raises(ConfigError, match="use mediator_dense"):
-        mergekit.merge_methods.merge_state_dicts(
-            {"base": base, "a": first, "b": second}, "mediator", base="base"
-        )
+    inputs = {"base": base, "a": first, "b": second}
+    parameters = {"weight": {"a": 1.0, "b": 3.0}, "lambda": 0.5}
+    merge = mergekit.merge_methods.merge_state_dicts
+    merged = merge(inputs, "mediator", base="base", parameters={**parameters, "density": 0.2})
+    assert caplog.messages == [
+        "merge_method mediator: in memory it gives the dense expert alone, as mediator_dense does: "
+        "experts are written by mergekit-yaml, mergekit-mediator merge or mergekit.merge.run_merge"
+    ]
+    dense = merge(inputs, "mediator_dense", base="base", parameters=parameters)
+    assert torch.equal(merged["w"], dense["w"])

@@ -1,0 +1,50 @@
+"""`mediator`: one dense expert, small experts beside it, and a router; in memory the dense expert alone."""
+
+import logging
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import Field
+
+from mergekit_mediator.methods.mediator_dense import REFERENCE, SCALE, SHARE, MediatorDense
+
+METHOD = "mediator"
+_DENSITY = ParameterSpec(
+    "density", Annotated[float, Field(gt=0, le=1)], ParameterScope.NON_BASE, default=0.1
+)
+_LOG = logging.getLogger(__name__)
+
+
+class Mediator(MediatorDense):
+    """The method as mergekit knows it: its name, its parameters, and what it gives in memory.
+
+    A method sees one tensor at a time and returns one tensor, while an artifact needs all layers and more
+    files than one. So `run_merge` writes artifacts, see `merge.plugin`. Where mergekit merges tensors in
+    memory, this method gives the dense expert of averaged layers, as `mediator_dense` does.
+    """
+
+    spec = MergeMethodSpec(
+        name=METHOD,
+        pretty_name="Mediator",
+        reference_url=REFERENCE,
+        parameters=(SHARE, SCALE, _DENSITY),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
+    )
+
+    def __call__(self, groups: Sequence[TensorGroup], **options: Any) -> tuple[torch.Tensor, ...]:
+        """Merge in memory, and warn that no expert is written there."""
+        _LOG.warning(
+            "merge_method mediator: in memory it gives the dense expert alone, as mediator_dense does: "
+            "experts are written by mergekit-yaml, mergekit-mediator merge or mergekit.merge.run_merge"
+        )
+        merged: tuple[torch.Tensor, ...] = super().__call__(groups, **options)
+        return merged

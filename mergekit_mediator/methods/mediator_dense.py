@@ -1,0 +1,65 @@
+"""`mediator_dense`: θ_0 + λ·Σ_t w_t τ_t / Σ_t w_t, the dense expert of averaged layers alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+
+from mergekit_mediator.delta.narrow import check_range, narrowed
+from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.methods.weighted_mean import average
+
+REFERENCE = "https://arxiv.org/abs/2502.04411"
+SHARE = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0)
+SCALE = ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0)
+
+
+class MediatorDense(GroupMergeMethod):  # type: ignore[misc]
+    """The dense expert as a merge method of its own: one ordinary checkpoint, no experts."""
+
+    spec = MergeMethodSpec(
+        name="mediator_dense",
+        pretty_name="Mediator (dense expert)",
+        reference_url=REFERENCE,
+        parameters=(SHARE, SCALE),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+    )
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Merge as mergekit does, but refuse finite numbers that a dtype makes infinite."""
+        results = []
+        for group, given, dtype in zip(groups, parameters, input_dtypes, strict=True):
+            name = group.metadata.name or "weight"
+            for entry in group.entries:
+                check_range(entry.tensor, dtype or entry.tensor.dtype, f"{name} of {entry.id}")
+            (result,) = super()._execute((group,), [given], options, input_dtypes=[dtype])
+            results.append(result if out_dtype is None else narrowed(result, out_dtype, name))
+        return tuple(results)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """The weighted mean of the experts' task vectors on the base, times λ."""
+        shares, scale = parameters["weight"], parameters["lambda"]
+        weights = [shares[entry.id] for entry in group.non_base]
+        if sum(weights) <= 0:
+            raise ConfigError("weight: the sum over all experts must be above 0")
+        base, name = group.base.tensor, group.metadata.name or "weight"
+        experts = [entry.tensor for entry in group.non_base]
+        return average(base, experts, weights, scale, base.dtype, name, str(base.device))
