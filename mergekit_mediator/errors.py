@@ -34,7 +34,7 @@ class TaskError(MediatorError):
 
 
 class PromptError(MediatorError):
-    """A prompt that cannot be turned into tokens."""
+    """A prompt that cannot be turned into tokens, or a file of prompts that cannot be read."""
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, add_merge_options
 from pydantic import ValidationError
 
-from mergekit_mediator.cli import tables
+from mergekit_mediator.cli import plan_tables
 from mergekit_mediator.cli.plots import plot_conflict, plot_curve
 from mergekit_mediator.delta.curve import Point
 from mergekit_mediator.errors import ConfigError, first_line
@@ -111,12 +111,12 @@ def plan(
             metric: [p.metrics[metric] for p in plans] for metric in METRICS
         }
         plot_conflict(plot, [p.name for p in plans], profile, [p.routed for p in plans])
-    figures = tables.plan_figures(estimated) | (
+    figures = plan_tables.plan_figures(estimated) | (
         {"curve": [vars(p) for p in points]} if curve else {}
     )
-    text = tables.plan_report(estimated)
+    text = plan_tables.plan_report(estimated)
     if curve:
-        text += f"\n\n{tables.curve_report(points)}"
+        text += f"\n\n{plan_tables.curve_report(points)}"
     elif inputs.config.density_decides:
         text += (
             "\nA budget keeps more in as many bytes, if not bit for bit: --curve predicts how much."

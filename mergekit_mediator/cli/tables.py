@@ -1,11 +1,7 @@
-"""Tables for people: what will be merged, what budgets would keep, and what a router does."""
+"""Tables for people, and the words for bytes; figures of systems and routers as tables."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mergekit_mediator.delta.curve import Point
-    from mergekit_mediator.merge.estimate import Estimate
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -28,84 +24,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def plan_report(estimate: "Estimate") -> str:
-    """What a merge will do, layer by layer."""
-    decisions = {True: "routed", False: "averaged", None: "undecided"}
-    rows = []
-    for layer in estimate.layers:
-        metrics = layer.plan.metrics
-        rows.append(
-            [
-                layer.plan.name,
-                decisions[layer.plan.routed],
-                *[f"{metrics[m]:.3f}" if metrics else "-" for m in ("sign", "mass", "dispersion")],
-                f"{layer.parameters:,}",
-                size(layer.read),
-                size(layer.dense),
-                size(layer.experts) if layer.experts else "-",
-            ]
-        )
-    header = ["layer", "decision", "sign", "mass", "dispersion"]
-    header += ["parameters", "read", "dense", "experts"]
-    lines = [table(header, rows), ""]
-    undecided = any(layer.plan.routed is None for layer in estimate.layers)
-    if undecided:
-        lines.append("Undecided layers depend on the conflict: add --conflict to measure it.")
-    experts = "some" if undecided else f"about {size(estimate.experts)}"
-    lines.append(
-        f"Reads {size(estimate.read)} in {estimate.passes} pass{'es' * (estimate.passes > 1)}, "
-        f"writes {size(estimate.dense)} of dense expert and {experts} of sparse "
-        f"experts; needs about {size(estimate.peak_memory)} of memory."
-    )
-    return "\n".join(lines)
-
-
-def plan_figures(estimate: "Estimate") -> dict[str, Any]:
-    """The same as plain values, sizes in bytes."""
-    return {
-        "layers": [
-            {
-                "name": layer.plan.name,
-                "routed": layer.plan.routed,
-                "conflict": layer.plan.metrics or None,
-                "parameters": layer.parameters,
-                "read": layer.read,
-                "dense": layer.dense,
-                "experts": layer.experts,
-            }
-            for layer in estimate.layers
-        ],
-        "passes": estimate.passes,
-        "read": estimate.read,
-        "dense": estimate.dense,
-        "experts": estimate.experts,
-        "peak_memory": estimate.peak_memory,
-    }
-
-
-def curve_report(points: "Sequence[Point]") -> str:
-    """What every budget would keep."""
-    rows = [
-        [
-            f"{point.over_dense:g}x",
-            size(point.total_bytes),
-            f"{point.bits:.3f}",
-            f"{100 * (1 - point.left):.1f}",
-            f"{100 * point.loss_recovered:.1f}",
-        ]
-        for point in points
-    ]
-    header = ["budget", "everything", "bits/param", "change kept, %", "loss recovered, %"]
-    return "\n".join(
-        [
-            table(header, rows),
-            "",
-            "Predicted from the weights alone, for all layers routed: the squared change from base to",
-            "experts that is kept, and what that recovered of the loss of fine-tunes measured before.",
-        ]
-    )
 
 
 def comparison_report(figures: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_mediator.errors import TaskError
+from mergekit_mediator.errors import PromptError, TaskError
+from mergekit_mediator.models.prompt_files import Record, parse_prompt, read_records
 from mergekit_mediator.models.prompts import Prompt
 
 
@@ -52,11 +53,10 @@ def from_jsonl(path: str | Path, name: str | None = None) -> Task:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"cannot read task file {path}: {error}") from error
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return Task(name or path.stem, tuple(_parse(line, f"{path} line {i}") for i, line in lines))
+        examples = tuple(_example(record, where) for where, record in read_records(path))
+    except PromptError as error:
+        raise TaskError(str(error)) from error
+    return Task(name or path.stem, examples)
 
 
 def from_reasoning_gym(
@@ -119,30 +119,11 @@ def from_lm_eval(
     return Task(name, tuple(_harness_examples(name, task, documents)))
 
 
-def _parse(line: str, where: str) -> Example:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-        raise TaskError(f"{where}: an object with 'answer' and 'prompt' or 'messages' is required")
+def _example(record: Record, where: str) -> Example:
     answer = record.get("answer")
     if not isinstance(answer, str) or not answer:
         raise TaskError(f"{where}: 'answer' must be a string that is not empty, got {answer!r}")
-    if "prompt" in record:
-        if not isinstance(record["prompt"], str):
-            raise TaskError(f"{where}: 'prompt' must be a string, got {record['prompt']!r}")
-        return Example(record["prompt"], answer)
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise TaskError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
-    return Example(tuple(messages), answer)
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
-    )
+    return Example(parse_prompt(record, where), answer)
 
 
 def _harness_examples(name: str, task: Any, documents: list[Any]) -> Iterator[Example]:

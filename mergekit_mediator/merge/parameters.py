@@ -9,6 +9,7 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
 
 from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.store.manifest import EXPERT_NAME
 
 # Resolved by mergekit for each weight, so filters and gradients have a meaning; and what each may be.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -80,7 +81,6 @@ def check_per_weight(name: str, setting: ParameterSetting, where: str) -> None:
 
 # Belong to one expert, and are given with its model.
 PER_EXPERT = frozenset({"expert", "prompts"})
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def named_experts(config: MergeConfiguration, known: Collection[str]) -> dict[ModelReference, str]:
@@ -145,7 +145,7 @@ def prompt_files(config: MergeConfiguration) -> dict[ModelReference, str]:
 
 def _expert_name(model: ModelReference, explicit: str | None) -> str:
     if explicit is not None:
-        if not _NAME.fullmatch(explicit):
+        if not re.fullmatch(EXPERT_NAME, explicit):
             raise ConfigError(
                 f"model {model}: expert name {explicit!r} must be 1 to 64 characters of "
                 "a-z 0-9 . _ - and start with a letter or digit"

@@ -15,13 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_mediator.delta.stored_weight import StoredWeight, mix_
-from mergekit_mediator.errors import ConfigError, PromptError, RoutingError
+from mergekit_mediator.errors import ConfigError, PromptError
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.models.loading import load_plain, load_tokenizer, stock_config
 from mergekit_mediator.models.locate import locate_weights
-from mergekit_mediator.models.prompts import Prompt, data_digest, pad_token, read_prompts, render
+from mergekit_mediator.models.prompt_files import data_digest, read_prompts
+from mergekit_mediator.models.prompts import Prompt, pad_token, render
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
 from mergekit_mediator.store.manifest import Tuned
 from mergekit_mediator.tune.fit import distil, seen
@@ -94,7 +95,7 @@ def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False
 def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
     try:
         return read_prompts(Path(path))
-    except RoutingError as error:
+    except PromptError as error:
         raise ConfigError(f"model {model}: prompts: {error}") from error
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mergekit_mediator.errors import ArtifactError, OutputError, RoutingError
 from mergekit_mediator.models.contexts import Contexts
-from mergekit_mediator.models.prompts import data_digest, read_prompts, render
+from mergekit_mediator.models.prompt_files import data_digest, read_prompts
+from mergekit_mediator.models.prompts import render
 from mergekit_mediator.route import fit as fit_router
 from mergekit_mediator.route.background import BACKGROUND
 from mergekit_mediator.route.calibrated import CalibratedRouter, Head, Kind
@@ -56,7 +57,7 @@ def calibrate_artifact(
         root: of the artifact.
         model: its dense expert.
         tokenizer: of the artifact.
-        data: a JSONL file by expert; see `prompts.read_prompts`.
+        data: a JSONL file by expert; see `prompt_files.read_prompts`.
         kind, head, seed: see `fit.fit`; where some experts keep their old data, those of the
             present router are used.
         manifest: of the artifact, if its files were verified before model and tokenizer were loaded.

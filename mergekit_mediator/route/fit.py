@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.errors import RoutingError
-from mergekit_mediator.models.prompts import MIN_PROMPTS
+from mergekit_mediator.models.prompt_files import MIN_PROMPTS
 from mergekit_mediator.route.calibrated import (
     CalibratedRouter,
     Head,

@@ -25,7 +25,7 @@ ROUTER = "mediator/router.safetensors"
 RESPONSE = "mediator/response.safetensors"
 FORMAT_VERSION = 1
 _ROUTER_FILE = re.compile(r"mediator/router(-[0-9a-f]{12})?\.safetensors")
-_EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 class _Model(BaseModel):
@@ -61,7 +61,7 @@ class Tuned(_Model):
 class ExpertEntry(_Model):
     """One expert: where it came from, its share in the mean, and its file below `mediator/`."""
 
-    name: Annotated[str, Field(pattern=_EXPERT_NAME)]
+    name: Annotated[str, Field(pattern=EXPERT_NAME)]
     source: str
     revision: str | None = None
     license: str | None = None

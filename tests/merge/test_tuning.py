@@ -144,7 +144,7 @@ def test_an_expert_that_is_the_dense_one_stays_as_it_is(family, merged, prompts)
     [
         ({"density": 0.1}, None, "prompts: they tune what a `budget` or `bits` store"),
         ({"bits": 2}, "", "prompts.jsonl: at least 5 prompts required, got 0"),
-        ({"bits": 2}, "{", "prompts.jsonl line 1 is no JSON"),
+        ({"bits": 2}, "{", "prompts.jsonl line 1: no JSON"),
         ({"bits": 2}, None, "nowhere.jsonl"),
     ],
 )

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from mergekit_mediator.cli.main import main
-from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.errors import PromptError, RoutingError
 from mergekit_mediator.route.calibrate import calibrate_artifact
 from mergekit_mediator.route.features import hidden_features
 from mergekit_mediator.serve.model import MediatorModel
@@ -97,11 +97,11 @@ LINE = '{"prompt": "w1"}\n'
     [
         ("", r"math\.jsonl: at least 5 prompts required, got 0"),
         (4 * LINE, r"math\.jsonl: at least 5 prompts required, got 4"),
-        (LINE + "nothing", r"math\.jsonl line 2 is no JSON"),
+        (LINE + "nothing", r"math\.jsonl line 2: no JSON"),
         (LINE + '{"text": "w1"}', r"math\.jsonl line 2: either a text"),
         (LINE + '{"messages": [{"role": "user"}]}', r"math\.jsonl line 2: every message needs"),
-        (None, r"cannot read calibration data .*math\.jsonl"),
-        (b"\xff\xfe", r"cannot read calibration data .*math\.jsonl"),
+        (None, r"math\.jsonl: cannot be read"),
+        (b"\xff\xfe", r"math\.jsonl: cannot be read"),
     ],
 )
 def test_bad_data_leaves_the_old_router_as_it_was(out, data, text, message):
@@ -113,7 +113,7 @@ def test_bad_data_leaves_the_old_router_as_it_was(out, data, text, message):
         data["math"].write_bytes(text)
     else:
         data["math"].write_text(text)
-    with pytest.raises(RoutingError, match=message):
+    with pytest.raises(PromptError, match=message):
         calibrate(out, data, kind="embedding")
     assert before == {p: p.read_bytes() for p in (out / "mediator").iterdir() if p.is_file()}
 
@@ -173,7 +173,7 @@ def test_the_command_calibrates_and_shows_the_confusion(out, data):
         ([], "give --data for all experts, or --add for some"),
         (["--data", "math"], "'math': NAME=FILE.jsonl required"),
         (["--data", "math=gone.jsonl"], "no data for code, chat: give it, or use --add"),
-        (["--add", "math=gone.jsonl"], "cannot read calibration data gone.jsonl"),
+        (["--add", "math=gone.jsonl"], "gone.jsonl: cannot be read"),
     ],
 )
 def test_the_command_says_what_it_lacks(out, arguments, message):

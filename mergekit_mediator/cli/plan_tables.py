@@ -1,0 +1,87 @@
+"""The tables and figures of `plan`: a merge layer by layer, and the quality that each budget would keep."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mergekit_mediator.cli.tables import size, table
+from mergekit_mediator.delta.curve import Point
+from mergekit_mediator.merge.conflict import METRICS
+from mergekit_mediator.merge.estimate import Estimate
+
+
+def plan_report(estimate: Estimate) -> str:
+    """A merge as a table, layer by layer."""
+    decisions = {True: "routed", False: "averaged", None: "undecided"}
+    rows = []
+    for layer in estimate.layers:
+        metrics = layer.plan.metrics
+        rows.append(
+            [
+                layer.plan.name,
+                decisions[layer.plan.routed],
+                *[f"{metrics[m]:.3f}" if metrics else "-" for m in METRICS],
+                f"{layer.parameters:,}",
+                size(layer.read),
+                size(layer.dense),
+                size(layer.experts) if layer.experts else "-",
+            ]
+        )
+    header = ["layer", "decision", *METRICS]
+    header += ["parameters", "read", "dense", "experts"]
+    lines = [table(header, rows), ""]
+    undecided = any(layer.plan.routed is None for layer in estimate.layers)
+    if undecided:
+        lines.append("Undecided layers depend on the conflict: add --conflict to measure it.")
+    experts = "some" if undecided else f"about {size(estimate.experts)}"
+    lines.append(
+        f"Reads {size(estimate.read)} in {estimate.passes} pass{'es' * (estimate.passes > 1)}, "
+        f"writes {size(estimate.dense)} of dense expert and {experts} of sparse "
+        f"experts; needs about {size(estimate.peak_memory)} of memory."
+    )
+    return "\n".join(lines)
+
+
+def plan_figures(estimate: Estimate) -> dict[str, Any]:
+    """A merge as plain values, sizes in bytes."""
+    return {
+        "layers": [
+            {
+                "name": layer.plan.name,
+                "routed": layer.plan.routed,
+                "conflict": layer.plan.metrics or None,
+                "parameters": layer.parameters,
+                "read": layer.read,
+                "dense": layer.dense,
+                "experts": layer.experts,
+            }
+            for layer in estimate.layers
+        ],
+        "passes": estimate.passes,
+        "read": estimate.read,
+        "dense": estimate.dense,
+        "experts": estimate.experts,
+        "peak_memory": estimate.peak_memory,
+    }
+
+
+def curve_report(points: Sequence[Point]) -> str:
+    """The predicted quality of every budget as a table."""
+    rows = [
+        [
+            f"{point.over_dense:g}x",
+            size(point.total_bytes),
+            f"{point.bits:.3f}",
+            f"{100 * (1 - point.left):.1f}",
+            f"{100 * point.loss_recovered:.1f}",
+        ]
+        for point in points
+    ]
+    header = ["budget", "everything", "bits/param", "change kept, %", "loss recovered, %"]
+    return "\n".join(
+        [
+            table(header, rows),
+            "",
+            "Predicted from the weights alone, for all layers routed: the squared change from base to",
+            "experts that is kept, and what that recovered of the loss of fine-tunes measured before.",
+        ]
+    )
