@@ -63,7 +63,7 @@ class Ablations:
         """One merge, each task with its own expert."""
         label = "mediator" if parameters == BUDGET else "-".join(map(str, parameters.values()))
         model, _ = artifact(self.made, label, parameters)
-        own = {t: [mixed(model, ((t, 1.0),))] * len(x.examples) for t, x in self.tasks.items()}
+        own = {t: [mixed(model, {t: 1.0})] * len(x.examples) for t, x in self.tasks.items()}
         self.add_of(model, part, name, parameters, own)
 
     def add_of(
@@ -102,7 +102,7 @@ class Ablations:
                 for task, found in route(model, self.tasks).items()
             }
             self.add_of(model, "parts", name, BUDGET, routed)
-        dense = {task: [mixed(model, ())] * len(x.examples) for task, x in self.tasks.items()}
+        dense = {task: [mixed(model, {})] * len(x.examples) for task, x in self.tasks.items()}
         self.add_of(model, "parts", "without routing: the dense expert", BUDGET, dense)
         self.add("parts", "with the task's own expert", BUDGET)
 
@@ -142,7 +142,7 @@ class Ablations:
         parameters = {**BUDGET, "strength": "none"}
         with patch.object(approximate, "_NORM_POWER", 0.0):
             model, _ = artifact(self.made, "-".join(parameters.values()), BUDGET)
-        own = {t: [mixed(model, ((t, 1.0),))] * len(x.examples) for t, x in self.tasks.items()}
+        own = {t: [mixed(model, {t: 1.0})] * len(x.examples) for t, x in self.tasks.items()}
         self.add_of(model, "parts", "without strengthening what is kept", parameters, own)
 
     def stored(self) -> None:

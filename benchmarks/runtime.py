@@ -199,7 +199,7 @@ def form_figures(model: MediatorModel, rounds: int) -> list[dict[str, Any]]:
             return seconds(lambda: model.generate(ids, mask, **chosen))
 
         times = in_turns(rounds, merge=lambda: run("merge"), rows=lambda: run("rows"))
-        rows = (model._requests.named(model.experts[0]),)
+        rows = (model._choice.named(model.experts[0]),)
         auto = model._serving._form(rows, "auto", None, ids.shape[1], tokens)
         row = {"new_tokens": tokens, "auto": auto, "milliseconds": milliseconds(times)}
         figures.append({**row, "rows_over_merge": ratio(times, "rows", "merge")})

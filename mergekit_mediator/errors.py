@@ -29,6 +29,10 @@ class MixtureError(MediatorError):
     """A mixture of experts that cannot be applied to the model."""
 
 
+class SettingError(MediatorError):
+    """A setting of a routed model that does not exist, or cannot have the value it is given."""
+
+
 class TaskError(MediatorError):
     """Evaluation data that cannot be loaded or scored."""
 

@@ -137,9 +137,9 @@ def loaded(make, tmp_path_factory):
 @pytest.fixture
 def model(loaded):
     """The loaded model, with its settings as new."""
-    kept = dict(vars(loaded))
     yield loaded
-    vars(loaded).update(kept)
+    for name, field in type(loaded.settings).model_fields.items():
+        setattr(loaded.settings, name, field.default)
 
 
 @pytest.fixture

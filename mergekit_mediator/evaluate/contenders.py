@@ -10,10 +10,8 @@ from typing import Any
 
 from mergekit_mediator.errors import InputError
 from mergekit_mediator.models.loading import load_plain
+from mergekit_mediator.serve.mixture import Named
 from mergekit_mediator.serve.model import MediatorModel
-
-# Weights by expert, at most one entry each; none is the dense expert.
-Mixture = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,9 @@ def checkpoint(source: str | Path) -> Contender:
     return Contender(_identity(source), load)
 
 
-def mixed(model: MediatorModel, mixture: Mixture) -> Contender:
+def mixed(model: MediatorModel, mixture: Named) -> Contender:
     """An artifact under one mixture."""
-    weights = dict(mixture)
-    return Contender(model.mixture_digest(weights), lambda *_: model.mixture(weights))
+    return Contender(model.mixture_digest(mixture), lambda *_: model.mixture(mixture))
 
 
 def adapted(source: str | Path, adapter: Path) -> Contender:

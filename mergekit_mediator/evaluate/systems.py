@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_mediator.errors import TaskError
-from mergekit_mediator.evaluate.contenders import Contender, Mixture, checkpoint, mixed
+from mergekit_mediator.evaluate.contenders import Contender, checkpoint, mixed
 from mergekit_mediator.evaluate.results import SystemResult
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
 from mergekit_mediator.evaluate.tasks import Example
 from mergekit_mediator.models.prompts import render
+from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.serve.model import MediatorModel
 
 # Ratios to the base: of the dense expert alone, and of everything.
@@ -79,12 +80,12 @@ def mediator_systems(
     """
     routing = routing if routing is not None else route(model, tasks)
     alone, figures = stored if stored is not None else sizes(model)
-    own = {name: [mixed(model, ((name, 1.0),))] * len(t.examples) for name, t in tasks.items()}
+    own = {name: [mixed(model, {name: 1.0})] * len(t.examples) for name, t in tasks.items()}
     routed = {name: [mixed(model, m) for m in r.mixtures] for name, r in routing.items()}
     return [
         SystemResult(
             "mediator_dense",
-            scorer.alike("mediator_dense", tasks, mixed(model, ())),
+            scorer.alike("mediator_dense", tasks, mixed(model, {})),
             alone,
         ),
         SystemResult("mediator_oracle", scorer.score("mediator_oracle", tasks, own), figures),
@@ -195,7 +196,6 @@ def _route(model: MediatorModel, examples: Sequence[Example], batch_size: int = 
         decision = model.route(*model.pad(prompts))
         entropy += float(decision.entropy.sum())
         likeliest += [model.experts[i] for i in decision.weights.argmax(dim=1).tolist()]
-        for row in model.mixtures(decision).tolist():
-            pairs = zip(model.experts, row, strict=True)
-            mixtures.append(tuple((expert, p) for expert, p in pairs if p > 0))
+        rows = model.mixtures(decision).tolist()
+        mixtures += [Mixture.of_row(row, model.experts) for row in rows]
     return Routing(tuple(mixtures), tuple(likeliest), entropy / len(examples))

@@ -12,7 +12,8 @@ from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.models.loading import consent
 from mergekit_mediator.models.prompts import pad_token
 from mergekit_mediator.serve import caches
-from mergekit_mediator.serve.mixer import Mixer, Mixture
+from mergekit_mediator.serve.mixer import Mixer
+from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.serve.rows import Rows
 
 Apply = Literal["auto", "merge", "rows"]
@@ -95,7 +96,7 @@ class Serving:
             )
         results: dict[int, Tensor] = {}
         for mixture, places in _groups(rows).items():
-            with self._mixer.mixture(dict(mixture)):
+            with self._mixer.mixture(mixture):
                 output = self.own_generate(**_select(inputs, places, len(rows)))
             results.update(zip(places, output.unflatten(0, (len(places), -1)), strict=True))
         width = max(row.shape[-1] for row in results.values())
@@ -144,7 +145,7 @@ class Serving:
 
     def _applied(self, rows: tuple[Mixture, ...], form: _Form) -> AbstractContextManager[None]:
         rows = caches.joined(rows)
-        return self._rows.applied(rows) if form == "rows" else self._mixer.mixture(dict(rows[0]))
+        return self._rows.applied(rows) if form == "rows" else self._mixer.mixture(rows[0])
 
     def _run_parted(self, rows: tuple[Mixture, ...], inputs: dict[str, Any]) -> Any:
         refused = [k for k in ("output_hidden_states", "output_attentions") if inputs.get(k)]
@@ -157,7 +158,7 @@ class Serving:
         rest = {k: v for k, v in inputs.items() if k not in ("labels", *caches.NAMES)}
         parts: dict[int, Tensor] = {}
         for mixture, places in _groups(rows).items():
-            with self._mixer.mixture(dict(mixture)):
+            with self._mixer.mixture(mixture):
                 output = self.forward(**_select({**rest, "use_cache": False}, places, len(rows)))
             parts.update(zip(places, output.logits, strict=True))
         output.logits = torch.stack([parts[row] for row in range(len(rows))])

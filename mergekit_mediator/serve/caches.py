@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergekit_mediator.errors import MixtureError
-from mergekit_mediator.serve.mixer import Mixture
+from mergekit_mediator.serve.mixture import Mixture
 
 # An attribute of the cache itself, so that copies of it, as of a shared prompt, have it too.
 _TAG = "_mediator_rows"
@@ -21,7 +21,7 @@ def digest(artifact: str, rows: tuple[Mixture, ...]) -> str:
         artifact: what identifies the artifact.
         rows: the mixtures of a batch's rows, or one for all.
     """
-    text = json.dumps([artifact, rows], separators=(",", ":"))
+    text = json.dumps([artifact, [row.weights for row in rows]], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -92,7 +92,4 @@ def check(cache: Any, rows: tuple[Mixture, ...]) -> None:
 
 def describe(rows: tuple[Mixture, ...]) -> str:
     """Mixtures in one line."""
-    texts = dict.fromkeys(
-        " + ".join(f"{p:g} {name}" for name, p in row) or "the dense expert" for row in rows
-    )
-    return " | ".join(texts)
+    return " | ".join(dict.fromkeys(map(str, rows)))

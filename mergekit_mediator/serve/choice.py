@@ -1,54 +1,24 @@
 """Which mixture each row of a batch gets: as its cache has it, as it is named, or as it is routed."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from mergekit_mediator.errors import MixtureError, RoutingError
 from mergekit_mediator.models.contexts import Contexts, RouteOn
-from mergekit_mediator.route.decision import OodAction, Policy, RoutingDecision, apply_policy
+from mergekit_mediator.route.decision import RoutingDecision, apply_policy
 from mergekit_mediator.serve import caches
-from mergekit_mediator.serve.batch_forms import Apply
-from mergekit_mediator.serve.mixer import Mixer, Mixture
+from mergekit_mediator.serve.mixer import Mixer
+from mergekit_mediator.serve.mixture import DENSE_NAME, Mixture, Named
 from mergekit_mediator.serve.routers import Router, Routers
+from mergekit_mediator.serve.settings import Settings
 
-# An expert's name, `dense`, or weights by expert.
-Named = str | Mapping[str, float]
 _UNCALIBRATED_ENTROPY = 0.5
 
 
-@dataclass(eq=False)
-class Settings:
-    """How requests are answered; may be changed between them.
-
-    Attributes:
-        policy: how probabilities become a mixture; see `decision.apply_policy`.
-        entropy_threshold: of the policy `auto`, as a fraction of log(number of experts); None is the
-            calibrated one, or 0.5 without calibration.
-        ood_threshold: requests beyond it count as out of distribution; None is the calibrated one.
-        ood_action: what is done with a request that is out of distribution; see `decision.apply_policy`.
-        fallback: what answers a request that has no text to route by, and with the action `fallback` one
-            that is out of distribution: an expert's name or `dense`. None refuses the former.
-        route_on: what routing looks at: the whole `prompt`, or the `last_user` turn of a chat.
-        apply: `merge` puts a mixture into the weights, and rows that need different ones are run one
-            mixture after the other; `rows` gives every row its own without touching the weights (see
-            `rows`); `auto` is `rows` for rows that differ, where the model's layers allow it, and
-            where experts are factors alone and few tokens are computed; else `merge`.
-    """
-
-    policy: Policy = "auto"
-    entropy_threshold: float | None = None
-    ood_threshold: float | None = None
-    ood_action: OodAction = "blend"
-    fallback: str | None = None
-    route_on: RouteOn = "prompt"
-    apply: Apply = "auto"
-
-
-class Requests:
-    """Finds the mixtures of requests."""
+class Choice:
+    """Chooses the mixtures of requests."""
 
     def __init__(
         self, settings: Settings, mixer: Mixer, routers: Routers, contexts: Contexts
@@ -110,18 +80,16 @@ class Requests:
         )
 
     def named(self, mixture: Named) -> Mixture:
-        """A mixture from an expert's name, `dense` or weights.
+        """The mixture that a name or weights stand for.
 
         Raises:
-            MixtureError: see `mixture.Mixer.mixture`.
+            MixtureError: see `Mixture.of`.
         """
-        if isinstance(mixture, str):
-            mixture = {} if self._is_dense(mixture) else {mixture: 1.0}
-        return self._mixer.check(mixture)
+        return Mixture.of(mixture, self._mixer.names)
 
     def _is_dense(self, name: str | None) -> bool:
-        """Whether a name is that of the dense expert, and of no sparse one."""
-        return name == "dense" and name not in self._mixer.experts.files
+        """Whether a name is that of the dense expert, and of no stored one."""
+        return name == DENSE_NAME and name not in self._mixer.names
 
     def mixtures(
         self,
@@ -148,8 +116,9 @@ class Requests:
         batch = len(context)
         rows: list[Mixture | None] = [None] * batch
         if wanted is not None:
-            many = isinstance(wanted, Sequence | Tensor) and not isinstance(wanted, str)
-            each: list[Any] = list(wanted) if many else [wanted] * batch
+            each: list[Any] = [wanted] * batch
+            if isinstance(wanted, Sequence | Tensor) and not isinstance(wanted, str):
+                each = list(wanted)
             if len(each) != batch:
                 raise MixtureError(f"mixture: {batch} rows, but {len(each)} mixtures are given")
             rows = [None if name is None else self.named(name) for name in each]
@@ -171,9 +140,6 @@ class Requests:
             if ids is None:
                 raise RoutingError("inputs_embeds cannot be routed: give input_ids, or a mixture")
             decision = self.decide(ids[asked], context[asked], route_on=route_on)
-            experts = self._mixer.experts.files
             for place, values in zip(asked, self.weights(decision).tolist(), strict=True):
-                rows[place] = tuple(
-                    (name, p) for name, p in zip(experts, values, strict=True) if p > 0
-                )
+                rows[place] = Mixture.of_row(values, self._mixer.names)
         return tuple(row for row in rows if row is not None)

@@ -1,9 +1,7 @@
 """Mixtures of experts on the weights of one model: entered in place, left bit for bit."""
 
-import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
-from numbers import Real
 from threading import RLock, get_ident
 from typing import Any, TypeVar
 
@@ -21,13 +19,11 @@ from mergekit_mediator.delta.stored_weight import (
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.models.locate import fingerprint, locate_weights
 from mergekit_mediator.models.scope import scope, undoing
+from mergekit_mediator.serve.mixture import Mixture, Named
 from mergekit_mediator.serve.pool import Pool
 from mergekit_mediator.serve.prefetch import read_ahead, side_streams
 from mergekit_mediator.serve.residency import Experts, tensor_bytes
 from mergekit_mediator.store.description import Description
-
-# The experts of a mixture that have a weight above 0, in the artifact's order; none is the dense expert.
-Mixture = tuple[tuple[str, float], ...]
 
 T = TypeVar("T")
 
@@ -77,6 +73,11 @@ class Mixer:
         self._locate()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, in the artifact's order."""
+        return tuple(self.experts.files)
+
+    @property
     def inside(self) -> bool:
         """Whether this thread is inside a mixture."""
         return self.rows is not None and self._owner == get_ident()
@@ -98,22 +99,18 @@ class Mixer:
         return self._weights
 
     @scope
-    def mixture(self, mixture: Mapping[str, float]) -> Generator[None, None, None]:
+    def mixture(self, named: Named) -> Generator[None, None, None]:
         """W(p) = W_dense + Σ_t p_t Δ_t inside the context, the dense expert's bits after it.
 
         Whatever ends the context, and wherever entering it is interrupted, the dense weights come
         back: each is saved before it is written. Other threads wait until the context is left.
 
-        Args:
-            mixture: weights by expert; an empty one is the dense expert.
-
         Raises:
-            MixtureError: an unknown expert, a weight that is negative or not finite, weights that
-                are all zero, or a mixture inside another one.
+            MixtureError: see `Mixture.of`; or a mixture inside another one.
         """
-        chosen = self.check(mixture)
-        with self.hold((chosen,)):
-            self._enter(chosen)
+        mixture = Mixture.of(named, self.names)
+        with self.hold((mixture,)):
+            self._enter(mixture)
             yield
 
     @scope
@@ -125,7 +122,7 @@ class Mixer:
         """
         with self.lock:
             if self.rows is not None:
-                names = ", ".join(sorted({name for row in self.rows for name, _ in row}))
+                names = ", ".join(sorted({name for row in self.rows for name in row.names}))
                 raise MixtureError(
                     f"a mixture of {names or 'no expert'} is in place already: leave it before "
                     "entering another"
@@ -135,34 +132,6 @@ class Mixer:
                 self.rows, self._owner = rows, get_ident()
                 yield
 
-    def check(self, mixture: Mapping[str, float]) -> Mixture:
-        """The experts of a mixture that have a weight above 0, as plain numbers.
-
-        Raises:
-            MixtureError: see `mixture`.
-        """
-        if not isinstance(mixture, Mapping):
-            raise MixtureError(
-                f"a mixture is an expert's name or weights by expert, got {mixture!r}: give such as "
-                f"{{{next(iter(self.experts.files))!r}: 1.0}}"
-            )
-        for name, weight in mixture.items():
-            if name not in self.experts.files:
-                known = ", ".join(self.experts.files)
-                raise MixtureError(f"unknown expert {name!r}; this model has {known}")
-            if isinstance(weight, bool) or not isinstance(weight, Real):
-                raise MixtureError(f"expert {name!r}: weight must be a number, got {weight!r}")
-            if not math.isfinite(weight) or weight < 0:
-                raise MixtureError(
-                    f"expert {name!r}: weight must be finite and at least 0, got {weight}"
-                )
-        chosen = tuple(
-            (name, float(mixture[name])) for name in self.experts.files if mixture.get(name, 0) > 0
-        )
-        if mixture and not chosen:
-            raise MixtureError("a mixture needs one weight above 0; for the dense expert give none")
-        return chosen
-
     def expert(self, name: str) -> dict[str, StoredWeight]:
         """What one expert keeps of each routed weight."""
         weights, file = self.weights, self.experts.files[name]
@@ -171,29 +140,30 @@ class Mixer:
     def parts(self, weight: str, mixture: Mixture) -> list[tuple[str, float, StoredWeight]]:
         """The experts that change a weight in a mixture, each with its coefficient: those in the mixture,
         and those that the dense weight is a mean of, as far as they are stored relative to the base."""
-        given, device = dict(mixture), self._weights[weight].device
-        total, parts = sum(given.values()), []
-        for name in self._takes_part(weight, given):
+        device, total, parts = self._weights[weight].device, mixture.total, []
+        for name in self._takes_part(weight, mixture):
             stored = self.experts.read(name, weight, device)
-            parts.append((name, stored.coefficient(given.get(name, 0.0), total), stored))
+            parts.append((name, stored.coefficient(mixture.weight(name), total), stored))
         return parts
 
     def described(self, weight: str, mixture: Mixture) -> list[Description]:
         """What the files say about `parts`; nothing is read."""
-        names = self._takes_part(weight, dict(mixture))
+        names = self._takes_part(weight, mixture)
         return [self.experts.files[name].weights[weight] for name in names]
 
-    def _takes_part(self, weight: str, given: Mapping[str, float]) -> list[str]:
+    def _takes_part(self, weight: str, mixture: Mixture) -> list[str]:
         return [
-            name for name, shares in self._changing[weight] if name in given or (shares and given)
+            name
+            for name, shares in self._changing[weight]
+            if name in mixture or (shares and not mixture.is_dense)
         ]
 
     def _enter(self, mixture: Mixture) -> None:
         weights = self.weights
-        if not mixture:
+        if mixture.is_dense:
             return
         if self._on_cpu:
-            alone = mixture[0][0] if len(mixture) == 1 and mixture[0][1] == 1.0 else ""
+            alone = mixture.alone or ""
 
             def put(name: str) -> None:
                 ready = self._ready.get((alone, name))

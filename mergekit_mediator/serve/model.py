@@ -26,11 +26,13 @@ from mergekit_mediator.route.decision import RoutingDecision
 from mergekit_mediator.serve import caches
 from mergekit_mediator.serve.batch_forms import Apply, Serving
 from mergekit_mediator.serve.batches import Batches, pad_left
-from mergekit_mediator.serve.choice import Named, Requests, Settings
+from mergekit_mediator.serve.choice import Choice
 from mergekit_mediator.serve.mixer import Mixer
+from mergekit_mediator.serve.mixture import Mixture, Named
 from mergekit_mediator.serve.residency import Experts, Residency
 from mergekit_mediator.serve.routed_class import route_calls
 from mergekit_mediator.serve.routers import Router, Routers
+from mergekit_mediator.serve.settings import Settings, unknown_setting
 from mergekit_mediator.store.manifest import (
     RESPONSE,
     Manifest,
@@ -42,18 +44,45 @@ from mergekit_mediator.store.manifest import (
 _QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
-class MediatorModel(Settings):
+# What a model is besides its settings.
+_ATTRIBUTES = frozenset({"root", "manifest", "model", "tokenizer", "settings"})
+
+
+class _Setting:
+    """An attribute of a model that is one of its settings."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: "MediatorModel", owner: type) -> Any:
+        return getattr(model.settings, self._name)
+
+    def __set__(self, model: "MediatorModel", value: Any) -> None:
+        setattr(model.settings, self._name, value)
+
+
+class MediatorModel:
     """A dense expert, its sparse experts, and a router.
 
     Threads may share it: one request runs at a time, with its own mixture, and the others wait. How
-    requests are answered is set by the attributes of `choice.Settings`.
+    requests are answered is set by `settings`, of which every one is an attribute of the model too:
+    `model.policy = "soft"`.
 
     Attributes:
         model: the transformers model, routed: `model.model(...)` and `model.model.generate(...)` are
             `forward` and `generate` below; inside `mixture` they are the model's own.
         tokenizer: of the artifact, or None if it has none.
         manifest: of the artifact.
+        settings: how requests are answered; see `settings.Settings`.
     """
+
+    policy = _Setting()
+    entropy_threshold = _Setting()
+    ood_threshold = _Setting()
+    ood_action = _Setting()
+    fallback = _Setting()
+    route_on = _Setting()
+    apply = _Setting()
 
     def __init__(
         self,
@@ -65,7 +94,7 @@ class MediatorModel(Settings):
         expert_budget: int | None = None,
     ) -> None:
         """Use `from_pretrained`."""
-        super().__init__()
+        self.settings = Settings()
         self.root, self.manifest, self.model, self.tokenizer = root, manifest, model, tokenizer
         dense = DenseCheckpoint(root)
         files = {e.name: open_expert(root, e, dense.shapes) for e in manifest.experts}
@@ -77,7 +106,7 @@ class MediatorModel(Settings):
         routers = Routers(
             root, manifest, model, self._serving.forward, self._mixer, self._contexts, dense.shapes
         )
-        self._requests = Requests(self, self._mixer, routers, self._contexts)
+        self._choice = Choice(self.settings, self._mixer, routers, self._contexts)
 
     @classmethod
     def from_pretrained(
@@ -158,6 +187,11 @@ class MediatorModel(Settings):
             verify_files(root, manifest)
         return cls(root, manifest, model, load_tokenizer(root, trust_remote_code))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name.startswith("_") or name in _ATTRIBUTES or name in Settings.model_fields):
+            raise unknown_setting(name)
+        super().__setattr__(name, value)
+
     @property
     def experts(self) -> tuple[str, ...]:
         """The experts' names, in the order of the columns of a routing decision."""
@@ -180,14 +214,14 @@ class MediatorModel(Settings):
         Raises:
             MixtureError: see `mixture.Mixer.mixture`.
         """
-        with self._mixer.mixture(dict(self._requests.named(weights))):
+        with self._mixer.mixture(self._choice.named(weights)):
             yield self.model
 
     def mixture_digest(self, mixture: Named | Sequence[Named]) -> str:
         """A key for caches of what is computed with a mixture, or with one for each row of a batch:
         32 hexadecimal digits that differ between artifacts and between mixtures."""
-        rows = [mixture] if isinstance(mixture, str | Mapping) else mixture
-        return caches.digest(self._identity, tuple(self._requests.named(row) for row in rows))
+        rows = [mixture] if isinstance(mixture, str | Mapping | Mixture) else mixture
+        return caches.digest(self._identity, tuple(self._choice.named(row) for row in rows))
 
     def route(
         self,
@@ -217,12 +251,12 @@ class MediatorModel(Settings):
             MixtureError: a mixture is in place.
         """
         ids, mask = self._batches.tokens(prompts, attention_mask)
-        return self._requests.decide(ids, mask, router, temperature, route_on)
+        return self._choice.decide(ids, mask, router, temperature, route_on)
 
     def mixtures(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
         """The mixtures that a decision leads to, `[batch, n_experts]` float32, by the policy,
         thresholds, action and fallback of this model."""
-        return self._requests.weights(decision, router)
+        return self._choice.weights(decision, router)
 
     @torch.no_grad()
     def generate(
@@ -267,7 +301,7 @@ class MediatorModel(Settings):
             ids, mask = self._batches.tokens(ids, attention_mask)
             if not caches.is_filled(cache):
                 ids, mask = pad_left(ids, mask)
-            rows = self._requests.mixtures(ids, mask, mixture, cache, route_on)
+            rows = self._choice.mixtures(ids, mask, mixture, cache, route_on)
             if kwargs.get("streamer") is not None and len(ids) > 1:
                 raise MixtureError(f"a streamer takes one row at a time, got {len(ids)}")
             given = {"inputs": ids, "attention_mask": mask, **kwargs}
@@ -319,7 +353,7 @@ class MediatorModel(Settings):
                     attention_mask = without_padding(input_ids, {0, pad_token(self.model)})
                 ids, mask = self._batches.tokens(input_ids, attention_mask)
                 context = self._contexts.before_answer(ids, mask, labels)
-            rows = self._requests.mixtures(input_ids, context, mixture, cache, route_on)
+            rows = self._choice.mixtures(input_ids, context, mixture, cache, route_on)
             return self._serving.run(rows, apply or self.apply, given)
 
     __call__ = forward

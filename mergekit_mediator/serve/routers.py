@@ -18,6 +18,7 @@ from mergekit_mediator.route.decision import RoutingDecision, decide_from_scores
 from mergekit_mediator.route.features import hidden_features, mean_embedding
 from mergekit_mediator.route.response import ResponseRouter
 from mergekit_mediator.serve.mixer import Mixer
+from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.store.manifest import RESPONSE, Manifest
 
 Router = Literal["calibrated", "hidden", "embedding", "response", "likelihood"]
@@ -168,7 +169,7 @@ class Routers:
         dense = self._log_likelihood(ids, mask, counted)
         scores = []
         for name in self._mixer.experts.files:
-            with self._mixer.mixture({name: 1.0}):
+            with self._mixer.mixture(Mixture(((name, 1.0),))):
                 scores.append(self._log_likelihood(ids, mask, counted) - dense)
         names = tuple(self._mixer.experts.files)
         return decide_from_scores(torch.stack(scores, dim=1), names, temperature)

@@ -16,7 +16,8 @@ from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.models.hooks import hooked
 from mergekit_mediator.models.scope import scope
-from mergekit_mediator.serve.mixer import Mixer, Mixture
+from mergekit_mediator.serve.mixer import Mixer
+from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.serve.row_modules import Kind, Part, Place, kind_of, sparse_matrix
 
 # Putting factors into weights, and the dense weights back, takes as long as the thin products of as many

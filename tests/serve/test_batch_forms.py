@@ -14,9 +14,10 @@ from mergekit_mediator.delta.stored_weight import StoredWeight, mix_, restore_
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.serve import rows as rows_module
+from mergekit_mediator.serve.mixture import DENSE, Mixture
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-A, B = (("a", 1.0),), (("b", 1.0),)
+A, B = Mixture((("a", 1.0),)), Mixture((("b", 1.0),))
 
 
 def load(out, config):
@@ -56,7 +57,7 @@ def test_factors_are_applied_in_rows_while_few_tokens_are_computed(factored):
     assert form(factored, (A,)) == "rows"
     assert form(factored, (A,) * 3, length=20) == "merge"
     assert form(factored, (A,), steps=100) == "merge"
-    assert form(factored, ((("a", 0.5), ("b", 0.5)),)) == "rows"
+    assert form(factored, (Mixture((("a", 0.5), ("b", 0.5))),)) == "rows"
     assert form(factored, (A,), "merge") == "merge"
     assert form(factored, (A,), "rows", steps=10_000) == "rows"
 
@@ -64,7 +65,7 @@ def test_factors_are_applied_in_rows_while_few_tokens_are_computed(factored):
 def test_sparse_experts_and_the_dense_expert_are_put_in_place(sparse, factored):
     assert form(sparse, (A,)) == "merge"
     assert form(sparse, (A, A)) == "merge"
-    assert form(factored, ((),)) == "merge"
+    assert form(factored, (DENSE,)) == "merge"
 
 
 def test_rows_that_differ_are_run_together_or_parted(sparse):

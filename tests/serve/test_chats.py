@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from mergekit_mediator.errors import MixtureError, RoutingError
 from mergekit_mediator.serve import caches
+from mergekit_mediator.serve.mixture import Mixture
 
 # The names that this version of transformers takes for a cache.
 TAKEN = inspect.signature(LlamaForCausalLM.forward).parameters
@@ -119,8 +120,8 @@ def test_a_fallback_answers_what_cannot_be_routed(model, batch):
     with pytest.raises(RoutingError, match="an empty prompt cannot be routed"):
         model.forward(ids, mask)
     model.fallback = "chat"
-    rows = model._requests.mixtures(ids, mask, None, None, None)
-    assert rows[1] == (("chat", 1.0),)
+    rows = model._choice.mixtures(ids, mask, None, None, None)
+    assert rows[1] == Mixture((("chat", 1.0),))
 
 
 @pytest.mark.parametrize(

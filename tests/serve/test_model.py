@@ -16,9 +16,8 @@ from mergekit_mediator.errors import MixtureError, RoutingError
 
 def by_hand(model, row, mask, mixture, **kwargs):
     """One row alone, by the model's own generate inside a mixture."""
-    weights = model._requests.named(mixture)
     ids = row[mask.bool()][None]
-    with torch.no_grad(), model.mixture(dict(weights)) as mixed:
+    with torch.no_grad(), model.mixture(mixture) as mixed:
         return mixed.generate(ids, **{**GREEDY, **kwargs})[:, ids.shape[1] :]
 
 
