@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_mediator.delta.kth_largest import CHUNK, chunks, compare, count_kept, kth_largest
-from mergekit_mediator.merge.workers import Map
 
 Metric = Literal["sign", "mass", "dispersion"]
 METRICS: tuple[Metric, ...] = ("sign", "mass", "dispersion")
@@ -69,15 +68,14 @@ class Accumulator:
             stands for weights of which a few thousand add up to infinity.
     """
 
-    def __init__(self, base: Tensor, denoise: float, device: str = "cpu", over: Map = map) -> None:
+    def __init__(self, base: Tensor, denoise: float, device: str = "cpu") -> None:
         """
         Args:
             base: any shape, any floating dtype.
             denoise: fraction in (0, 1] of each task vector that counts as a change for `sign`.
             device: where the arithmetic is done, chunk by chunk; the inputs may be elsewhere.
-            over: what runs the independent chunks; see `workers`.
         """
-        self._base, self._denoise, self._device, self._over = base, denoise, device, over
+        self._base, self._denoise, self._device = base, denoise, device
         self.total = torch.zeros(base.numel(), device=device)
         self._tau = torch.empty_like(self.total)
         # by coordinate, one bit each: a positive change was seen, a negative one, changes of two experts
@@ -109,7 +107,7 @@ class Accumulator:
             self.total[part] += tau
             return mass, _energy(tau)
 
-        for mass, energy in self._over(subtract, chunks(base.numel())):
+        for mass, energy in map(subtract, chunks(base.numel())):
             self._mass += mass
             self._energy += energy
         self._note_signs(self._threshold())
@@ -126,7 +124,7 @@ class Accumulator:
         return max(threshold, smallest)
 
     def _note_signs(self, threshold: float) -> None:
-        def note(part: slice) -> None:
+        for part in chunks(self._tau.numel()):
             tau = self._tau[part]
             packed = slice(part.start // 8, -(-part.stop // 8))
             positive = np.packbits(compare(tau, threshold, np.greater_equal))
@@ -135,9 +133,6 @@ class Accumulator:
             self._twice[packed] |= seen & (positive | negative)
             self._positive[packed] |= positive
             self._negative[packed] |= negative
-
-        for _ in self._over(note, chunks(self._tau.numel())):
-            pass
 
     def conflict(self) -> Conflict:
         """Of all experts that were added."""
@@ -157,10 +152,9 @@ def measure(
     experts: Iterable[Tensor],
     denoise: float,
     device: str = "cpu",
-    over: Map = map,
 ) -> Conflict:
     """The conflict of one weight between two or more experts; the arguments are those of `Accumulator`."""
-    found = Accumulator(base, denoise, device, over)
+    found = Accumulator(base, denoise, device)
     for expert in experts:
         found.add(expert)
     return found.conflict()

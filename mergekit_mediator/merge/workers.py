@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,12 +18,6 @@ R = TypeVar("R")
 
 # Each worker holds what its own weight needs: more of them would need more memory than they save time.
 _MOST = 4
-
-
-class Map(Protocol):
-    """What the built-in `map` does for a function of one argument."""
-
-    def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterable[R]: ...
 
 
 class Workers:

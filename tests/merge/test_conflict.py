@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from mergekit_mediator.delta import kth_largest as threshold
 from mergekit_mediator.merge import conflict
 from mergekit_mediator.merge.conflict import METRICS, Conflict, measure, task_vectors
-from mergekit_mediator.merge.workers import workers
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -157,14 +156,6 @@ def test_a_large_tensor_equals_a_sorting_oracle():
     assert measured.sign == pytest.approx(float(opposed.sum() / shared.sum()), abs=1e-6)
     assert measured.mass == pytest.approx(float(mass), abs=1e-6)
     assert measured.dispersion == pytest.approx(float(dispersion), abs=1e-6)
-
-
-def test_several_threads_measure_what_one_does():
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(600_000, generator=generator)
-    experts = [base + torch.randn(600_000, generator=generator) for _ in range(2)]
-    with workers() as over:
-        assert measure(base, experts, 0.2, over=over) == measure(base, experts, 0.2)
 
 
 def test_task_vectors_are_float32_whatever_is_stored():
