@@ -33,6 +33,10 @@ class SettingError(MediatorError):
     """A setting of a routed model that does not exist, or cannot have the value it is given."""
 
 
+class ExportError(MediatorError):
+    """An expert that cannot be written in the format of another tool."""
+
+
 class TaskError(MediatorError):
     """Evaluation data that cannot be loaded or scored."""
 

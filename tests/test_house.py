@@ -22,6 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "merge": {"errors", "delta", "store", "models", "tune", "route", "methods"},
     "serve": {"errors", "delta", "store", "models", "route"},
     "evaluate": {"errors", "models", "methods", "merge", "serve"},
+    "export": {"errors", "delta", "store", "models"},
+    "engines": {"errors", "models", "store", "route", "serve", "export"},
     "remote": {"serve"},
     "_autoload": {"merge"},
     "_build": set(),

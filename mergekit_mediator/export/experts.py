@@ -1,0 +1,145 @@
+"""The change that a mixture makes to each weight of the checkpoint that is served."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.errors import ExportError
+from mergekit_mediator.models.loading import DenseCheckpoint
+from mergekit_mediator.store.manifest import Manifest, open_expert, read_manifest
+
+# What a change is added to: the dense expert, or the base as far as the artifact knows it.
+Reference = Literal["dense", "base"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """The sum Σ_t c_t Δ_t that is added to one weight.
+
+    Attributes:
+        weight: its name in the checkpoint.
+        shape: of the weight.
+        parts: the coefficient c_t and the stored weight Δ_t of every expert that takes part.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[float, StoredWeight], ...]
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether it is a product of thin factors, with nothing besides."""
+        return all(part.factors and not part.positions.numel() for _, part in self.parts)
+
+    def tensor(self, dense: Tensor) -> Tensor:
+        """The change in float32, of the weight's shape, given the dense expert's weight."""
+        flat = dense.reshape(-1)
+        total = torch.zeros(flat.numel())
+        for coefficient, part in self.parts:
+            if part.positions.numel():
+                difference = part.difference(flat.index_select(0, part.positions))
+                total.index_add_(0, part.positions, difference, alpha=coefficient)
+            if part.factors:
+                total.add_(part.factors.product().reshape(-1), alpha=coefficient)
+        return total.view(self.shape)
+
+
+class StoredExperts:
+    """The experts of an artifact, read weight by weight without a model.
+
+    Attributes:
+        root: of the artifact.
+        manifest: of the artifact.
+        dense: the dense expert's checkpoint.
+    """
+
+    def __init__(self, root: Path, reference: Reference = "dense") -> None:
+        """
+        Args:
+            root: of the artifact; its files are verified by the caller.
+            reference: what changes are added to. The base is known where experts are stored relative to
+                it: with `bits`, `budget` or adapters' own factors.
+
+        Raises:
+            ArtifactError: the artifact cannot be read.
+            ExportError: an unknown reference, or experts that are stored relative to the dense expert.
+        """
+        if reference not in get_args(Reference):
+            names = " or ".join(get_args(Reference))
+            raise ExportError(f"relative to {reference!r}: {names} required")
+        self.root, self.reference = root, reference
+        self.manifest: Manifest = read_manifest(root)
+        self.dense = DenseCheckpoint(root)
+        self._files = {entry.name: open_expert(root, entry) for entry in self.manifest.experts}
+        if reference == "base":
+            self._refuse_differences_from_dense()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts, in the artifact's order."""
+        return self.manifest.expert_names
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights that any expert changes, in the order of the layers."""
+        stored = {weight for file in self._files.values() for weight in file.weights}
+        ordered = (w for layer in self.manifest.layers for w in layer.weights if w in stored)
+        return tuple(dict.fromkeys(ordered))
+
+    def changes(self, mixture: Mapping[str, float]) -> Iterator[Change]:
+        """The change of every weight that a mixture makes, weight by weight.
+
+        Args:
+            mixture: weights by expert, above 0.
+
+        Raises:
+            ExportError: an unknown expert.
+        """
+        for name in mixture:
+            if name not in self._files:
+                known = ", ".join(self._files)
+                raise ExportError(f"unknown expert {name!r}; this artifact has {known}")
+        for weight in self.weights:
+            change = self.change(weight, mixture)
+            if change.parts:
+                yield change
+
+    def change(self, weight: str, mixture: Mapping[str, float]) -> Change:
+        """The change of one weight; without parts where the mixture leaves it as it is."""
+        total = sum(mixture.values()) if self.reference == "dense" else 0.0
+        return self._sum(weight, mixture, total)
+
+    def to_base(self, weight: str) -> Change:
+        """The change that leads from the dense expert to the base, as far as the artifact knows the base."""
+        return self._sum(weight, {}, 1.0)
+
+    def _sum(self, weight: str, mixture: Mapping[str, float], total: float) -> Change:
+        parts: list[tuple[float, StoredWeight]] = []
+        shape: tuple[int, ...] = ()
+        for name, file in self._files.items():
+            description = file.weights.get(weight)
+            if description is None:
+                continue
+            shape = description.shape
+            if name in mixture or (description.share and total):
+                stored = file.read(weight, self.dense.weight(weight))
+                coefficient = stored.coefficient(mixture.get(name, 0.0), total)
+                if coefficient:
+                    parts.append((coefficient, stored))
+        return Change(weight, shape, tuple(parts))
+
+    def _refuse_differences_from_dense(self) -> None:
+        if self.manifest.parameters.get("reference") == "base":
+            return
+        for name, file in self._files.items():
+            for weight, description in file.weights.items():
+                if description.values != "steps":
+                    raise ExportError(
+                        f"expert {name!r}: {weight} is stored relative to the dense expert: export "
+                        "relative to dense, or merge again with `reference: base`, `bits` or `budget`"
+                    )
