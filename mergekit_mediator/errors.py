@@ -37,6 +37,10 @@ class ExportError(MediatorError):
     """An expert that cannot be written in the format of another tool."""
 
 
+class EngineError(MediatorError):
+    """An engine that cannot serve an artifact as it was started."""
+
+
 class TaskError(MediatorError):
     """Evaluation data that cannot be loaded or scored."""
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_mediator.errors import ExportError
@@ -127,6 +128,28 @@ def write_peft(
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     (out / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def read_peft(folder: Path) -> Adapter:
+    """Read an adapter that `write_peft` wrote.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path}: cannot be read: {error}") from error
+    modules = {}
+    for name, a in tensors.items():
+        module, marker, end = name.removeprefix(_PREFIX).partition(".lora_")
+        if marker and end in ("A.weight", "embedding_A"):
+            kind: Kind = "embedding" if end == "embedding_A" else "linear"
+            b = tensors[name.replace("_A", "_B")]
+            left, right = (a.T, b) if kind == "embedding" else (b, a.T)
+            modules[module] = Factors(kind, LowRank(left.float(), right.float(), 0.0, 0.0))
+    return Adapter(modules)
 
 
 def _as_peft(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter, Factors
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.low_rank import low_rank
-from mergekit_mediator.models.modules import Kind, weight_kinds
+from mergekit_mediator.models.modules import Kind, is_tied, weight_kinds
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,13 @@ class Holdable:
     users: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, root: Path, tied: bool) -> "Holdable":
-        """Those of a checkpoint.
-
-        Args:
-            root: of the checkpoint.
-            tied: whether its embedding is its head, too.
-        """
+    def of(cls, root: Path) -> "Holdable":
+        """Those of a checkpoint."""
         kinds = weight_kinds(root)
         modules = {name: name.removesuffix(".weight") for name in kinds}
         users: dict[str, tuple[str, ...]] = {name: (module,) for name, module in modules.items()}
         embeddings = [n for n, kind in kinds.items() if kind == "embedding"]
-        if tied and "lm_head.weight" in kinds and embeddings:
+        if embeddings and "lm_head.weight" in kinds and is_tied(root):
             users[embeddings[0]] = (modules[embeddings[0]], "lm_head")
         return cls(kinds, users)
 

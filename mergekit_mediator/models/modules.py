@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_mediator.errors import ArtifactError, first_line
 
@@ -21,20 +21,50 @@ def weight_kinds(root: Path) -> dict[str, Kind]:
     Raises:
         ArtifactError: transformers knows no such causal language model.
     """
+    return {
+        f"{name}.weight": _kind(module)
+        for name, module in skeleton(root).named_modules()
+        if "weight" in module._parameters
+    }
+
+
+def input_embedding(root: Path) -> str:
+    """The name of the weight of the input embedding.
+
+    Raises:
+        ArtifactError: see `weight_kinds`.
+    """
+    model = skeleton(root)
+    table = model.get_input_embeddings()
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is table)
+
+
+def is_tied(root: Path) -> bool:
+    """Whether the input embedding of a checkpoint is its head, too.
+
+    Raises:
+        ArtifactError: see `weight_kinds`.
+    """
+    config = skeleton(root).config.get_text_config()
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def skeleton(root: Path) -> PreTrainedModel:
+    """The model of a checkpoint without its weights.
+
+    Raises:
+        ArtifactError: see `weight_kinds`.
+    """
     model_class: Any = AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(root, trust_remote_code=False)
         with torch.device("meta"):
-            model: nn.Module = model_class.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = model_class.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{root}: no causal language model that transformers knows: {first_line(error)}"
         ) from error
-    return {
-        f"{name}.weight": _kind(module)
-        for name, module in model.named_modules()
-        if "weight" in module._parameters
-    }
+    return model
 
 
 def _kind(module: nn.Module) -> Kind:

@@ -17,6 +17,48 @@ from mergekit_mediator.serve.settings import Settings
 _UNCALIBRATED_ENTROPY = 0.5
 
 
+def mixtures_of(
+    decision: RoutingDecision,
+    settings: Settings,
+    thresholds: tuple[float | None, float | None],
+    experts: Sequence[str],
+) -> Tensor:
+    """The mixtures that a decision leads to, `[batch, n_experts]` float32.
+
+    Args:
+        decision: of a router.
+        settings: the policy, the action, and thresholds instead of the router's own.
+        thresholds: the router's own, of normalised entropy and of the out-of-distribution score, if any.
+        experts: the artifact's.
+
+    Raises:
+        RoutingError: see `decision.apply_policy`; or an action for what is out of distribution where the
+            router cannot tell what is.
+    """
+    entropy, ood = thresholds
+    entropy = _UNCALIBRATED_ENTROPY if entropy is None else entropy
+    if settings.entropy_threshold is not None:
+        entropy = settings.entropy_threshold
+    if settings.ood_threshold is not None:
+        ood = settings.ood_threshold
+    action, fallback = settings.ood_action, settings.fallback
+    if ood is None and action != "blend":
+        raise RoutingError(
+            f"ood_action {action!r} needs a router that knows what is out of distribution: run "
+            "`mergekit-mediator calibrate`, or set ood_threshold"
+        )
+    if action == "fallback" and fallback == DENSE_NAME and fallback not in experts:
+        action = "dense"
+    return apply_policy(
+        decision,
+        settings.policy,
+        entropy,
+        ood_threshold=ood,
+        ood_action=action,
+        fallback=fallback,
+    )
+
+
 class Choice:
     """Chooses the mixtures of requests."""
 
@@ -52,32 +94,10 @@ class Choice:
         """The mixtures that a decision leads to, `[batch, n_experts]` float32.
 
         Raises:
-            RoutingError: see `decision.apply_policy`; or an action for what is out of distribution where the
-                router cannot tell what is.
+            RoutingError: see `mixtures_of`.
         """
-        own = self._settings
-        entropy, ood = self._routers.thresholds(router)
-        entropy = _UNCALIBRATED_ENTROPY if entropy is None else entropy
-        if own.entropy_threshold is not None:
-            entropy = own.entropy_threshold
-        if own.ood_threshold is not None:
-            ood = own.ood_threshold
-        action = own.ood_action
-        if ood is None and action != "blend":
-            raise RoutingError(
-                f"ood_action {action!r} needs a router that knows what is out of distribution: run "
-                "`mergekit-mediator calibrate`, or set ood_threshold"
-            )
-        if action == "fallback" and self._is_dense(own.fallback):
-            action = "dense"
-        return apply_policy(
-            decision,
-            own.policy,
-            entropy,
-            ood_threshold=ood,
-            ood_action=action,
-            fallback=own.fallback,
-        )
+        thresholds = self._routers.thresholds(router)
+        return mixtures_of(decision, self._settings, thresholds, self._mixer.names)
 
     def named(self, mixture: Named) -> Mixture:
         """The mixture that a name or weights stand for.
@@ -86,10 +106,6 @@ class Choice:
             MixtureError: see `Mixture.of`.
         """
         return Mixture.of(mixture, self._mixer.names)
-
-    def _is_dense(self, name: str | None) -> bool:
-        """Whether a name is that of the dense expert, and of no stored one."""
-        return name == DENSE_NAME and name not in self._mixer.names
 
     def mixtures(
         self,

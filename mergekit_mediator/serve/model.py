@@ -103,10 +103,10 @@ class MediatorModel:
         self._contexts = Contexts(tokenizer)
         self._batches = Batches(root, model, tokenizer)
         self._serving = Serving(model, route_calls(model, self), self._mixer)
-        routers = Routers(
+        self._routers = Routers(
             root, manifest, model, self._serving.forward, self._mixer, self._contexts, dense.shapes
         )
-        self._choice = Choice(self.settings, self._mixer, routers, self._contexts)
+        self._choice = Choice(self.settings, self._mixer, self._routers, self._contexts)
 
     @classmethod
     def from_pretrained(
@@ -252,6 +252,17 @@ class MediatorModel:
         """
         ids, mask = self._batches.tokens(prompts, attention_mask)
         return self._choice.decide(ids, mask, router, temperature, route_on)
+
+    def describe_router(
+        self, router: Router | None = None
+    ) -> tuple[str, tuple[float | None, float | None]]:
+        """The name of a router, by default of the best one, and its thresholds of normalised entropy and of
+        the out-of-distribution score, where it has any.
+
+        Raises:
+            RoutingError: this artifact has no such router.
+        """
+        return self._routers.describe(router)
 
     def mixtures(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
         """The mixtures that a decision leads to, `[batch, n_experts]` float32, by the policy,

@@ -62,6 +62,14 @@ class Routers:
             return "calibrated"
         return "likelihood" if self._response is None else "response"
 
+    def describe(self, router: Router | None) -> tuple[str, tuple[float | None, float | None]]:
+        """The name of a router, None for the default one, and its thresholds.
+
+        Raises:
+            RoutingError: this artifact has no such router.
+        """
+        return router or self.default, self.thresholds(router)
+
     def thresholds(self, router: Router | None) -> tuple[float | None, float | None]:
         """Calibrated thresholds of normalised entropy and of the out-of-distribution score, if any."""
         if (router or self.default) not in _CALIBRATED or self._calibrated is None:
