@@ -1,64 +1,112 @@
-"""The picture of an evaluation: quality against bytes."""
+"""The pictures of the commands: quality against bytes, conflict by layer, quality that budgets keep."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mergekit_mediator.cli.point_labels import Label, name_points
 from mergekit_mediator.delta.curve import Point
 from mergekit_mediator.errors import OutputError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# These repeat another system, or are 100 by definition.
 _LEFT_OUT = {"experts", "best_static"}
+_OURS, _OTHERS = "#c2410c", "#475569"
+# Less than this part of a model is drawn as no extra bytes: file headers differ by as much.
+_NOTHING = 0.001
+_DPI = 120
+_TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+@dataclass(frozen=True)
+class _System:
+    """One point of the picture, with the names of all systems that fall on it."""
+
+    names: tuple[str, ...]
+    extra: float
+    mean: float
+    worst: float
+
+    @property
+    def ours(self) -> bool:
+        return any(name.startswith("mediator") for name in self.names)
 
 
 def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw the systems of `results.to_json`: each one's mean, and a line down to its worst task.
 
-    What only repeats another system, or is drawn at 100 by definition, is left out.
+    The horizontal axis shows the bytes beside one model. Each system is named at its point, and
+    systems at the same point share a label.
 
     Raises:
         OutputError: matplotlib is missing, no system has a mean, or the file cannot be written.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OutputError(
-            "the picture needs matplotlib: pip install mergekit-mediator[plot]"
-        ) from error
-    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
-    axes = figure.subplots()
-    shown = {
-        name: (row["total_bytes_over_base"], row["normalized_mean"], row["normalized_worst"])
-        for name, row in rows.items()
-        if name not in _LEFT_OUT
-        and row.get("normalized_mean") is not None
-        and "total_bytes_over_base" in row
-    }
-    if not shown:
+    figure, axes = _figure("the picture", 8.0, 4.6)
+    systems = _systems(rows)
+    if not systems:
         raise OutputError(
             f"{path}: nothing to draw: an expert answers none of its prompts right, so none is 100"
         )
-    colors = colormaps["tab20"]
-    for index, (name, (size, mean, worst)) in enumerate(shown.items()):
-        color, ours = colors(index % 20), name.startswith("mediator")
-        axes.plot([size, size], [worst, mean], color=color, linewidth=1)
-        axes.plot(size, worst, "_", color=color)
-        marker, area = ("*", 11) if ours else ("o", 6)
-        axes.plot(size, mean, marker, color=color, markersize=area, label=name)
-    axes.set(xscale="log", xlabel="bytes of everything / bytes of one model")
+    places = extra_axis(axes, [system.extra for system in systems])
+    for system, place in zip(systems, places, strict=True):
+        color, marker = (_OURS, "D") if system.ours else (_OTHERS, "o")
+        axes.plot([place, place], [system.worst, system.mean], color=color, linewidth=0.8)
+        axes.plot(place, system.worst, "_", color=color)
+        axes.plot(place, system.mean, marker, color=color, markersize=6)
     axes.set_ylabel("exact match, expert = 100\nmean, and down to the worst task")
-    ticks = [
-        t
-        for t in (1, 1.1, 1.25, 1.5, 2, 4, 8, 16, 32)
-        if t <= 1.3 * max(s for s, _, _ in shown.values())
+    axes.set_ylim(-4, max(108.0, 1.08 * max(system.mean for system in systems)))
+    axes.grid(axis="y", color="0.92", linewidth=0.8, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    labels = [
+        Label(", ".join(s.names), place, s.mean, s.worst, _OURS if s.ours else _OTHERS)
+        for s, place in zip(systems, places, strict=True)
     ]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    name_points(figure, axes, labels)
+    _save(figure, path)
+
+
+def extra_axis(axes: "Axes", extras: Sequence[float]) -> list[float]:
+    """Scale the horizontal axis for bytes beside one model: logarithmic, with "none" at its left edge
+    where it is needed.
+
+    Args:
+        axes: to scale.
+        extras: bytes of each system beside one model, as parts of one model.
+
+    Returns:
+        The place of each system on the axis.
+    """
+    positive = [extra for extra in extras if extra >= _NOTHING]
+    least, most = min(positive, default=0.01), max(positive, default=1.0)
+    edge = least / 5 if len(positive) < len(extras) else least
+    ticks = [tick for tick in _TICKS if least / 1.8 <= tick <= most * 1.8]
+    names = [f"+{100 * t:g}%" if t < 1 else f"+{t:g} model{'s' * (t > 1)}" for t in ticks]
+    axes.set(xscale="log", xlim=(edge / 1.3, most * 3), xlabel="bytes beside one model")
+    if edge < least:
+        ticks, names = [edge, *ticks], ["none", *names]
+    axes.set_xticks(ticks, names)
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+    return [extra if extra >= _NOTHING else edge for extra in extras]
+
+
+def _systems(rows: Mapping[str, Mapping[str, Any]]) -> list[_System]:
+    """The systems that have a place in the picture; those that fall on one point together."""
+    points: dict[tuple[float, ...], _System] = {}
+    for name, row in rows.items():
+        mean, size = row.get("normalized_mean"), row.get("total_bytes_over_base")
+        if name in _LEFT_OUT or mean is None or size is None:
+            continue
+        extra, worst = size - 1, row["normalized_worst"]
+        step = round(20 * math.log10(extra)) if extra >= _NOTHING else -math.inf
+        place = (step, round(mean), round(worst))
+        others = points[place].names if place in points else ()
+        points[place] = _System((*others, name), extra, mean, worst)
+    return list(points.values())
 
 
 def plot_conflict(
@@ -69,12 +117,7 @@ def plot_conflict(
     Raises:
         OutputError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OutputError("--plot needs matplotlib: pip install mergekit-mediator[plot]") from error
-    figure = Figure(figsize=(max(6.0, 0.22 * len(layers)), 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure("--plot", max(6.0, 0.22 * len(layers)), 3.6)
     for metric, values in profile.items():
         axes.plot(range(len(layers)), values, marker="o", markersize=3, label=metric)
     for index, chosen in enumerate(routed):
@@ -83,10 +126,7 @@ def plot_conflict(
     axes.set(xlabel="layer (routed layers shaded)", ylabel="conflict", ylim=(0, 1))
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+    _save(figure, path)
 
 
 def plot_curve(path: Path, points: Sequence[Point]) -> None:
@@ -95,20 +135,31 @@ def plot_curve(path: Path, points: Sequence[Point]) -> None:
     Raises:
         OutputError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OutputError("--plot needs matplotlib: pip install mergekit-mediator[plot]") from error
-    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
-    axes = figure.subplots()
-    sizes = [point.over_dense for point in points]
+    figure, axes = _figure("--plot", 6.0, 3.6)
+    sizes = extra_axis(axes, [point.over_dense - 1 for point in points])
     axes.plot(sizes, [100 * p.loss_recovered for p in points], marker="o", label="loss recovered")
     axes.plot(sizes, [100 * (1 - p.left) for p in points], marker=".", label="squared change kept")
-    axes.set(xlabel="everything together / one model", ylabel="%, predicted", xscale="log")
-    axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize=7)
-    axes.minorticks_off()
+    axes.set(ylabel="%, predicted", ylim=(0, 104))
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _figure(asker: str, width: float, height: float) -> tuple["Figure", "Axes"]:
+    """An empty picture; the asker is named if matplotlib is missing."""
     try:
-        figure.savefig(path, dpi=120)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutputError(
+            f"{asker} needs matplotlib: pip install mergekit-mediator[plot]"
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    try:
+        figure.savefig(path)
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
