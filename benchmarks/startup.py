@@ -1,6 +1,6 @@
 """What the start-up hook adds to an interpreter that never merges.
 
-    python tests/benchmarks/startup.py [--runs 30]
+    python benchmarks/startup.py [--runs 30]
 
 Three virtual environments with nothing in them, or the package's wheel as pip installs it; `python -c pass`
 is timed in turn in each, so that the figures hold on a machine whose speed drifts. Processor time is
@@ -19,7 +19,7 @@ from statistics import median
 
 import record
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CASES = {
     "absent": ("absent", None),
     "switched_off": ("present", "0"),
@@ -33,7 +33,7 @@ def build_wheel(out: Path) -> Path:
         "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
     )
     source = out / "source"
-    names = ["pyproject.toml", "README.md", "LICENSE", "mergekit_mediator"]
+    names = ["pyproject.toml", "setup.cfg", "README.md", "LICENSE", "mergekit_mediator"]
     source.mkdir()
     subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(source)], check=True)
     command = [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); " + program, str(out)]
