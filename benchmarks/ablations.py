@@ -1,7 +1,7 @@
 """What does each part of the method do?
 
-    python tests/benchmarks/train_experts.py --family strong4 --out experts
-    python tests/benchmarks/ablations.py --family strong4 --experts experts
+    python benchmarks/train_experts.py --family strong4 --out experts
+    python benchmarks/ablations.py --family strong4 --experts experts
 
 One table on the same prompts, each task with its own expert unless a row says otherwise: Mediator within
 a budget, the same without one part at a time, selections of layers by each metric with their controls,

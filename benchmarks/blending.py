@@ -1,6 +1,6 @@
 """Does blending help? Requests of tasks that no expert has, answered in every way that a router may.
 
-    python tests/benchmarks/blending.py BASE_DIR --work DIR [--experts DIR]
+    python benchmarks/blending.py BASE_DIR --work DIR [--experts DIR]
 
 Merges four experts (the bundled adapters, or `train_experts.py`'s folders in `--experts`), routes
 with and without calibration data, and scores the right answers by teacher forcing. `best single`

@@ -1,7 +1,7 @@
 """How many bits must be stored of an expert, and how?
 
-    python tests/benchmarks/train_experts.py --out experts
-    python tests/benchmarks/codec.py --base BASE --experts experts --tasks A,B,C --family strong
+    python benchmarks/train_experts.py --out experts
+    python benchmarks/codec.py --base BASE --experts experts --tasks A,B,C --family strong
 
 All weights are routed and every expert is selected for its own task. `loss_recovered` is the part of
 the loss (nats per answer token) between the average and the expert that a stored expert takes away,

@@ -1,6 +1,6 @@
 """The picture of results/codec.json: accuracy against bytes per expert, ours and the rival's.
 
-python tests/benchmarks/codec_plot.py
+python benchmarks/codec_plot.py
 """
 
 from __future__ import annotations

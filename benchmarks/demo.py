@@ -1,6 +1,6 @@
 """The demo as a user runs it, with its figures kept.
 
-python tests/benchmarks/demo.py [--prompts 32]
+python benchmarks/demo.py [--prompts 32]
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Which way of merging keeps every specialist, at which size?
 
-    python tests/benchmarks/train_experts.py --family strong4 --out experts
-    python tests/benchmarks/experts.py --family strong4 --experts experts
+    python benchmarks/train_experts.py --family strong4 --out experts
+    python benchmarks/experts.py --family strong4 --experts experts
 
 What `mergekit-mediator evaluate OUT --rivals all` does, on experts that are merged here first: every
 system on every expert's task, as results/experts-N.json and .png. Static merges are tried with several

@@ -1,7 +1,7 @@
 """What predicts the gain of routing a layer?
 
-    python tests/benchmarks/train_experts.py --family strong4 --out experts
-    python tests/benchmarks/layers.py --base BASE --experts experts --tasks A,B,C --family strong4
+    python benchmarks/train_experts.py --family strong4 --out experts
+    python benchmarks/layers.py --base BASE --experts experts --tasks A,B,C --family strong4
 
 Gain is the share of the loss (nats per answer token) between the average and the experts that goes
 when only one layer is routed, exactly; `lost` is what goes missing when all layers but that one are.

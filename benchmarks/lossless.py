@@ -1,6 +1,6 @@
 """How small is an exact expert, how fast is it coded, and how do general tools compare?
 
-    python tests/benchmarks/lossless.py --experts experts --tasks A,B,C
+    python benchmarks/lossless.py --experts experts --tasks A,B,C
 
 The last expert of the list against the average of all. Other tools get the whole of both as one stream
 and are left out if they are not installed (`pip install zipnn z4ai`). Times are of one core.

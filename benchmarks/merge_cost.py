@@ -1,6 +1,6 @@
 """What a merge costs beside mergekit's own methods on the same inputs, as whole processes in turn.
 
-    python tests/benchmarks/merge_cost.py BASE EXPERT EXPERT... [--runs 3] [--density 0.1]
+    python benchmarks/merge_cost.py BASE EXPERT EXPERT... [--runs 3] [--density 0.1]
 
 Ratios are medians over runs of figures that were measured one after the other, so that they hold
 on a machine whose speed drifts.

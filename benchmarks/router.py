@@ -1,6 +1,6 @@
 """Which router: accuracy, calibration, out of distribution and time, on reasoning-gym prompts.
 
-    python tests/benchmarks/router.py BASE_DIR [--cache DIR]
+    python benchmarks/router.py BASE_DIR [--cache DIR]
 
 BASE_DIR is the model that the experts come from and stands for the dense expert. `easy` are four
 tasks in their own wording; `hard` are 25 tasks, calibrated on 20 prompts each in 16 wordings and

@@ -1,6 +1,6 @@
 """The routers that need no data, on LoRA experts of the easy tasks and a dense expert, their mean.
 
-    python tests/benchmarks/router_dataless.py BASE_DIR --adapters DIR
+    python benchmarks/router_dataless.py BASE_DIR --adapters DIR
 
 DIR holds a LoRA adapter for each task, under the task's name. Writes results/router-no-data.json.
 """

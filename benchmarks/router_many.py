@@ -1,6 +1,6 @@
 """Many experts: is accuracy kept, what does one more cost, and who notices when one comes or goes?
 
-    python tests/benchmarks/router_many.py BASE_DIR
+    python benchmarks/router_many.py BASE_DIR
 
 Up to 64 reasoning-gym tasks in their own wording, routed by mean embeddings of BASE_DIR. Times are
 of one request at a time, every number of experts in turn, so that their ratios mean something.

@@ -1,6 +1,6 @@
 """How fast mixtures are entered, decoded with, and mixed in one batch; and what resident experts take.
 
-    python tests/benchmarks/runtime.py BASE --work DIR
+    python benchmarks/runtime.py BASE --work DIR
 
 Merges the bundled adapters of BASE twice: `sparse` keeps 10% of every weight, exactly, `low_rank` the
 adapters' own factors. Everything that is compared is run in turns in one process, so that

@@ -1,7 +1,7 @@
 """What grows with the number of experts, and how much?
 
-    python tests/benchmarks/scale.py --part memory --base BASE
-    python tests/benchmarks/scale.py --part quality
+    python benchmarks/scale.py --part memory --base BASE
+    python benchmarks/scale.py --part quality
 
 `memory`: peak memory and time of whole merge processes over 4, 8, 16 and 32 full fine-tunes of a model
 that has BASE's vocabulary and width and two blocks: the largest weight decides, and it is BASE's. The

