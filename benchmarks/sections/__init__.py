@@ -1,0 +1,39 @@
+"""The generated sections of README and docs, by name: each is made from the files of results/ alone."""
+
+from collections.abc import Callable
+from functools import partial
+
+from sections import comparison, merging, routing, serving, storing
+from sections.markdown import about
+
+COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
+# Results whose page says how they were made.
+RECORDS = (
+    *COMPARISONS,
+    *("ablations", "blending", "codec", "demo", "layers", "lossless", "merge-cost"),
+    *("router", "router-many", "router-no-data", "runtime", "scale", "startup"),
+)
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "systems": comparison.systems,
+    "against": comparison.against,
+    **{name: partial(comparison.experts, name) for name in COMPARISONS},
+    **{f"{name} findings": partial(comparison.findings, name) for name in COMPARISONS},
+    "experts-4 rivals": comparison.rivals,
+    "experts-4-again budget": comparison.budget_split,
+    "ablations": comparison.ablations,
+    "demo": merging.demo,
+    "merge-cost": merging.merge_cost,
+    "scale-memory": merging.scale_memory,
+    "scale": merging.scale,
+    "startup": merging.startup,
+    "codec": storing.codec,
+    "lossless": storing.lossless,
+    "runtime": serving.runtime,
+    "router": routing.router,
+    "router-many": routing.router_many,
+    "blending": routing.blending,
+    "layers": routing.layers,
+    "layers findings": routing.layer_findings,
+    **{f"about {name}": partial(about, name) for name in RECORDS},
+}

@@ -1,0 +1,40 @@
+"""Results and Markdown, as every section needs them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """The figures of results/NAME.json."""
+    figures: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return figures
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def about(name: str) -> str:
+    """How results/NAME.json was made: its command, versions, machine and seeds."""
+    record = load(name)
+    # scripts are recorded by their file name
+    command = re.sub(r"^python (\w+\.py)", r"python benchmarks/\1", record["command"])
+    machine = record["machine"]
+    versions = ", ".join(f"{package} {v}" for package, v in record["versions"].items())
+    seeds = ", ".join(f"{use} {seed}" for use, seed in record["seeds"].items()) or "none"
+    return "\n".join(
+        [
+            f"- Command: `{command}`",
+            f"- Versions: Python {record['python']}, {versions}",
+            f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}",
+            f"- Seeds: {seeds}",
+            f"- File: `benchmarks/results/{name}.json`",
+        ]
+    )

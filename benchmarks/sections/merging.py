@@ -1,0 +1,93 @@
+"""Sections about merges: the demo's, what a merge costs, and many experts."""
+
+from sections.markdown import load, table
+
+
+def demo() -> str:
+    """Systems against skills, and the sizes."""
+    figures = load("demo")
+    skills = list(figures["routing"])
+    rows = []
+    for system, scores in figures["systems"].items():
+        values = [100 * scores[skill]["accuracy"] for skill in skills]
+        rows.append([system, *[f"{v:.0f}" for v in values], f"{sum(values) / len(values):.1f}"])
+    sizes = figures["sizes"]
+    right = sum(entry["chosen"][skill] for skill, entry in figures["routing"].items())
+    asked = sum(sum(entry["chosen"].values()) for entry in figures["routing"].values())
+    experts = ", ".join(f"{e['name']} {e['bytes'] / 1e6:.1f} MB" for e in sizes["experts"])
+    return "\n".join(
+        [
+            table(["exact match, %", *skills, "mean"], rows),
+            "",
+            f"{asked // len(skills)} held-out prompts per skill. {right} of {asked} prompts are routed "
+            f"to their own expert, without any calibration data. The stored experts take: {experts}. "
+            f"Everything together takes {sizes['total_over_dense']:.3f} of one model "
+            f"({sizes['dense_bytes'] / 1e6:.0f} MB). The run took {figures['seconds']} seconds.",
+        ]
+    )
+
+
+def merge_cost() -> str:
+    """Time and memory of a merge beside mergekit's own methods."""
+    figures = load("merge-cost")
+    rows = []
+    for name, row in (("`route: auto`", figures), ("`route: all`", figures["all_routed"])):
+        cells = ["wall_over_linear", "wall_over_ties", "peak_memory_over_linear"]
+        rows.append([name, *[f"{row[cell]:.2f}" for cell in cells]])
+    head = ["", "time / `linear`", "time / `ties`", "peak memory / `linear`"]
+    return (
+        f"{table(head, rows)}\n\n{figures['experts']} experts, density {figures['density']} for "
+        f"`ties` and for `mediator`, the median of {figures['runs']} runs."
+    )
+
+
+def scale_memory() -> str:
+    """Memory and time of a merge as the experts become more."""
+    merges = load("scale")["memory"]["merges"]
+    counts, linear = list(merges["linear"]), merges["linear"]
+    rows = [
+        [
+            f"`{name}`",
+            *(
+                f"{row[n]['peak_anonymous_bytes'] / 1e6:.0f} "
+                f"({row[n]['seconds'] / linear[n]['seconds']:.1f})"
+                for n in counts
+            ),
+        ]
+        for name, row in merges.items()
+    ]
+    return table(["MB (time / `linear`)", *(f"{n} experts" for n in counts)], rows)
+
+
+def scale() -> str:
+    """Quality and bytes as the experts become more."""
+    figures = load("scale")["quality"]
+    counts = [count for count in figures if count.isdigit()]
+    rows = [
+        [
+            name,
+            *(f"{figures[n][name]['normalized_mean']:.1f}" for n in counts),
+            *(f"{figures[n][name]['total_bytes_over_base']:.2f}" for n in counts),
+        ]
+        for name in figures[counts[0]]
+        if "dense" not in name
+    ]
+    head = ["", *(f"mean, %, {n}" for n in counts), *(f"bytes / one model, {n}" for n in counts)]
+    return table(head, rows)
+
+
+def startup() -> str:
+    """What the hook adds to the start of an interpreter."""
+    figures = load("startup")
+    rows = [
+        [label, f"{figures[f'{case}_adds_wall_ms']:.2f}", f"{figures[f'{case}_adds_cpu_ms']:.2f}"]
+        for case, label in (
+            ("installed", "installed"),
+            ("switched_off", "`MERGEKIT_MEDIATOR_AUTOLOAD=0`"),
+        )
+    ]
+    head = ["the hook adds", "ms", "ms of the processor"]
+    return (
+        f"{table(head, rows)}\n\nThe median of {figures['runs']} starts; an interpreter without the "
+        f"package takes {figures['absent_wall_ms']:.1f} ms."
+    )

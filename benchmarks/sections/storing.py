@@ -1,0 +1,51 @@
+"""Sections about stored experts: what each form costs and keeps."""
+
+from sections.markdown import load, table
+
+# Of the rows of codec.json, enough to see the curves.
+FORMS = {
+    *("bits: 0.05", "bits: 0.08", "bits: 0.15", "bits: 0.2", "bits: 0.5", "bits: 1"),
+    *("extract-lora 1", "extract-lora 4", "extract-lora 16"),
+    *("adapter", "exact 0.1", "sign 1"),
+}
+
+
+def codec() -> str:
+    """One row for each form and family, by bytes."""
+    rows = [
+        [
+            f"`{row['codec']}`",
+            row["family"],
+            f"{row['bits_per_parameter']:.3f}",
+            f"{row['bytes_per_expert'] / 1e6:.1f}",
+            f"{row['relative_error']:.2f}",
+            f"{row['answer_log_likelihood']:.3f}",
+            f"{100 * row['loss_recovered']:.1f}",
+            f"{100 * row['accuracy_over_expert']:.1f}",
+        ]
+        for row in sorted(
+            load("codec")["rows"], key=lambda r: (r["family"], r["bits_per_parameter"])
+        )
+        if row["codec"] in FORMS
+    ]
+    head = ["stored as", "experts", "bits per parameter", "MB", "squared error", "nats / token"]
+    return table([*head, "loss recovered, %", "accuracy / expert, %"], rows)
+
+
+def lossless() -> str:
+    """Exact values: bytes and speed beside general compressors."""
+    figures = load("lossless")
+    rows = [
+        [
+            f"`{row['codec']}`" if row["codec"].startswith("exact") else row["codec"],
+            f"{row['bits_per_parameter']:.2f}",
+            *(
+                f"{row[key]:.0f}" if row.get(key) is not None else ""
+                for key in ("encode_million_per_second", "decode_million_per_second")
+            ),
+        ]
+        for row in figures["rows"]
+    ]
+    head = ["", "bits per parameter", "encoded, million / s", "decoded, million / s"]
+    absent = [tool for tool, version in figures["tools"].items() if version == "not installed"]
+    return f"{table(head, rows)}\n\nNot compared, since not installed: {', '.join(absent)}."
