@@ -1,7 +1,6 @@
 """Scores to decisions, and decisions to mixtures."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.route.decision import RoutingDecision, apply_policy, decide_from_scores
-from mergekit_mediator.serve.choice import Requests, Settings
+from mergekit_mediator.serve.choice import mixtures_of
+from mergekit_mediator.serve.settings import Settings
 
 NAMES = ("code", "math", "chat")
 
@@ -105,10 +105,10 @@ def test_auto_is_hard_for_sure_rows_and_soft_for_others() -> None:
     [(0.0, None, True), (None, None, False), (0.0, 1.0, False), (1.0, 0.0, True)],
 )
 def test_the_threshold_is_the_users_or_the_calibrated_one(calibrated, set_by_user, blends) -> None:
-    routers = SimpleNamespace(thresholds=lambda router: (calibrated, None))
-    requests = Requests(Settings(entropy_threshold=set_by_user), None, routers, None)
+    settings = Settings(entropy_threshold=set_by_user)
     sure = decision([[0.98, 0.01, 0.01]])
-    assert torch.equal(requests.weights(sure), sure.weights if blends else one_hot(0))
+    got = mixtures_of(sure, settings, (calibrated, None), sure.experts)
+    assert torch.equal(got, sure.weights if blends else one_hot(0))
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 7, math.nan])
