@@ -6,7 +6,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,13 @@ import click.testing
 import pytest
 import torch
 import yaml
+from families import Family, make_family
 from hypothesis import settings
 from safetensors.torch import load_file
 
 settings.register_profile("mediator", deadline=None, max_examples=40, database=None)
 settings.load_profile("mediator")
 torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Family:
-    """A base model and its experts on disk."""
-
-    base: Path
-    experts: dict[str, Path]
-
-    def config(self, method: str = "mediator", **settings: Any) -> dict[str, Any]:
-        """A merge configuration of all of them; parameters that are no top-level key go to `parameters`."""
-        top = {k: settings.pop(k) for k in list(settings) if k in _TOP_LEVEL}
-        models = [
-            {"model": str(path), "parameters": {"expert": name}}
-            if method == "mediator"
-            else {"model": str(path)}
-            for name, path in self.experts.items()
-        ]
-        config = {"merge_method": method, "base_model": str(self.base), "models": models}
-        return {**config, "parameters": settings, **top}
-
-
-_TOP_LEVEL = {"models", "slices", "modules", "base_model", "tokenizer", "dtype", "out_dtype"}
 
 
 @pytest.fixture(scope="session")
@@ -55,13 +32,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Family]:
     """Writes a family; the arguments are those of `pico.save_family`."""
     return lambda *args, **options: make_family(tmp_path_factory.mktemp("family"), *args, **options)
-
-
-def make_family(root: Path, *args: Any, **options: Any) -> Family:
-    import pico
-
-    paths = pico.save_family(root, *args, **options)
-    return Family(paths.pop("base"), paths)
 
 
 @pytest.fixture

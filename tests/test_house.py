@@ -13,14 +13,15 @@ ROOT = Path(mergekit_mediator.__file__).parent
 # By room, the rooms that it may import from. Modules of the root are rooms of one file.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "remote_code": set(),
     "delta": {"errors"},
-    "store": {"errors", "delta"},
-    "models": {"errors"},
+    "store": {"errors", "remote_code", "delta"},
+    "models": {"errors", "remote_code"},
     "tune": {"errors", "delta", "models"},
     "route": {"errors", "delta", "store", "models"},
     "methods": {"errors", "delta"},
-    "merge": {"errors", "delta", "store", "models", "tune", "route", "methods"},
-    "serve": {"errors", "delta", "store", "models", "route"},
+    "merge": {"errors", "remote_code", "delta", "store", "models", "tune", "route", "methods"},
+    "serve": {"errors", "remote_code", "delta", "store", "models", "route"},
     "evaluate": {"errors", "models", "methods", "merge", "serve"},
     "export": {"errors", "delta", "store", "models"},
     "engines": {"errors", "models", "store", "route", "serve", "export"},
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "_autoload": {"merge"},
     "_build": set(),
 }
-ALLOWED["cli"] = {"errors", *ALLOWED} - {"remote", "_autoload", "_build"}
+ALLOWED["cli"] = {"errors", *ALLOWED} - {"remote", "remote_code", "_autoload", "_build"}
 ALLOWED["__init__"] = {
     "errors",
     "store",

@@ -18,9 +18,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import conftest
 import pico
 import torch
+from families import make_family
 from routed_pico import build
 
 from mergekit_mediator import MediatorModel
@@ -153,7 +153,7 @@ def attack(form: str, shots: int, seed: int, times: int = 1) -> Counter[str]:
     threads, failures, draw = torch.get_num_threads(), Counter[str](), random.Random(seed)
     handler = signal.getsignal(signal.SIGALRM)
     with tempfile.TemporaryDirectory() as root, torch.no_grad():
-        family = conftest.make_family(Path(root), lambda: pico.llama(**FORMS[form][0]))
+        family = make_family(Path(root), lambda: pico.llama(**FORMS[form][0]))
         build(Path(root) / "out", family, density=0.2)
         target = Target(Path(root) / "out", form)
         try:

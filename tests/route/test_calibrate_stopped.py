@@ -223,4 +223,4 @@ def test_a_router_that_the_manifest_does_not_name_is_not_read(out, model, data, 
         MediatorModel.from_pretrained(out)
     model = MediatorModel.from_pretrained(out, verify=False)
     assert model.route(torch.tensor([[5, 6, 7]])).experts == NAMES
-    assert model._requests._routers.default == "response"
+    assert model._routers.default == "response"

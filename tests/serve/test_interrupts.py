@@ -52,7 +52,7 @@ def interrupted(function, moment, error):
 def test_an_interrupt_at_any_moment_leaves_the_dense_expert(target, error, step):
     def enter_and_leave():
         if target.form == "rows":
-            rows = target.model._requests.named("math"), target.model._requests.named(MIXTURE)
+            rows = target.model._choice.named("math"), target.model._choice.named(MIXTURE)
             with target.model._serving._rows.applied(rows):
                 pass
         else:

@@ -1,0 +1,35 @@
+"""A base model and its experts on disk, and merge configurations of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pico
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base model and its experts on disk."""
+
+    base: Path
+    experts: dict[str, Path]
+
+    def config(self, method: str = "mediator", **settings: Any) -> dict[str, Any]:
+        """A merge configuration of all of them; parameters that are no top-level key go to `parameters`."""
+        top = {k: settings.pop(k) for k in list(settings) if k in _TOP_LEVEL}
+        models = [
+            {"model": str(path), "parameters": {"expert": name}}
+            if method == "mediator"
+            else {"model": str(path)}
+            for name, path in self.experts.items()
+        ]
+        config = {"merge_method": method, "base_model": str(self.base), "models": models}
+        return {**config, "parameters": settings, **top}
+
+
+_TOP_LEVEL = {"models", "slices", "modules", "base_model", "tokenizer", "dtype", "out_dtype"}
+
+
+def make_family(root: Path, *args: Any, **options: Any) -> Family:
+    paths = pico.save_family(root, *args, **options)
+    return Family(paths.pop("base"), paths)
