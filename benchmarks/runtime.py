@@ -77,8 +77,10 @@ def enter_figures(model: MediatorModel, root: Path, rounds: int) -> dict[str, An
     """Entering a resident expert against adding a dense change to the weights that it changes, loading
     a checkpoint, and PEFT; and leaving it."""
     names = model.experts[:2]
-    changed = [n for n, s in model._mixer.expert(names[0]).items() if len(s.codes) or s.factors]
-    weights = [model._mixer.weights[name].clone() for name in changed]
+    changed = [
+        n for n, s in model._mixer.placer.expert(names[0]).items() if len(s.codes) or s.factors
+    ]
+    weights = [model._mixer.placer.weights[name].clone() for name in changed]
     changes = [torch.full_like(w, 1e-3) for w in weights]
     turn = iter(range(10**6))
     left: list[float] = []

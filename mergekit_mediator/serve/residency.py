@@ -55,6 +55,11 @@ class Experts:
         self._lock = Lock()
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether no memory may be taken beyond that of the decoded weights."""
+        return self.residency != "device" or self.budget is not None
+
+    @property
     def resident_bytes(self) -> int:
         """What the decoded weights take now."""
         return self._bytes

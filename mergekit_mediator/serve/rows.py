@@ -56,7 +56,7 @@ class Rows:
                 "each mixture together"
             )
         with self._mixer.hold(rows):
-            weights, hooks = self._mixer.weights, []
+            weights, hooks = self._mixer.placer.weights, []
             for name, places in plan.items():
                 parts = self._parts(name, weights[name], rows)
                 if parts:
@@ -81,8 +81,8 @@ class Rows:
         if self.obstacle() is not None:
             return False
         thin = whole = 0
-        for name, weight in self._mixer.weights.items():
-            for stored in self._mixer.described(name, mixture):
+        for name, weight in self._mixer.placer.weights.items():
+            for stored in self._mixer.placer.described(name, mixture):
                 if stored.count or not stored.factors:
                     return False
                 thin += stored.factor_numbers
@@ -92,7 +92,7 @@ class Rows:
 
     def _plan(self) -> tuple[_Plan, _Obstacle]:
         """How each module that uses a routed weight is served, and what cannot be."""
-        weights = self._mixer.weights
+        weights = self._mixer.placer.weights
         if self._planned is None or self._planned[0] is not weights:  # moved or cast since
             self._planned = (weights, *_plan(self._model, weights))
         return self._planned[1:]
@@ -101,7 +101,7 @@ class Rows:
         """The experts that change a weight, each with its coefficients for the rows."""
         found: dict[str, tuple[StoredWeight, list[float]]] = {}
         for mixture in set(rows):
-            for expert, coefficient, stored in self._mixer.parts(name, mixture):
+            for expert, coefficient, stored in self._mixer.placer.parts(name, mixture):
                 _, coefficients = found.setdefault(expert, (stored, [0.0] * len(rows)))
                 for row, own in enumerate(rows):
                     if own == mixture:
@@ -117,8 +117,8 @@ class Rows:
         ]
 
     def _matrix(self, expert: str, name: str, weight: Tensor, stored: StoredWeight) -> Tensor:
-        key = ("matrix", expert, name)
-        return self._mixer.remember(key, stored, lambda: sparse_matrix(weight, stored))
+        matrices = self._mixer.placer.memory.matrices
+        return matrices.get((expert, name), stored, lambda: sparse_matrix(weight, stored))
 
 
 def _plan(model: nn.Module, weights: dict[str, Tensor]) -> tuple[_Plan, _Obstacle]:

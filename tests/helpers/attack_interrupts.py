@@ -48,7 +48,7 @@ class Target:
         self.model, self.form = MediatorModel.from_pretrained(root), form
         changes, self.parallel = FORMS[form]
         if self.parallel and not changes:
-            self.model._mixer.parallel_from = 1
+            self.model._mixer.placer.parallel_from = 1
         torch.set_num_threads(1 + self.parallel)
         self.weights = {n: w.clone() for n, w in self.model.model.state_dict().items()}
         self.places = {n: p.data_ptr() for n, p in self.model.model.named_parameters()}

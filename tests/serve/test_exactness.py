@@ -55,7 +55,7 @@ def test_a_mixture_is_the_weighted_sum_of_what_each_expert_adds(model, weights):
     dense = {n: w.float() for n, w in model.model.state_dict().items()}
     expected = {n: w.clone() for n, w in dense.items()}
     for name, weight in zip(model.experts, weights, strict=True):
-        for key, stored in model._mixer.expert(name).items():
+        for key, stored in model._mixer.placer.expert(name).items():
             difference = stored.codes.float() * stored.scale
             expected[key].view(-1)[stored.positions] += weight * difference
     with model.mixture(dict(zip(model.experts, weights, strict=True))) as mixed:

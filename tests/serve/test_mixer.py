@@ -11,7 +11,7 @@ from torch import nn
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.stored_weight import StoredWeight, encode
 from mergekit_mediator.errors import MixtureError
-from mergekit_mediator.serve import mixer as mixture_module
+from mergekit_mediator.serve import placer
 from mergekit_mediator.serve.mixer import Mixer
 from mergekit_mediator.serve.residency import Experts
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
@@ -90,14 +90,14 @@ def test_an_exception_inside_a_mixture_restores_the_dense_expert(mixer):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_error_while_entering_restores_the_dense_expert(mixer, monkeypatch, moment, error):
     model, mixer = mixer
-    before, calls, mix_ = bits(model), iter(range(9)), mixture_module.mix_
+    before, calls, mix_ = bits(model), iter(range(9)), placer.mix_
 
     def failing(weight, parts, saved):
         mix_(weight, parts, saved)
         if next(calls) == moment:
             raise error
 
-    monkeypatch.setattr(mixture_module, "mix_", failing)
+    monkeypatch.setattr(placer, "mix_", failing)
     with pytest.raises(error), mixer.mixture({"a": 0.5, "b": 0.5}):
         raise AssertionError("entered")
     assert same(bits(model), before)
@@ -107,14 +107,14 @@ def test_an_error_while_entering_restores_the_dense_expert(mixer, monkeypatch, m
 @pytest.mark.parametrize("moment", range(3))
 def test_an_interrupt_while_leaving_restores_everything_all_the_same(mixer, monkeypatch, moment):
     model, mixer = mixer
-    before, calls, restore_ = bits(model), iter(range(9)), mixture_module.restore_
+    before, calls, restore_ = bits(model), iter(range(9)), placer.restore_
 
     def interrupted(weight, saved):
         if next(calls) == moment:
             raise KeyboardInterrupt
         restore_(weight, saved)
 
-    monkeypatch.setattr(mixture_module, "restore_", interrupted)
+    monkeypatch.setattr(placer, "restore_", interrupted)
     with pytest.raises(KeyboardInterrupt), mixer.mixture({"a": 1.0}):
         pass
     assert same(bits(model), before)
@@ -150,7 +150,7 @@ def test_real_interrupts_at_random_moments_leave_no_flipped_bit(mixer):
 
 def test_large_models_are_restored_by_several_threads(mixer):
     model, mixer = mixer
-    mixer.parallel_from = 1
+    mixer.placer.parallel_from = 1
     before = bits(model)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -160,7 +160,7 @@ def test_large_models_are_restored_by_several_threads(mixer):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    mixer.parallel_from = 1 << 22
+    mixer.placer.parallel_from = 1 << 22
     with mixer.mixture({"a": 1.0}):
         assert same(bits(model), alone)
     assert same(bits(model), before)
@@ -258,14 +258,14 @@ def test_the_least_recently_used_weights_go_when_the_budget_is_exceeded(files):
     one = unlimited.experts.resident_bytes
     _, mixer = make_mixer(files, budget=2 * one)
     for name in ("a", "b", "a", "c"):
-        mixer.expert(name)
+        mixer.placer.expert(name)
         assert mixer.experts.resident_bytes <= 2 * one
     assert {expert for expert, _ in mixer.experts._kept} == {"a", "c"}
 
 
 def test_nothing_is_decoded_before_it_is_used_and_nothing_kept_on_disk(files):
     _, mixer = make_mixer(files, residency="disk")
-    mixer.expert("a")
+    mixer.placer.expert("a")
     assert mixer.experts.resident_bytes == 0
     _, mixer = make_mixer(files)
     assert mixer.experts.resident_bytes == 0

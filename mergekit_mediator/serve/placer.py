@@ -1,0 +1,188 @@
+"""Puts mixtures of experts into the routed weights of a model, and the dense expert back, bit for bit."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_mediator.delta.stored_weight import (
+    Displaced,
+    StoredWeight,
+    displace,
+    mix_,
+    overwriting,
+    restore_,
+)
+from mergekit_mediator.models.locate import fingerprint, locate_weights
+from mergekit_mediator.serve.memory import Memory
+from mergekit_mediator.serve.mixture import Mixture
+from mergekit_mediator.serve.pool import Pool
+from mergekit_mediator.serve.prefetch import read_ahead, side_streams
+from mergekit_mediator.serve.residency import Experts
+from mergekit_mediator.store.description import Description
+
+# The name of an expert that changes a weight, its coefficient in a mixture, and what it stores.
+Part = tuple[str, float, StoredWeight]
+
+
+class Placer:
+    """Writes mixtures into one model's weights. Nothing here locks: see `mixer.Mixer`.
+
+    Attributes:
+        experts: the stored experts.
+        parallel_from: so many routed weights are put in place by several threads; for fewer, starting threads
+            takes longer than what they save.
+        memory: tensors that are needed again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        experts: Experts,
+        layers: Iterable[Sequence[str]] | None = None,
+        parallel_from: int = 1 << 22,
+    ) -> None:
+        """
+        Args:
+            model: holding the dense expert.
+            experts: the stored experts.
+            layers: the weights of each routed layer, which are brought to a device together; each
+                weight alone unless given.
+            parallel_from: see above.
+
+        Raises:
+            MixtureError: the model was loaded in a form that experts cannot be put into.
+        """
+        self._model, self.experts, self.parallel_from = model, experts, parallel_from
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        # by weight, the experts that change it, and whether they have a share in the dense weight
+        self._changing: dict[str, list[tuple[str, bool]]] = {}
+        for expert, file in experts.files.items():
+            for name, stored in file.weights.items():
+                self._shapes[name] = stored.shape
+                self._changing.setdefault(name, []).append((expert, bool(stored.share)))
+        layers = layers or [[name] for name in self._shapes]
+        self._layers = [[name for name in layer if name in self._shapes] for layer in layers]
+        self._displaced: dict[str, Sequence[Displaced]] = {}
+        self._pool: Pool[str] | None = None
+        self._moved = False
+        self._locate()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The routed weights in the model, by the checkpoint's names."""
+        if self._fingerprint != fingerprint(self._model):  # moved or cast since
+            self._locate()
+        return self._weights
+
+    def expert(self, name: str) -> dict[str, StoredWeight]:
+        """Everything that one expert stores, by weight, on the devices of the weights."""
+        weights, file = self.weights, self.experts.files[name]
+        return {w: self.experts.read(name, w, weights[w].device) for w in file.weights}
+
+    def parts(self, weight: str, mixture: Mixture) -> list[Part]:
+        """The experts that change a weight in a mixture, each with its coefficient: those in the mixture,
+        and those that the dense weight is a mean of, as far as they are stored relative to the base."""
+        device, total, parts = self._weights[weight].device, mixture.total, []
+        for name in self._takes_part(weight, mixture):
+            stored = self.experts.read(name, weight, device)
+            parts.append((name, stored.coefficient(mixture.weight(name), total), stored))
+        return parts
+
+    def described(self, weight: str, mixture: Mixture) -> list[Description]:
+        """The descriptions of `parts` in the experts' files; nothing is read."""
+        names = self._takes_part(weight, mixture)
+        return [self.experts.files[name].weights[weight] for name in names]
+
+    def put(self, mixture: Mixture) -> None:
+        """Put a mixture in place; each dense weight is saved before it is written."""
+        weights = self.weights
+        if mixture.is_dense:
+            return
+        if self._on_cpu:
+            self._each(partial(self._put_weight, mixture), weights)
+            return
+
+        def read(layer: Sequence[str]) -> list[list[Part]]:
+            return [self.parts(name, mixture) for name in layer]
+
+        streams = side_streams({weight.device for weight in weights.values()})
+        for layer, parts in read_ahead(self._layers, read, streams):
+            for name, of_weight in zip(layer, parts, strict=True):
+                self._put_parts(name, of_weight)
+
+    def restore(self) -> None:
+        """Put the dense expert back. May be interrupted, and repeated."""
+        if self._pool is not None:
+            self._pool.stop()
+        if self._displaced:
+            if self._fingerprint != fingerprint(self._model):
+                self._moved = True  # or cast, inside the mixture
+                self._locate()
+            self._each(self._restore_weight, list(self._displaced))
+        self._moved = False
+
+    def _takes_part(self, weight: str, mixture: Mixture) -> list[str]:
+        return [
+            name
+            for name, shares in self._changing[weight]
+            if name in mixture or (shares and not mixture.is_dense)
+        ]
+
+    def _put_weight(self, mixture: Mixture, name: str) -> None:
+        ready = self.memory.ready.get((mixture.alone or "", name))
+        if ready is None:
+            self._put_parts(name, self.parts(name, mixture))
+        else:
+            self._displaced[name], overwrite = ready
+            overwrite()
+
+    def _put_parts(self, name: str, parts: list[Part]) -> None:
+        if not parts:
+            return
+        weight, terms = self._weights[name], [(c, stored) for _, c, stored in parts]
+        if any(stored.factors for _, stored in terms):
+            saved = self.memory.whole.get(name, weight, lambda: displace(weight, terms))
+        else:
+            saved = [
+                one
+                for expert, _, stored in parts
+                for one in self.memory.displaced.get(
+                    (expert, name), stored, partial(displace, weight, [(1.0, stored)])
+                )
+            ]
+        self._displaced[name] = saved
+        mix_(weight, terms, saved)
+        if len(parts) == 1 and not self.memory.bounded:
+            expert, _, stored = parts[0]
+            overwrite = overwriting(weight, stored)
+            if overwrite is not None:
+                self.memory.ready[expert, name] = saved, overwrite
+
+    def _restore_weight(self, name: str) -> None:
+        if self._moved:
+            self._weights[name].copy_(self.experts.dense(name))
+        else:
+            restore_(self._weights[name], self._displaced[name])
+        del self._displaced[name]
+
+    @property
+    def _on_cpu(self) -> bool:
+        return all(weight.device.type == "cpu" for weight in self._weights.values())
+
+    def _each(self, function: Callable[[str], None], names: Iterable[str]) -> None:
+        """Call a function with each name, on all cores where that is worth it."""
+        ordered, threads = list(names), torch.get_num_threads()
+        numel = sum(self._weights[name].numel() for name in ordered)
+        if threads > 1 and numel >= self.parallel_from and self._on_cpu:
+            self._pool = Pool(function, ordered, threads)  # known before any thread of it
+            self._pool.run()
+        else:
+            for name in ordered:
+                function(name)
+
+    def _locate(self) -> None:
+        self._weights = locate_weights(self._model, self._shapes, self._shapes)
+        self.memory = Memory(bounded=self.experts.is_bounded)
+        self._fingerprint = fingerprint(self._model)
