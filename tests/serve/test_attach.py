@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 from mergekit_mediator import MediatorModel, remote
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.route.calibrate import calibrate_artifact
-from mergekit_mediator.store import manifest as artifact
+from mergekit_mediator.serve import model as serving
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 IDS = torch.tensor([[7, 45, 9, 13]])
@@ -127,9 +127,9 @@ def test_who_trusts_the_files_may_leave_digests_out(out, way):
 )
 def test_digests_are_checked_once_not_at_every_call(out, monkeypatch, load):
     checked = []
-    stock = artifact.verify_files
+    stock = serving.verify_files
     monkeypatch.setattr(
-        artifact, "verify_files", lambda *given: checked.append(given) or stock(*given)
+        serving, "verify_files", lambda *given: checked.append(given) or stock(*given)
     )
     model = load(out)
     for _ in range(3):

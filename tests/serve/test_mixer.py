@@ -175,7 +175,7 @@ def test_layers_that_are_read_ahead_are_put_in_place_alike(files, mixer, monkeyp
         (["one.weight", "a norm that none changes"], ["two.weight", "two.bias"]),
     )
     other = Mixer(model, Experts(files, dense.__getitem__, "cpu"), layers)
-    monkeypatch.setattr(Mixer, "_on_cpu", False)  # as on CUDA, but for the streams
+    monkeypatch.setattr(placer.Placer, "_on_cpu", False)  # as on CUDA, but for the streams
     for weights in ({"a": 1.0}, {"b": 0.4, "c": 0.6}):
         with resident.mixture(weights), other.mixture(weights):
             assert not same(bits(model), before)
@@ -254,7 +254,7 @@ def test_where_experts_live_does_not_change_a_mixture(files, mixer, options):
 
 def test_the_least_recently_used_weights_go_when_the_budget_is_exceeded(files):
     _, unlimited = make_mixer(files)
-    unlimited.expert("a")
+    unlimited.placer.expert("a")
     one = unlimited.experts.resident_bytes
     _, mixer = make_mixer(files, budget=2 * one)
     for name in ("a", "b", "a", "c"):
