@@ -190,7 +190,7 @@ def test_every_room_has_its_paragraph_and_its_arrows():
     rooms = {path.parent.name for path in (ROOT / "mergekit_mediator").glob("*/__init__.py")}
     for room in rooms:
         assert f"\n**{room}** " in text
-    drawn = {b: set(a.split(", ")) for a, b in re.findall(r"^([a-z, ]+) <- (\w+)$", text, re.M)}
+    drawn = {b: set(a.split(", ")) for a, b in re.findall(r"^([a-z_, ]+) <- (\w+)$", text, re.M)}
     assert drawn.pop("cli") == {"everything"}
     for room in rooms - {"cli"}:
         assert drawn.get(room, set()) == allowed[room] - {"errors"}, room

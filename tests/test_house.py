@@ -41,7 +41,7 @@ ALLOWED["__init__"] = {
 LIBRARIES = {
     "mergekit": {"methods", "merge", "evaluate", "cli"},
     "transformers": {"models", "merge", "serve", "cli", "remote"},
-    "huggingface_hub": {"models", "merge"},
+    "huggingface_hub": {"store", "models", "merge"},
     "datasets": {"models"},
 }
 

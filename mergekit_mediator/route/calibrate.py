@@ -24,7 +24,7 @@ from mergekit_mediator.route.features import (
     shared_tokens,
 )
 from mergekit_mediator.route.fit import Calibration
-from mergekit_mediator.store.durable import replace
+from mergekit_mediator.store import durable
 from mergekit_mediator.store.manifest import (
     ROUTER,
     Manifest,
@@ -189,10 +189,10 @@ def _store(
         router.save(partial)
         router_digest = digest(partial)
         own_name = f"mediator/router-{router_digest.sha256[:12]}.safetensors"
-        replace(partial, root / own_name)
+        durable.replace(partial, root / own_name)
         vouch(own_name)
         shutil.copyfile(root / own_name, partial)
-        replace(partial, root / ROUTER)
+        durable.replace(partial, root / ROUTER)
         vouch(ROUTER)
     finally:
         _remove_leftovers(root)

@@ -32,7 +32,7 @@ from mergekit_mediator.serve.mixture import Mixture, Named
 from mergekit_mediator.serve.residency import Experts, Residency
 from mergekit_mediator.serve.routed_class import route_calls
 from mergekit_mediator.serve.routers import Router, Routers
-from mergekit_mediator.serve.settings import Settings, unknown_setting
+from mergekit_mediator.serve.settings import SettingAttribute, Settings, unknown_setting
 from mergekit_mediator.store.manifest import (
     RESPONSE,
     Manifest,
@@ -42,23 +42,8 @@ from mergekit_mediator.store.manifest import (
 )
 
 _QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
-
-
 # What a model is besides its settings.
 _ATTRIBUTES = frozenset({"root", "manifest", "model", "tokenizer", "settings"})
-
-
-class _Setting:
-    """An attribute of a model that is one of its settings."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, model: "MediatorModel", owner: type) -> Any:
-        return getattr(model.settings, self._name)
-
-    def __set__(self, model: "MediatorModel", value: Any) -> None:
-        setattr(model.settings, self._name, value)
 
 
 class MediatorModel:
@@ -76,13 +61,13 @@ class MediatorModel:
         settings: how requests are answered; see `settings.Settings`.
     """
 
-    policy = _Setting()
-    entropy_threshold = _Setting()
-    ood_threshold = _Setting()
-    ood_action = _Setting()
-    fallback = _Setting()
-    route_on = _Setting()
-    apply = _Setting()
+    policy = SettingAttribute()
+    entropy_threshold = SettingAttribute()
+    ood_threshold = SettingAttribute()
+    ood_action = SettingAttribute()
+    fallback = SettingAttribute()
+    route_on = SettingAttribute()
+    apply = SettingAttribute()
 
     def __init__(
         self,

@@ -54,6 +54,19 @@ class Settings(BaseModel):
             raise SettingError(f"{name}: {reason[0].lower()}{reason[1:]}, got {value!r}") from error
 
 
+class SettingAttribute:
+    """An attribute of an object with `settings` that is one of them."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        return getattr(owner.settings, self._name)
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        setattr(owner.settings, self._name, value)
+
+
 def unknown_setting(name: str) -> SettingError:
     """The error for a name that is no setting."""
     known = list(Settings.model_fields)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Container
 from pathlib import Path
 
-from mergekit_mediator.store.durable import can_exchange, exchange, sync
+from mergekit_mediator.store import durable
 
 # What says that directories cannot be exchanged here, or that a file can have no second name.
 _IMPOSSIBLE = {
@@ -33,11 +33,11 @@ def exchange_with(staged: Path, out: Path, model: Container[str]) -> bool:
     Raises:
         OSError: a step failed, and the output is as it was.
     """
-    if not can_exchange():
+    if not durable.can_exchange():
         return False
     try:
         carry_over(out, staged, model)
-        exchange(staged, out)
+        durable.exchange(staged, out)
     except OSError as error:
         if error.errno in _IMPOSSIBLE:
             return False
@@ -65,7 +65,7 @@ def carry_over(source: Path, target: Path, model: Container[str], folder: Path =
     if (there.st_uid, there.st_gid) != (status.st_uid, status.st_gid):
         os.chown(target / folder, status.st_uid, status.st_gid)
     shutil.copystat(source / folder, target / folder)
-    sync(target / folder)
+    durable.sync(target / folder)
 
 
 def _carry_folder(source: Path, target: Path, model: Container[str], folder: Path) -> None:

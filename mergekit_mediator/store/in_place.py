@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_mediator.errors import OutputError
-from mergekit_mediator.store.durable import sync, write_text
+from mergekit_mediator.store import durable
 
 _JOURNAL = ".publishing.json"
 _ASIDE = ".replaced"
@@ -33,7 +33,7 @@ def publish_in_place(staged: Path, out: Path, new: Sequence[str], old: Sequence[
         OSError: a step failed; `roll_back` puts the old model back.
     """
     new, old = _entrances_last(new), _entrances_last(old)
-    write_text(staged / _JOURNAL, json.dumps(_Moves(new, old)._asdict()))
+    durable.write_text(staged / _JOURNAL, json.dumps(_Moves(new, old)._asdict()))
     for name in reversed(old):
         _move(out / name, staged / _ASIDE / name)
     _remove_empty(out, old)
@@ -41,7 +41,7 @@ def publish_in_place(staged: Path, out: Path, new: Sequence[str], old: Sequence[
         if name == new[-1]:
             _sync_folders(out, new)
         _move(staged / name, out / name)
-    sync(out)
+    durable.sync(out)
 
 
 def is_half_published(staged: Path) -> bool:
@@ -111,4 +111,4 @@ def _remove_empty(root: Path, names: Iterable[str]) -> None:
 def _sync_folders(root: Path, names: Iterable[str]) -> None:
     for folder in _folders(root, names):
         if folder.is_dir():
-            sync(folder)
+            durable.sync(folder)

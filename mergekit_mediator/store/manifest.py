@@ -11,9 +11,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.store.durable import write_text
+from mergekit_mediator.store import durable, in_place
 from mergekit_mediator.store.expert_file import ExpertFile
-from mergekit_mediator.store.in_place import is_half_published
 from mergekit_mediator.store.loaded_files import loaded_files
 from mergekit_mediator.store.staging_directories import staging_directories
 
@@ -170,7 +169,7 @@ def vouched_for(root: Path) -> list[str]:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest beside its place, then move it there in one step."""
     (root / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
-    write_text(root / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    durable.write_text(root / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -184,7 +183,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if any(map(is_half_published, staging_directories(root.resolve()))):
+        if any(map(in_place.is_half_published, staging_directories(root.resolve()))):
             raise ArtifactError(
                 f"{root}: a merge was stopped while it moved its files there: run it again, which "
                 "first puts back what was there"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_mediator.errors import ArtifactError, OutputError
-from mergekit_mediator.store.durable import replace
+from mergekit_mediator.store import durable
 
 _KEY = "mediator_router"
 _VERSION = 1
@@ -40,7 +40,7 @@ def save_tensors(
             unfinished,
             metadata={_KEY: json.dumps(header, sort_keys=True, allow_nan=False)},
         )
-        replace(unfinished, path)
+        durable.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write the router {path}: {error}") from error
     finally:

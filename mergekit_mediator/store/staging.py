@@ -9,9 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mergekit_mediator.errors import OutputError
-from mergekit_mediator.store.durable import remove_tree, sync, sync_tree
+from mergekit_mediator.store import durable, in_place
 from mergekit_mediator.store.exchange import carry_over, exchange_with
-from mergekit_mediator.store.in_place import publish_in_place, roll_back
 from mergekit_mediator.store.manifest import CARD, MANIFEST, Manifest, files_below, write_manifest
 from mergekit_mediator.store.model_files import ModelFiles
 from mergekit_mediator.store.output_lock import output_lock
@@ -109,17 +108,17 @@ class Staging:
             (self.path / CARD).unlink(missing_ok=True)
         new, old = [*files_below(self.path), MANIFEST], self._old.replaced
         self._old.make_way(new)
-        sync_tree(self.path)
+        durable.sync_tree(self.path)
         if self.path.parent != self._place:
             if not self._place.exists():
                 os.rename(self.path, self._place)
-                sync(self._place.parent)
+                durable.sync(self._place.parent)
                 return
             if exchange_with(self.path, self._place, old):
                 self._exchanged = True
-                sync(self._place.parent)
+                durable.sync(self._place.parent)
                 return
-        publish_in_place(self.path, self._place, new, old)
+        in_place.publish_in_place(self.path, self._place, new, old)
 
     def _make(self, writable: Path) -> None:
         """Make the staging directory: beside the output, or inside if it cannot be exchanged."""
@@ -148,8 +147,8 @@ class Staging:
         self._remove(self.path)
 
     def _remove(self, path: Path) -> None:
-        roll_back(path, self._place)
-        remove_tree(path)
+        in_place.roll_back(path, self._place)
+        durable.remove_tree(path)
 
 
 def _relation(out: Path, read: Path) -> str | None:

@@ -19,10 +19,10 @@ def logits(model):
         return model(IDS).logits
 
 
-def exported(out, mixture, rank, tmp_path, reference="dense", tied=False):
+def exported(out, mixture, rank, tmp_path, reference="dense"):
     """The adapter of a mixture, as PEFT loads it on the dense expert."""
     experts = StoredExperts(out, reference)
-    adapter = to_adapter(experts, mixture, rank, Holdable.of(out, tied))
+    adapter = to_adapter(experts, mixture, rank, Holdable.of(out))
     write_peft(adapter, tmp_path / "adapter", str(out), torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     return adapter, PeftModel.from_pretrained(dense, tmp_path / "adapter")
@@ -60,7 +60,7 @@ def test_adapters_come_out_exactly_as_they_are_served(
 def test_relative_to_the_base_an_expert_keeps_its_own_rank(adapters, merged, tmp_path):
     out = merged({**adapters, "parameters": {"reference": "mean"}})
     relative = {
-        reference: to_adapter(StoredExperts(out, reference), {"a": 1.0}, 8, Holdable.of(out, False))
+        reference: to_adapter(StoredExperts(out, reference), {"a": 1.0}, 8, Holdable.of(out))
         for reference in ("dense", "base")
     }
     assert {name: adapter.rank for name, adapter in relative.items()} == {"dense": 5, "base": 2}
@@ -72,8 +72,7 @@ def test_a_full_rank_export_is_what_is_served_but_for_what_no_adapter_holds(
 ):
     family = make(pico.ARCHITECTURES[architecture], dtype=torch.float32)
     out = merged(family.config(route="all", density=1.0))
-    tied = architecture in ("llama_tied", "gemma3", "gpt2")
-    adapter, model = exported(out, {"math": 1.0}, 64, tmp_path, tied=tied)
+    adapter, model = exported(out, {"math": 1.0}, 64, tmp_path)
     assert adapter.squared_error < 1e-6
     assert adapter.dropped
     assert all("norm" in n or "ln_" in n or n.endswith(".bias") for n in adapter.dropped)
@@ -91,7 +90,7 @@ def test_a_smaller_rank_loses_what_the_singular_values_say(make, merged, tmp_pat
     family = make(dtype=torch.float32)
     out = merged(family.config(route="all", density=1.0))
     experts = StoredExperts(out)
-    holdable = Holdable.of(out, False)
+    holdable = Holdable.of(out)
     errors = []
     for rank in (1, 2, 4, 8, 16):
         adapter = to_adapter(experts, {"code": 1.0}, rank, holdable)
@@ -110,7 +109,7 @@ def test_a_smaller_rank_loses_what_the_singular_values_say(make, merged, tmp_pat
 
 def test_a_blend_of_adapters_is_the_adapter_of_the_blend(adapters, merged):
     out = merged({**adapters, "parameters": {"reference": "base"}})
-    experts, holdable = StoredExperts(out), Holdable.of(out, False)
+    experts, holdable = StoredExperts(out), Holdable.of(out)
     own = {n: to_adapter(experts, {n: 1.0}, 8, holdable) for n in "ab"}
     both = blend([(0.25, own["a"]), (0.75, own["b"])], 8)
     expected = to_adapter(experts, {"a": 0.25, "b": 0.75}, 8, holdable)
@@ -127,7 +126,7 @@ def test_a_blend_of_adapters_is_the_adapter_of_the_blend(adapters, merged):
 
 def test_bad_requests_are_refused_in_one_line(family, merged):
     out = merged(family.config(route="all", density=0.5))
-    experts, holdable = StoredExperts(out), Holdable.of(out, False)
+    experts, holdable = StoredExperts(out), Holdable.of(out)
     with pytest.raises(
         ExportError, match="unknown expert 'law'; this artifact has math, code, chat"
     ):

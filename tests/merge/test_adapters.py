@@ -127,7 +127,9 @@ def test_any_adapters_answer_as_peft_does(base, configs, blend):
     answers_as_peft(base, configs, blend)
 
 
-@pytest.mark.parametrize("parameters", [{"reference": "base"}, {"density": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "parameters", [{"reference": "base"}, {"density": 1.0, "route": "all"}], ids=str
+)
 def test_any_adapters_answer_as_peft_does_however_they_are_stored(base, parameters):
     configs = (
         [*ANY, on("embed_tokens", "o_proj")] if "density" in parameters else [*ANY, on("o_proj")]

@@ -20,7 +20,7 @@ def models(family, tmp_path, monkeypatch):
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text("{}")
     (root / "cache").mkdir()
-    monkeypatch.setattr(merge, "Inputs", None)
+    monkeypatch.setattr(merge, "prepared", None)
     return root
 
 

@@ -11,6 +11,7 @@ from mergekit_mediator import MediatorModel, remote
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.route.calibrate import calibrate_artifact
 from mergekit_mediator.serve import model as serving
+from mergekit_mediator.store.manifest import RESPONSE, ROUTER
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 IDS = torch.tensor([[7, 45, 9, 13]])
@@ -87,8 +88,8 @@ def change_last_byte(path):
 
 TAMPERED = {
     "mediator/experts/math.safetensors": change_last_byte,
-    artifact.ROUTER: change_last_byte,
-    artifact.RESPONSE: change_last_byte,
+    ROUTER: change_last_byte,
+    RESPONSE: change_last_byte,
     "model.safetensors": change_weight,
     "chat_template.jinja": lambda path: path.write_text(path.read_text().replace("<s>", "</s>", 1)),
 }
