@@ -154,15 +154,6 @@ def test_user_errors_are_no_asserts(module):
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
-@pytest.mark.parametrize("module", modules())
-def test_no_docstring_begins_with_what(module):
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef
-    for node in ast.walk(ast.parse(modules()[module])):
-        if isinstance(node, documented):
-            text = ast.get_docstring(node) or ""
-            assert not text.startswith("What "), f"{getattr(node, 'name', module)}: {text[:60]}"
-
-
 def test_files_are_short():
     long = {module: source.count("\n") for module, source in modules().items()}
     assert {module: lines for module, lines in long.items() if lines > 400} == {}
