@@ -15,12 +15,9 @@ WHEEL = f"mergekit_mediator-{__version__}-py3-none-any.whl"
 
 
 def source(target):
-    """A copy of what the packages are built from, so that builds leave nothing in the repository."""
-    target.mkdir()
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target / name)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "mergekit_mediator", target / "mergekit_mediator", ignore=ignored)
+    """A copy of the repository, so that builds leave nothing in it; tests and results are left out."""
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "results", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, target, ignore=ignored)
     return target
 
 
