@@ -69,6 +69,8 @@ def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out:
         try:
             mergekit.merge._copy_tokenizer(merge_config, str(out), options=options)
         except (OSError, ValueError, KeyError, ImportError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the system, such as a full disk; transformers' own have no number
             tqdm.write(
                 f"warning: no tokenizer copied from {inputs.base}: {first_line(error)}: "
                 "the merge goes on without, copy one from elsewhere"

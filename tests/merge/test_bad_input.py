@@ -3,6 +3,7 @@
 import errno
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import yaml
@@ -98,6 +99,31 @@ def test_a_disk_that_fills_up_while_experts_are_written(family, refused, monkeyp
     message = refused(family.config())
     assert "out: cannot be written" in message
     assert "No space left on device" in message
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_disk_that_fills_up_while_the_tokenizer_is_copied(family, refused, monkeypatch, name):
+    stock = shutil.copy
+
+    def fail(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        stock(source, target)
+
+    monkeypatch.setattr(shutil, "copy", fail)
+    message = refused(family.config())
+    assert "out: cannot be written" in message
+    assert "No space left on device" in message
+
+
+def test_a_base_without_a_tokenizer_is_merged_with_a_warning(make, mergekit_yaml, tmp_path):
+    family = make()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (family.base / name).unlink()
+    result = mergekit_yaml(family.config(), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert f"warning: no tokenizer copied from {family.base}: " in result.output
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_a_disk_that_fills_up_while_the_dense_expert_is_written(family, refused, monkeypatch):
