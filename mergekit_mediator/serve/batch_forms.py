@@ -143,7 +143,7 @@ class Serving:
                 return int(limit) - (length if name == "max_length" else 0)
         return _DEFAULT_STEPS
 
-    def _applied(self, rows: tuple[Mixture, ...], form: _Form) -> AbstractContextManager[None]:
+    def _applied(self, rows: tuple[Mixture, ...], form: _Form) -> AbstractContextManager[object]:
         rows = caches.joined(rows)
         return self._rows.applied(rows) if form == "rows" else self._mixer.mixture(rows[0])
 

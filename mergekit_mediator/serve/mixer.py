@@ -55,8 +55,8 @@ class Mixer:
         return self.experts.resident_bytes + self.placer.memory.bytes
 
     @scope
-    def mixture(self, named: Named) -> Generator[None, None, None]:
-        """W(p) = W_dense + Σ_t p_t Δ_t inside the context, the dense expert's bits after it.
+    def mixture(self, named: Named) -> Generator[nn.Module, None, None]:
+        """W(p) = W_dense + Σ_t p_t Δ_t inside the context, which gives the model; the dense expert's bits after.
 
         Whatever ends the context, and wherever entering it is interrupted, the dense weights come
         back: each is saved before it is written. Other threads wait until the context is left.
@@ -67,7 +67,7 @@ class Mixer:
         mixture = Mixture.of(named, self.names)
         with self.hold((mixture,)):
             self.placer.put(mixture)
-            yield
+            yield self.placer.model
 
     @scope
     def hold(self, rows: tuple[Mixture, ...]) -> Generator[None, None, None]:

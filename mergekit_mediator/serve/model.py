@@ -1,10 +1,11 @@
 """MediatorModel: loads an artifact, and answers each request with the mixture of experts that it needs."""
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from mergekit_mediator.models.loading import (
     local_directory,
 )
 from mergekit_mediator.models.prompts import pad_token
-from mergekit_mediator.models.scope import scope
 from mergekit_mediator.remote_code import is_ours
 from mergekit_mediator.route.decision import RoutingDecision
 from mergekit_mediator.serve import caches
@@ -187,9 +187,8 @@ class MediatorModel:
         """What decoded experts take in memory now."""
         return self._mixer.resident_bytes
 
-    @scope
-    def mixture(self, weights: Named) -> Generator[PreTrainedModel, None, None]:
-        """Put W_dense + Σ_t p_t Δ_t in place; yields the model, and restores the dense expert after.
+    def mixture(self, weights: Named) -> AbstractContextManager[PreTrainedModel]:
+        """Put W_dense + Σ_t p_t Δ_t in place; enters with the model, and restores the dense expert after.
 
         Inside, the model is as its stock class: nothing is routed. Other threads wait.
 
@@ -199,8 +198,8 @@ class MediatorModel:
         Raises:
             MixtureError: see `mixture.Mixer.mixture`.
         """
-        with self._mixer.mixture(self._choice.named(weights)):
-            yield self.model
+        mixture: Any = self._mixer.mixture(self._choice.named(weights))
+        return cast(AbstractContextManager[PreTrainedModel], mixture)
 
     def mixture_digest(self, mixture: Named | Sequence[Named]) -> str:
         """A key for caches of what is computed with a mixture, or with one for each row of a batch:

@@ -30,6 +30,7 @@ class Placer:
     """Writes mixtures into one model's weights. Nothing here locks: see `mixer.Mixer`.
 
     Attributes:
+        model: holding the dense expert outside mixtures.
         experts: the stored experts.
         parallel_from: so many routed weights are put in place by several threads; for fewer, starting threads
             takes longer than what they save.
@@ -54,7 +55,7 @@ class Placer:
         Raises:
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
-        self._model, self.experts, self.parallel_from = model, experts, parallel_from
+        self.model, self.experts, self.parallel_from = model, experts, parallel_from
         self._shapes: dict[str, tuple[int, ...]] = {}
         # by weight, the experts that change it, and whether they have a share in the dense weight
         self._changing: dict[str, list[tuple[str, bool]]] = {}
@@ -72,7 +73,7 @@ class Placer:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The routed weights in the model, by the checkpoint's names."""
-        if self._fingerprint != fingerprint(self._model):  # moved or cast since
+        if self._fingerprint != fingerprint(self.model):  # moved or cast since
             self._locate()
         return self._weights
 
@@ -117,7 +118,7 @@ class Placer:
         if self._pool is not None:
             self._pool.stop()
         if self._displaced:
-            if self._fingerprint != fingerprint(self._model):
+            if self._fingerprint != fingerprint(self.model):
                 self._moved = True  # or cast, inside the mixture
                 self._locate()
             self._each(self._restore_weight, list(self._displaced))
@@ -183,6 +184,6 @@ class Placer:
                 function(name)
 
     def _locate(self) -> None:
-        self._weights = locate_weights(self._model, self._shapes, self._shapes)
+        self._weights = locate_weights(self.model, self._shapes, self._shapes)
         self.memory = Memory(bounded=self.experts.is_bounded)
-        self._fingerprint = fingerprint(self._model)
+        self._fingerprint = fingerprint(self.model)

@@ -22,22 +22,26 @@ class Pool(Generic[T]):
         Args:
             function: called on the threads.
             items: the next one goes to the first thread that asks.
-            threads: how many, which torch has again afterwards.
+            threads: how many; as many as torch has, and has again afterwards.
         """
-        self._function, self._left = function, iter(list(items))
-        self._threads = threads
-        self._ends = [allocate_lock() for _ in range(threads)]  # each released by its thread
-        self._gate, self._begun, self._stopped = allocate_lock(), list[LockType](), False
+        self._function, self._left, self._threads = function, iter(list(items)), threads
+        self._gate, self._stopped = allocate_lock(), False
+        self._ends: list[
+            LockType
+        ] = []  # of the threads that run: each is released when its thread ends
         self._errors: list[BaseException] = []
 
     def run(self) -> None:
-        """Work through all items. If this is interrupted, `stop` must be called."""
-        for end in self._ends:
-            end.acquire()
-            start_new_thread(self._work, (end,))
-        for end in self._ends:
-            with end:
-                pass
+        """Work through all items. Where this is interrupted, call `stop`.
+
+        Raises:
+            BaseException: what the function has raised first.
+        """
+        for _ in range(self._threads):
+            running = _held()
+            start_new_thread(self._work, (running, _held()))
+            running.acquire()  # of two threads that do not run yet, both may be given one core
+        self._wait()
         if self._errors:
             raise self._errors[0]
 
@@ -45,24 +49,37 @@ class Pool(Generic[T]):
         """Begin no other item, and wait for those that were begun. May be interrupted, and repeated."""
         with self._gate:
             self._stopped = True
-        for end in self._begun:
+        self._wait()
+
+    def _wait(self) -> None:
+        for end in self._ends:
             with end:
                 pass
 
-    def _work(self, end: LockType) -> None:
-        with self._gate:  # who comes after `stop` touches nothing, and need not be waited for
-            if self._stopped:
-                return
-            self._begun.append(end)
+    def _work(self, running: LockType, end: LockType) -> None:
+        with self._gate:  # who comes after the end does nothing, and is not waited for
+            late = self._stopped
+            if not late:
+                self._ends.append(end)
+        running.release()
+        if late:
+            return
         try:
             torch.set_num_threads(1)
             for item in self._left:
+                self._function(item)
                 if self._stopped:
                     break
-                self._function(item)
         except BaseException as error:  # noqa: BLE001 - `run` raises it
             self._errors.append(error)
             self._stopped = True
         finally:
             torch.set_num_threads(self._threads)
             end.release()
+
+
+def _held() -> LockType:
+    """A lock that is taken."""
+    lock = allocate_lock()
+    lock.acquire()
+    return lock
