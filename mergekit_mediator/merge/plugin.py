@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.methods.data_free import DATA_FREE
 from mergekit_mediator.methods.mediator import METHOD, Mediator
 from mergekit_mediator.methods.mediator_dense import MediatorDense
 
-_METHODS = (Mediator, MediatorDense)
+_METHODS: tuple[type[Any], ...] = (Mediator, MediatorDense, *DATA_FREE)
 
 
 def register_methods(merge_methods: ModuleType) -> None:
