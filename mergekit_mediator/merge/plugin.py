@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.merge.task_vectors import checking_and_measuring
 from mergekit_mediator.methods.data_free import DATA_FREE
 from mergekit_mediator.methods.mediator import METHOD, Mediator
 from mergekit_mediator.methods.mediator_dense import MediatorDense
@@ -26,11 +27,12 @@ def register_methods(merge_methods: ModuleType) -> None:
 
 def take_over_run_merge(merge: Any) -> None:
     """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package, and let
-    `mediator_dense` do its own rounding; nothing else changes."""
+    `mediator_dense` do its own rounding, and check and measure for this package's other methods; nothing else
+    changes."""
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):
         return
-    merge.MergePlanner = _rounding_itself(merge.MergePlanner)
+    merge.MergePlanner = checking_and_measuring(_rounding_itself(merge.MergePlanner))
 
     @functools.wraps(stock)
     def run_merge(

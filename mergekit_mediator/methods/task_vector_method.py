@@ -1,7 +1,7 @@
 """What all methods of task vectors share: the base model plus λ times one merged task vector, in float32."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -71,11 +71,36 @@ class ModelWeight:
         return self.base.ndim == 2
 
 
+@dataclass(frozen=True)
+class UnreadWeight:
+    """What is known of one weight before it is read.
+
+    Attributes:
+        name: of the weight.
+        shape: of the weight; None where no header tells it.
+        parameters: resolved for this weight, by name; `weight` is by expert.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    parameters: Mapping[str, Any]
+
+
 class TaskVectorMethod(GroupMergeMethod):  # type: ignore[misc]
     """A merge method that combines the task vectors of two experts or more into one.
 
     A single expert has no other to interfere with: its task vector is kept as it is.
     """
+
+    def check(self, weights: Sequence[UnreadWeight]) -> None:
+        """Refuse parameters that do not fit the weights, before any is read.
+
+        Args:
+            weights: all of the merge.
+
+        Raises:
+            ConfigError: which parameter of which weight, and what to do.
+        """
 
     @abstractmethod
     def combine(self, weight: ModelWeight, parameters: Mapping[str, Any]) -> Tensor:
@@ -91,6 +116,19 @@ class TaskVectorMethod(GroupMergeMethod):  # type: ignore[misc]
         Raises:
             ConfigError: a parameter does not fit this weight.
         """
+
+    def _bind_parameters(
+        self, groups: Sequence[TensorGroup], parameters: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Bind the parameters of a merge in memory, as mergekit does, and check them."""
+        bound: list[dict[str, Any]] = super()._bind_parameters(groups, parameters)
+        self.check(
+            [
+                UnreadWeight(name_of(group), tuple(group.base.tensor.shape), of_group)
+                for group, of_group in zip(groups, bound, strict=True)
+            ]
+        )
+        return bound
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
@@ -119,7 +157,7 @@ def model_weight(group: TensorGroup, parameters: Mapping[str, Any]) -> ModelWeig
     Raises:
         InputError: a magnitude is beyond float32.
     """
-    name, base = group.metadata.name or "weight", group.base.tensor
+    name, base = name_of(group), group.base.tensor
     taus = torch.empty((len(group.non_base), *base.shape), device=base.device)
     for tau, entry in zip(taus, group.non_base, strict=True):
         check_range(entry.tensor, torch.float32, f"{name} of {entry.id}")
@@ -128,6 +166,11 @@ def model_weight(group: TensorGroup, parameters: Mapping[str, Any]) -> ModelWeig
         if scale != 1:
             tau.mul_(scale)
     return ModelWeight(name, base, taus)
+
+
+def name_of(group: TensorGroup) -> str:
+    """The name of a weight, for error messages."""
+    return group.metadata.name or "weight"
 
 
 def mean(weight: ModelWeight) -> Tensor:

@@ -12,6 +12,7 @@ from mergekit_mediator.methods.singular import leading_triples, orthonormal
 from mergekit_mediator.methods.task_vector_method import (
     ModelWeight,
     TaskVectorMethod,
+    UnreadWeight,
     mean,
     shared,
     task_vector_spec,
@@ -31,14 +32,20 @@ class Tsvm(TaskVectorMethod):
 
     spec = task_vector_spec("tsvm", "TSV-Merge", "https://arxiv.org/abs/2412.00081", RANK)
 
+    def check(self, weights: Sequence[UnreadWeight]) -> None:
+        """Refuse a rank above the smaller side of a matrix."""
+        for weight in weights:
+            check_rank(weight)
+
     def combine(self, weight: ModelWeight, parameters: Mapping[str, Any]) -> Tensor:
         """See the class."""
         if not weight.is_matrix:
             return mean(weight)
         side, rank = min(weight.base.shape), parameters["rank"]
-        check_rank(rank, weight.base.shape, weight.name)
         count = len(weight.taus)
-        return orthogonal_sum(weight.taus, [rank or max(1, side // count)] * count)
+        # a checkpoint without headers is read unchecked
+        rank = min(side, rank or max(1, side // count))
+        return orthogonal_sum(weight.taus, [rank] * count)
 
 
 def orthogonal_sum(taus: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -56,19 +63,15 @@ def orthogonal_sum(taus: Tensor, ranks: Sequence[int]) -> Tensor:
     return (orthonormal(left) * values) @ orthonormal(right).mT
 
 
-def check_rank(rank: int | None, shape: Sequence[int], name: str) -> None:
+def check_rank(weight: UnreadWeight) -> None:
     """Refuse a rank that a matrix does not have.
 
-    Args:
-        rank: None where none was given.
-        shape: of the weight.
-        name: of the weight.
-
     Raises:
-        ConfigError: the rank is above the smaller side.
+        ConfigError: `rank` is above the smaller side.
     """
-    if rank is not None and len(shape) == 2 and rank > min(shape):
+    rank, shape = weight.parameters["rank"], weight.shape
+    if rank is not None and shape is not None and len(shape) == 2 and rank > min(shape):
         raise ConfigError(
-            f"rank: at most {min(shape)} required, the smaller side of {name} {list(shape)}, got {rank}: "
-            "lower it, or give this weight its own with a filter"
+            f"rank: at most {min(shape)} required, the smaller side of {weight.name} {list(shape)}, "
+            f"got {rank}: lower it, or give this weight its own with a filter"
         )
