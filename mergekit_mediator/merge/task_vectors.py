@@ -93,7 +93,6 @@ class _OnDisk:
         self.scratch: MutableMapping[str, Tensor] | None = _Scratch()
 
     def __iter__(self) -> Iterator[tuple[ModelWeight, Mapping[str, Any]]]:
-        LoaderCache().flush_all()
         for task in tqdm(
             self._tasks, desc=f"measure for {self._method}", disable=self._options.quiet
         ):
@@ -104,6 +103,7 @@ class _OnDisk:
                 del group  # the task vectors are all that is needed from here on
                 yield weight, parameters
                 del weight
+        LoaderCache().flush_all()  # mapped files stay in memory as far as they were read
 
     def _load(self, task: ExecuteMergeMethodTask) -> TensorGroup | None:
         """The tensors of one weight; None of a buffer, or of no values.

@@ -79,14 +79,14 @@ class Pcb(WholeModelMethod):
     def combine(self, weight: ModelWeight, parameters: Mapping[str, Any]) -> Tensor:
         """See the class."""
         limits = parameters[FIGURES].to(weight.taus.device)
-        merged = []
-        for part in flat_chunks(weight.taus):
+        merged = torch.empty_like(weight.taus[0])
+        for out, part in zip(flat_chunks(merged[None]), flat_chunks(weight.taus), strict=True):
             score = scores(part, limits.least, limits.most)
             above = (score - limits.threshold).clamp_(min=0)
             share = above / (limits.best - limits.threshold).clamp(min=_TINY)
             clamped = part.sign() * part.abs().clamp(limits.least, limits.most)
-            merged.append((clamped * share).sum(dim=0) / share.sum(dim=0).clamp(min=1e-12))
-        return torch.cat(merged).view(weight.base.shape)
+            torch.div((clamped * share).sum(dim=0), share.sum(dim=0).clamp(min=1e-12), out=out[0])
+        return merged
 
 
 def scores(taus: Tensor, least: Tensor, most: Tensor) -> Tensor:

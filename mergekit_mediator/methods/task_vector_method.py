@@ -111,7 +111,7 @@ class TaskVectorMethod(GroupMergeMethod):  # type: ignore[misc]
             parameters: of this weight, by name.
 
         Returns:
-            The merged task vector `[*shape]` float32.
+            The merged task vector `[*shape]` float32, which the caller may change.
 
         Raises:
             ConfigError: a parameter does not fit this weight.
@@ -143,8 +143,8 @@ class TaskVectorMethod(GroupMergeMethod):  # type: ignore[misc]
             return base
         weight = model_weight(group, parameters)
         merged = weight.taus[0] if len(weight.taus) == 1 else self.combine(weight, parameters)
-        result = base.to(torch.float32).add(merged, alpha=parameters["lambda"])
-        return narrowed(result, base.dtype, weight.name)
+        del weight  # the task vectors are as large as all inputs
+        return narrowed(merged.mul_(parameters["lambda"]).add_(base), base.dtype, name_of(group))
 
 
 def model_weight(group: TensorGroup, parameters: Mapping[str, Any]) -> ModelWeight:
