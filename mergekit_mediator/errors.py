@@ -41,6 +41,10 @@ class EngineError(MediatorError):
     """An engine that cannot serve an artifact as it was started."""
 
 
+class ShareError(MediatorError):
+    """An artifact that cannot be sent to the Hub, or fetched from there."""
+
+
 class TaskError(MediatorError):
     """Evaluation data that cannot be loaded or scored."""
 

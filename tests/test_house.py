@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "merge": {"errors", "remote_code", "delta", "store", "models", "tune", "route", "methods"},
     "serve": {"errors", "remote_code", "delta", "store", "models", "route"},
     "evaluate": {"errors", "models", "methods", "merge", "serve"},
+    "share": {"errors", "store", "models"},
     "export": {"errors", "delta", "store", "models"},
     "engines": {"errors", "models", "store", "route", "serve", "export"},
     "remote": {"serve"},
@@ -41,7 +42,7 @@ ALLOWED["__init__"] = {
 LIBRARIES = {
     "mergekit": {"methods", "merge", "evaluate", "cli"},
     "transformers": {"models", "merge", "serve", "cli", "remote"},
-    "huggingface_hub": {"store", "models", "merge"},
+    "huggingface_hub": {"store", "models", "merge", "share"},
     "datasets": {"models"},
 }
 

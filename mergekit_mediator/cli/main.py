@@ -18,6 +18,7 @@ _LAZY = {
     "plan": "merge",
     "demo": "demo",
     "evaluate": "evaluate",
+    "push": "share",
 }
 
 
@@ -55,6 +56,7 @@ _SUMMARY = {
     "inspect": "Show experts, conflict, routed layers and sizes.",
     "merge": "Merge models into an artifact.",
     "plan": "Show what a merge will read, write and need, before it runs.",
+    "push": "Send an artifact to the Hugging Face Hub.",
     "verify": "Check every digest of an artifact, and its base.",
 }
 
@@ -79,33 +81,41 @@ def main(verbose: bool) -> None:
 
 
 @main.command()
-@click.argument("out", type=_directory)
+@click.argument("out")
 @_json
-def inspect(out: Path, as_json: bool) -> None:
+def inspect(out: str, as_json: bool) -> None:
     """Show experts, conflict, routed layers and sizes of the artifact in OUT.
+
+    OUT is a directory, or a repository on the Hub, of which the manifest and the headers of the
+    experts' files are read.
 
     Example: mergekit-mediator inspect OUT
     """
     from mergekit_mediator.cli import inspection
+    from mergekit_mediator.share.headers import headers
     from mergekit_mediator.store.manifest import read_manifest
 
-    figures = inspection.inspect_figures(out, read_manifest(out))
+    with headers(out) as root:
+        figures = inspection.inspect_figures(root, read_manifest(root))
     click.echo(json.dumps(figures, indent=1) if as_json else inspection.inspect_report(figures))
 
 
 @main.command()
-@click.argument("out", type=_directory)
+@click.argument("out")
 @click.option("--base", type=_directory, help="Where the base model is on this machine.")
 @_json
-def verify(out: Path, base: Path | None, as_json: bool) -> None:
+def verify(out: str, base: Path | None, as_json: bool) -> None:
     """Check every digest of the artifact in OUT, and that its base is the one it was made from.
+
+    OUT is a directory, or a repository on the Hub, which states the digests of its large files: they
+    are compared without a download.
 
     Example: mergekit-mediator verify OUT --base models/base
     """
-    from mergekit_mediator.store.manifest import read_manifest, verify_base, verify_files
+    from mergekit_mediator.share.verify import verify_artifact
+    from mergekit_mediator.store.manifest import verify_base
 
-    manifest = read_manifest(out)
-    verify_files(out, manifest)
+    manifest = verify_artifact(out)
     local = base or Path(manifest.base.source)
     checked = local.is_dir()
     if checked:

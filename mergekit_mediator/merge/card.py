@@ -1,6 +1,5 @@
 """The model card, and the picture of the conflict profile."""
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from huggingface_hub.repocard import metadata_load
 from tqdm import tqdm
 
 from mergekit_mediator.errors import first_line
+from mergekit_mediator.models.sources import is_hub_id, without_directories
 from mergekit_mediator.store.manifest import Manifest
 from mergekit_mediator.store.staging_directories import output_name
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _BAR = 30
 
 _CARD = """---
@@ -69,8 +68,7 @@ def write_card(
     models = [manifest.base.source, *(e.source for e in manifest.experts)]
     parts = {part for model in models for part in model.split("+")}
     hub = sorted(filter(is_hub_id, parts))
-    for local in sorted(parts.difference(hub).union(files), key=len, reverse=True):
-        config_source = config_source.replace(local, Path(local).name or local)
+    config_source = without_directories(config_source, [*models, *files])
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["mergekit", "merge", "mergekit-mediator"],
@@ -113,11 +111,6 @@ def conflict_chart(
         bar = ("#" if chosen else ".") * round(value * _BAR)
         lines.append(f"{layer:>{width}} {value:.3f} {bar}".rstrip())
     return "\n".join(lines)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a model's source names a repository on the Hub rather than a local directory."""
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
 def _show(source: str) -> str:

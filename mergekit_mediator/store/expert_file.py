@@ -21,7 +21,7 @@ from mergekit_mediator.store.streams import unpack
 _FORMAT = "mediator-expert"
 _VERSION = 2
 # The entry that describes all others.
-_DESCRIPTIONS = "__descriptions__"
+DESCRIPTIONS = "__descriptions__"
 # What a weight within `bits` or a `budget` adds to the header and to the descriptions besides its name, about.
 _ENTRY_BYTES = 120
 # One description takes no more than this besides the weight's name.
@@ -85,7 +85,7 @@ class ExpertWriter:
         }
         header: dict[str, Any] = {"__metadata__": metadata}
         places = {name: (start, end) for name, (start, end, _) in self._entries.items()}
-        places[_DESCRIPTIONS] = (self._end, self._end + len(stored))
+        places[DESCRIPTIONS] = (self._end, self._end + len(stored))
         for name, (start, end) in places.items():
             header[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -129,7 +129,7 @@ class ExpertFile:
         names = set(self._file.keys())
         for name in names:
             self._check_entry(name, shapes)
-        names.discard(_DESCRIPTIONS)
+        names.discard(DESCRIPTIONS)
         fields = self._descriptions(metadata.get("descriptions_bytes", ""), names)
         if set(fields) != names:
             raise ArtifactError(f"{path}: the stored weights are not those that it describes")
@@ -159,7 +159,7 @@ class ExpertFile:
 
     def _check_entry(self, name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
         where = f"{self.path}: {name!r}"
-        if shapes is not None and name not in shapes and name != _DESCRIPTIONS:
+        if shapes is not None and name not in shapes and name != DESCRIPTIONS:
             raise ArtifactError(f"{where}: stored here, but not in the dense checkpoint")
         header = self._file.get_slice(name)
         dtype, shape = header.get_dtype(), header.get_shape()
@@ -168,10 +168,10 @@ class ExpertFile:
 
     def _descriptions(self, size: str, names: Collection[str]) -> dict[str, Any]:
         """The descriptions of the stored weights as JSON has them; their number bounds what is decoded."""
-        where = f"{self.path}: {_DESCRIPTIONS}"
+        where = f"{self.path}: {DESCRIPTIONS}"
         most = 2 + sum(len(json.dumps(name)) + _LARGEST_DESCRIPTION for name in names)
         try:
-            stored, decoded = self._file.get_tensor(_DESCRIPTIONS).numpy(), int(size)
+            stored, decoded = self._file.get_tensor(DESCRIPTIONS).numpy(), int(size)
             if not 0 <= decoded <= most:
                 raise ArtifactError(
                     f"{where}: {stored.size} bytes cannot hold {decoded}: {len(names)} weights are "

@@ -148,6 +148,11 @@ def digest(path: Path) -> FileDigest:
     return FileDigest(sha256=state.hexdigest(), bytes=path.stat().st_size)
 
 
+def digest_of(content: bytes) -> FileDigest:
+    """The digest of a file with this content."""
+    return FileDigest(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+
 def digests(root: Path, names: Iterable[str]) -> dict[str, FileDigest]:
     """The digests of files below a directory, two at a time: hashing leaves the interpreter free."""
     ordered = list(names)
@@ -166,10 +171,15 @@ def vouched_for(root: Path) -> list[str]:
     return [name for name in files_below(root) if name != CARD]
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """The manifest as it is written."""
+    return manifest.model_dump_json(indent=1) + "\n"
+
+
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write the manifest beside its place, then move it there in one step."""
     (root / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(root / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    durable.write_text(root / MANIFEST, manifest_text(manifest))
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -208,15 +218,21 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def verify_files(root: Path, manifest: Manifest) -> None:
+def verify_files(root: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Check size and digest of every file that the manifest names, and that loading reads no other.
+
+    Args:
+        root: of the artifact.
+        manifest: of the artifact.
+        names: the files to check, of those that the manifest names; None for all.
 
     Raises:
         ArtifactError: naming the first file that is missing or differs, or that loading would read
             though it is not named.
     """
-    for name, expected in manifest.files.items():
-        path = root / name
+    checked = list(manifest.files if names is None else names)
+    for name in checked:
+        path, expected = root / name, manifest.files[name]
         if not path.is_file():
             raise ArtifactError(f"{path}: missing, but named by the manifest")
         if path.stat().st_size != expected.bytes:
@@ -229,7 +245,7 @@ def verify_files(root: Path, manifest: Manifest) -> None:
                 raise ArtifactError(
                     f"{root / name}: not named by the manifest, but would be loaded: remove it"
                 )
-        read = digests(root, manifest.files)
+        read = digests(root, checked)
     for name, found in read.items():
         if found != manifest.files[name]:
             raise ArtifactError(
