@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "route": {"errors", "delta", "store", "models"},
     "methods": {"errors", "delta"},
     "merge": {"errors", "remote_code", "delta", "store", "models", "tune", "route", "methods"},
-    "serve": {"errors", "remote_code", "delta", "store", "models", "route"},
+    "serve": {"errors", "remote_code", "delta", "store", "models", "route", "share"},
     "evaluate": {"errors", "models", "methods", "merge", "serve"},
     "share": {"errors", "store", "models"},
     "export": {"errors", "delta", "store", "models"},

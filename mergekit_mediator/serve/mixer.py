@@ -83,10 +83,21 @@ class Mixer:
                     f"a mixture of {names or 'no expert'} is in place already: leave it before "
                     "entering another"
                 )
+            self.open(rows)
             self.placer.restore()  # an error may have kept an earlier mixture in place
             with undoing(self._leave):
                 self.rows, self._owner = rows, get_ident()
                 yield
+
+    def open(self, rows: Iterable[Mixture]) -> None:
+        """Open the files that these mixtures need, which are fetched where they are not there.
+
+        Raises:
+            ArtifactError: a file cannot be fetched or read.
+        """
+        with self.lock:
+            for row in rows:
+                self.placer.open(row.names)
 
     def _leave(self) -> None:
         """Put the dense expert back. May be interrupted, and repeated."""

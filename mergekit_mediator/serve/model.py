@@ -1,7 +1,7 @@
 """MediatorModel: loads an artifact, and answers each request with the mixture of experts that it needs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from mergekit_mediator.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
-    local_directory,
 )
 from mergekit_mediator.models.prompts import pad_token
 from mergekit_mediator.remote_code import is_ours
@@ -33,14 +32,12 @@ from mergekit_mediator.serve.residency import Experts, Residency
 from mergekit_mediator.serve.routed_class import route_calls
 from mergekit_mediator.serve.routers import Router, Routers
 from mergekit_mediator.serve.settings import SettingAttribute, Settings, unknown_setting
-from mergekit_mediator.store.manifest import (
-    RESPONSE,
-    Manifest,
-    open_expert,
-    read_manifest,
-    verify_files,
-)
+from mergekit_mediator.share.pull import find_artifact
+from mergekit_mediator.store.expert_files import ExpertFiles
+from mergekit_mediator.store.manifest import RESPONSE, Manifest
 
+# What huggingface_hub is told about where the artifact is.
+_OF_THE_HUB = ("token", "local_files_only", "cache_dir", "force_download")
 _QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 # What a model is besides its settings.
 _ATTRIBUTES = frozenset({"root", "manifest", "model", "tokenizer", "settings"})
@@ -77,12 +74,13 @@ class MediatorModel:
         tokenizer: Any,
         residency: Residency = "device",
         expert_budget: int | None = None,
+        fetch: Callable[[str], None] | None = None,
     ) -> None:
         """Use `from_pretrained`."""
         self.settings = Settings()
         self.root, self.manifest, self.model, self.tokenizer = root, manifest, model, tokenizer
         dense = DenseCheckpoint(root)
-        files = {e.name: open_expert(root, e, dense.shapes) for e in manifest.experts}
+        files = ExpertFiles(root, manifest, dense.shapes, fetch)
         experts = Experts(files, dense.weight, residency, expert_budget)
         self._mixer = Mixer(model, experts, [layer.weights for layer in manifest.routed_layers])
         self._contexts = Contexts(tokenizer)
@@ -99,6 +97,7 @@ class MediatorModel:
         source: str | Path,
         *,
         revision: str | None = None,
+        experts: Iterable[str] = (),
         verify: bool = True,
         trust_remote_code: bool = False,
         residency: Residency = "device",
@@ -110,18 +109,21 @@ class MediatorModel:
         Args:
             source: a directory, or a repository's name on the Hub.
             revision: of the repository.
-            verify: check the digest of every file first, at the speed of reading it.
+            experts: those whose files are fetched at once. The others' are fetched when a mixture first
+                needs them; in a directory all files are there.
+            verify: check the digest of every file before it is used, at the speed of reading it.
             trust_remote_code: let code run that comes with the artifact, which is that of its base model:
                 of its tokenizer, its configuration and its model. Nobody is asked.
             residency: where decoded experts stay: `device`, `cpu` or `disk`; see `residency.Experts`.
             expert_budget: bytes that decoded experts may take, all together.
-            kwargs: as for `AutoModelForCausalLM.from_pretrained`; `dtype` is the stored one
-                unless given.
+            kwargs: as for `AutoModelForCausalLM.from_pretrained`, `token`, `local_files_only` and
+                `cache_dir` included; `dtype` is the stored one unless given.
 
         Raises:
             ArtifactError: there is no artifact, a file of it is missing or altered, or it needs code that
                 may not run.
-            MixtureError: the model was loaded in a form that experts cannot be put into.
+            ShareError: the repository cannot be read.
+            MixtureError: an unknown expert, or a form of the model that experts cannot be put into.
         """
         quantised = [name for name in _QUANTISING if kwargs.get(name)]
         if quantised:
@@ -129,10 +131,14 @@ class MediatorModel:
                 f"{quantised[0]}: experts are put into floating-point weights: leave it out, and "
                 "load the model in bfloat16"
             )
-        root = local_directory(source, revision)
-        manifest = read_manifest(root)
-        if verify:
-            verify_files(root, manifest)
+        hub = {name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs}
+        artifact = find_artifact(source, revision, verify, **hub)
+        root, manifest = artifact.root, artifact.manifest
+        unknown = sorted(set(experts).difference(manifest.expert_names))
+        if unknown:
+            raise MixtureError(
+                f"{source}: has no expert {unknown[0]!r}: choose from {', '.join(manifest.expert_names)}"
+            )
         kwargs.setdefault("dtype", "auto")
         config = kwargs.pop("config", None)
         if not isinstance(config, PretrainedConfig):
@@ -140,7 +146,9 @@ class MediatorModel:
         model = load_model(root, config, trust_remote_code, **kwargs)
         _forget_remote_code(model.config)
         tokenizer = load_tokenizer(root, trust_remote_code)
-        return cls(root, manifest, model, tokenizer, residency, expert_budget)
+        loaded = cls(root, manifest, model, tokenizer, residency, expert_budget, artifact.fetch)
+        loaded._mixer.open([Mixture(((name, 1.0),)) for name in experts])
+        return loaded
 
     @classmethod
     def attach(
@@ -166,11 +174,10 @@ class MediatorModel:
                 code that may not run.
             MixtureError: the model was loaded in a form that experts cannot be put into.
         """
-        root = local_directory(source, revision or getattr(model.config, "_commit_hash", None))
-        manifest = read_manifest(root)
-        if verify:
-            verify_files(root, manifest)
-        return cls(root, manifest, model, load_tokenizer(root, trust_remote_code))
+        revision = revision or getattr(model.config, "_commit_hash", None)
+        artifact = find_artifact(source, revision, verify)
+        tokenizer = load_tokenizer(artifact.root, trust_remote_code)
+        return cls(artifact.root, artifact.manifest, model, tokenizer, fetch=artifact.fetch)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name.startswith("_") or name in _ATTRIBUTES or name in Settings.model_fields):

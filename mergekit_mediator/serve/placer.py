@@ -59,16 +59,34 @@ class Placer:
         self._shapes: dict[str, tuple[int, ...]] = {}
         # by weight, the experts that change it, and whether they have a share in the dense weight
         self._changing: dict[str, list[tuple[str, bool]]] = {}
-        for expert, file in experts.files.items():
-            for name, stored in file.weights.items():
-                self._shapes[name] = stored.shape
-                self._changing.setdefault(name, []).append((expert, bool(stored.share)))
-        layers = layers or [[name] for name in self._shapes]
-        self._layers = [[name for name in layer if name in self._shapes] for layer in layers]
+        self._experts: set[str] = set()  # whose files are open
+        self._all_layers = None if layers is None else [list(layer) for layer in layers]
         self._displaced: dict[str, Sequence[Displaced]] = {}
         self._pool: Pool[str] | None = None
         self._moved = False
         self._locate()
+        self.open(())
+
+    def open(self, names: Iterable[str]) -> None:
+        """Open the files that a mixture of these experts needs, if they are not open yet.
+
+        Raises:
+            ArtifactError: a file cannot be fetched or read.
+            MixtureError: the model was loaded in a form that experts cannot be put into.
+        """
+        if self._experts and self._experts.issuperset(names):
+            return
+        needed = self._experts.union(self.experts.needed(names))
+        shapes: dict[str, tuple[int, ...]] = {}
+        changing: dict[str, list[tuple[str, bool]]] = {}
+        for expert in self.experts.files:
+            if expert in needed:
+                for name, stored in self.experts.files[expert].weights.items():
+                    shapes[name] = stored.shape
+                    changing.setdefault(name, []).append((expert, bool(stored.share)))
+        self._shapes, self._changing = shapes, changing
+        self._locate()
+        self._experts = needed  # last: whoever is interrupted before opens them again
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -127,7 +145,7 @@ class Placer:
     def _takes_part(self, weight: str, mixture: Mixture) -> list[str]:
         return [
             name
-            for name, shares in self._changing[weight]
+            for name, shares in self._changing.get(weight, ())
             if name in mixture or (shares and not mixture.is_dense)
         ]
 
@@ -185,5 +203,7 @@ class Placer:
 
     def _locate(self) -> None:
         self._weights = locate_weights(self.model, self._shapes, self._shapes)
+        layers = self._all_layers or [[name] for name in self._shapes]
+        self._layers = [[name for name in layer if name in self._shapes] for layer in layers]
         self.memory = Memory(bounded=self.experts.is_bounded)
         self._fingerprint = fingerprint(self.model)

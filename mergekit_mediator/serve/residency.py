@@ -1,7 +1,7 @@
 """Where stored experts live while they are not in place: on the device, in host memory, or on disk."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from threading import Lock
 from typing import Literal, get_args
@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.store.expert_file import ExpertFile
+from mergekit_mediator.store.expert_files import ExpertFiles
 
 Residency = Literal["device", "cpu", "disk"]
 
@@ -33,7 +34,7 @@ class Experts:
     ) -> None:
         """
         Args:
-            files: the experts by name.
+            files: the experts by name, which are opened when they are asked for.
             dense: gives a dense weight as it is in the checkpoint.
             residency: see above.
             budget: bytes that decoded weights may take, all experts together; None is no limit.
@@ -63,6 +64,12 @@ class Experts:
     def resident_bytes(self) -> int:
         """What the decoded weights take now."""
         return self._bytes
+
+    def needed(self, names: Iterable[str]) -> list[str]:
+        """The experts whose files a mixture of these needs; see `ExpertFiles.needed`."""
+        if isinstance(self.files, ExpertFiles):
+            return self.files.needed(names)
+        return list(self.files)
 
     def read(self, expert: str, weight: str, device: torch.device) -> StoredWeight:
         """What an expert keeps of a weight, on a device. Threads may call this at the same time.

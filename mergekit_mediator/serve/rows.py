@@ -80,6 +80,7 @@ class Rows:
         """
         if self.obstacle() is not None:
             return False
+        self._mixer.open((mixture,))
         thin = whole = 0
         for name, weight in self._mixer.placer.weights.items():
             for stored in self._mixer.placer.described(name, mixture):

@@ -1,6 +1,6 @@
 """Failures of the Hub, of the network and of the disk, each on one readable line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from huggingface_hub.errors import (
@@ -21,8 +21,13 @@ _TOKEN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @contextmanager
-def failures(repo: str, revision: str | None = None) -> Iterator[None]:
+def failures(repo: str, revision: str | None = None, files: Sequence[str] = ()) -> Iterator[None]:
     """Turn every failure into one line that names the repository and says what to do.
+
+    Args:
+        repo: its name.
+        revision: of the repository, if one was named.
+        files: what is fetched; named if it is one file.
 
     Raises:
         ShareError: always in place of an error of the Hub, the network or the disk.
@@ -35,6 +40,7 @@ def failures(repo: str, revision: str | None = None) -> Iterator[None]:
         if not isinstance(error, _FAILURES):
             raise
         at = f"{repo}@{revision}" if revision else repo
+        at = f"{at}: {files[0]}" if len(files) == 1 else at
         raise ShareError(f"{at}: {_said(error)}") from error
 
 

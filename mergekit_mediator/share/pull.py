@@ -1,9 +1,10 @@
 """Fetches of an artifact on the Hub what is used: first its manifest, then files that the manifest names."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -26,19 +27,22 @@ class Repository:
         name: of the repository.
         root: the directory of the cache where its files are; those that were fetched.
         manifest: of the artifact.
+        options: of `snapshot_download`, such as `token`, `local_files_only` and `cache_dir`.
     """
 
     name: str
     root: Path
     manifest: Manifest
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def at(cls, name: str, revision: str | None = None) -> "Repository":
+    def at(cls, name: str, revision: str | None = None, **options: Any) -> "Repository":
         """Fetch the manifest, and check it before anything that it names is fetched.
 
         Args:
             name: `USER/NAME`.
             revision: a branch, a tag or a commit; None for the main branch.
+            options: of `snapshot_download`.
 
         Raises:
             ShareError: there is no such repository or revision, it may not be read, or the Hub cannot
@@ -47,8 +51,8 @@ class Repository:
         """
         if not is_hub_id(name):
             raise ShareError(f"{name}: neither a directory nor a repository: USER/NAME required")
-        root = _fetch(name, revision, [MANIFEST])
-        return cls(name, root, read_manifest(root))
+        root = _fetch(name, revision, [MANIFEST], options)
+        return cls(name, root, read_manifest(root), options)
 
     @property
     def commit(self) -> str:
@@ -63,7 +67,7 @@ class Repository:
             ArtifactError: a file is not there, or is not as the manifest says.
         """
         names = list(files)
-        _fetch(self.name, self.commit, names)
+        _fetch(self.name, self.commit, names, self.options)
         if verify:
             verify_files(self.root, self.manifest, names)
 
@@ -73,7 +77,52 @@ class Repository:
         return [name for name in self.manifest.files if name not in experts]
 
 
-def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    with failures(name, revision):
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that can be loaded.
+
+    Attributes:
+        root: its directory.
+        manifest: of the artifact.
+        fetch: brings an expert's file into the directory; None where all files are there.
+    """
+
+    root: Path
+    manifest: Manifest
+    fetch: Callable[[str], None] | None = None
+
+
+def find_artifact(
+    source: str | Path, revision: str | None = None, verify: bool = True, **options: Any
+) -> Artifact:
+    """An artifact in a directory, or on the Hub, of which all files but the experts' are fetched.
+
+    Args:
+        source: a directory, or a repository's name on the Hub.
+        revision: of the repository.
+        verify: check the digest of every file, at the speed of reading it.
+        options: of `snapshot_download`, such as `token`, `local_files_only` and `cache_dir`.
+
+    Raises:
+        ArtifactError: there is no artifact, or a file of it is missing or altered.
+        ShareError: the repository cannot be read.
+    """
+    if Path(source).is_dir():
+        root = Path(source)
+        manifest = read_manifest(root)
+        if verify:
+            verify_files(root, manifest)
+        return Artifact(root, manifest)
+    repository = Repository.at(str(source), revision, **options)
+    repository.fetch(repository.shared_files(), verify)
+    return Artifact(
+        repository.root, repository.manifest, lambda name: repository.fetch([name], verify)
+    )
+
+
+def _fetch(
+    name: str, revision: str | None, files: Sequence[str], options: Mapping[str, Any]
+) -> Path:
+    with failures(name, revision, [file for file in files if file != MANIFEST]):
         patterns = [escape(file) for file in files]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))

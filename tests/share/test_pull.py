@@ -1,10 +1,16 @@
 import re
 
+import fake_hub
 import pytest
+import torch
 from commands import call, figures
+from routed_pico import build
+from transformers import AutoModelForCausalLM
 
-from mergekit_mediator.errors import ArtifactError, ShareError
+from mergekit_mediator import MediatorModel
+from mergekit_mediator.errors import ArtifactError, MixtureError, ShareError
 from mergekit_mediator.share.pull import Repository
+from mergekit_mediator.share.push import prepare, push
 from mergekit_mediator.store.manifest import MANIFEST
 
 
@@ -53,7 +59,9 @@ def test_what_was_fetched_is_there_without_the_hub(pushed, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     repository = Repository.at("me/merged")
     repository.fetch(["config.json"])
-    with pytest.raises((ArtifactError, ShareError), match=r"tokenizer|generation|cache|missing"):
+    with pytest.raises(
+        ShareError, match=r"me/merged@\w+: mediator/experts/math.safetensors: is not in"
+    ):
         repository.fetch(["mediator/experts/math.safetensors"])
 
 
@@ -120,3 +128,79 @@ def test_verify_names_an_altered_file_of_a_repository(pushed, change, text):
     result = call("verify", "me/merged")
     assert result.exit_code == 1
     assert re.search(text, result.stderr), result.stderr
+
+
+def test_an_experts_file_is_fetched_when_a_mixture_first_needs_it(pushed, artifact):
+    remote = MediatorModel.from_pretrained("me/merged")
+    assert not experts_fetched(pushed)
+    assert remote.experts == ("math", "code", "chat")
+    local, ids = MediatorModel.from_pretrained(artifact), torch.tensor([[4, 5, 6]])
+    for mixture in ("dense", "code", {"math": 0.5, "code": 0.5}):
+        logits = [m.forward(ids, mixture=mixture).logits for m in (local, remote)]
+        assert torch.equal(*logits)
+    assert experts_fetched(pushed) == ["code", "math"]
+
+
+def test_named_experts_are_fetched_at_once(pushed):
+    MediatorModel.from_pretrained("me/merged", experts=["chat"])
+    assert experts_fetched(pushed) == ["chat"]
+    with pytest.raises(
+        MixtureError, match="me/merged: has no expert 'law': choose from math, code"
+    ):
+        MediatorModel.from_pretrained("me/merged", experts=["law"])
+
+
+def test_where_the_dense_expert_holds_shares_of_all_a_mixture_fetches_all(hub, family, tmp_path):
+    build(tmp_path / "shares", family, bits=2.0)
+    push(prepare(tmp_path / "shares"), "me/shares")
+    hub.requests.clear()
+    remote, local = map(MediatorModel.from_pretrained, ("me/shares", tmp_path / "shares"))
+    ids = torch.tensor([[4, 5, 6]])
+    logits = [m.forward(ids, mixture="code").logits for m in (local, remote)]
+    assert torch.equal(*logits)
+    assert sorted(experts_fetched(hub)) == ["chat", "code", "math"]
+
+
+def test_a_file_that_comes_altered_is_refused_and_the_next_request_works(pushed):
+    hub, name = pushed.repositories["me/merged"], "mediator/experts/math.safetensors"
+    hub.commit({**hub.files(), name: hub.files()[name][:-1] + b"?"})
+    model, ids = MediatorModel.from_pretrained("me/merged"), torch.tensor([[4, 5, 6]])
+    with pytest.raises(ArtifactError, match=rf"{name}: SHA-256"):
+        model.forward(ids, mixture="math")
+    assert model.forward(ids, mixture="code").logits.isfinite().all()
+
+
+def test_a_repository_that_was_used_answers_without_the_hub(pushed, monkeypatch):
+    ids = torch.tensor([[4, 5, 6]])
+    MediatorModel.from_pretrained("me/merged", experts=["math"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = MediatorModel.from_pretrained("me/merged")
+    assert model.forward(ids, mixture="math").logits.isfinite().all()
+    with pytest.raises(ShareError, match=r"experts/code.safetensors: is not in the cache"):
+        model.forward(ids, mixture="code")
+    pushed.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    model = MediatorModel.from_pretrained("me/merged", local_files_only=True)
+    assert model.forward(ids, mixture="math").logits.isfinite().all()
+    assert not pushed.requests
+
+
+def test_a_private_repository_is_read_with_the_token_that_is_given(pushed, monkeypatch):
+    pushed.repositories["me/merged"].private = True
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ShareError, match="or it is private"):
+        MediatorModel.from_pretrained("me/merged", token=False)
+    assert MediatorModel.from_pretrained("me/merged", token=fake_hub.READER).experts
+
+
+def test_the_stock_class_with_remote_code_fetches_what_it_needs(pushed):
+    model = AutoModelForCausalLM.from_pretrained("me/merged", trust_remote_code=True)
+    ids = torch.tensor([[4, 5, 6]])
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert experts_fetched(pushed)
+
+
+def experts_fetched(hub):
+    """The experts whose files were downloaded, in order."""
+    found = [re.fullmatch(r"mediator/experts/(\w+)\.safetensors", name) for name in hub.fetched()]
+    return [match[1] for match in found if match]
