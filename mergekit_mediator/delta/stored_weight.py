@@ -6,7 +6,7 @@ putting them in place gives its bits back; the other forms hold a difference as 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ from torch import Tensor
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import bit_patterns
 from mergekit_mediator.delta.kth_largest import bracket_of, chunks, compare, count_kept, kth_largest
+from mergekit_mediator.delta.value_forms import Form, Values
 from mergekit_mediator.errors import InputError
 
-Values = Literal["exact", "int8", "int4", "sign"]
-Form = Literal["exact", "int8", "int4", "sign", "steps"]
-VALUES: tuple[Values, ...] = get_args(Values)
 _LARGEST_CODE = {"int8": 127, "int4": 7, "sign": 1}
 
 

@@ -33,13 +33,8 @@ from mergekit_mediator.serve.residency import Experts, Residency
 from mergekit_mediator.serve.routed_class import route_calls
 from mergekit_mediator.serve.routers import Router, Routers
 from mergekit_mediator.serve.settings import SettingAttribute, Settings, unknown_setting
-from mergekit_mediator.store.manifest import (
-    RESPONSE,
-    Manifest,
-    open_expert,
-    read_manifest,
-    verify_files,
-)
+from mergekit_mediator.store.expert_file import open_expert
+from mergekit_mediator.store.manifest import RESPONSE, Manifest, read_manifest, verify_files
 
 _QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 # What a model is besides its settings.

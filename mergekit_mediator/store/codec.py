@@ -11,7 +11,7 @@ from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import by_exponent, from_ordered, raw_bytes, to_ordered
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.store.description import DTYPES, Description
+from mergekit_mediator.store.description import Description
 from mergekit_mediator.store.factor_codec import decode_factors, encode_factors
 from mergekit_mediator.store.streams import (
     Bytes,
@@ -88,7 +88,7 @@ def decode_bytes(
     Raises:
         ArtifactError: the bytes do not fit the description, or `dense` is not what they were stored with.
     """
-    d, dtype = description, DTYPES[description.dtype]
+    d, dtype = description, getattr(torch, description.dtype)
     fits = dense is not None and tuple(dense.shape) == d.shape
     same = fits and dense is not None and dense.dtype == dtype
     if not (same if d.relative else fits or dense is None):

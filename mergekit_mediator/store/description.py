@@ -4,19 +4,14 @@ import math
 import reprlib
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_mediator.delta.stored_weight import Form
+from mergekit_mediator.delta.value_forms import Form
 from mergekit_mediator.errors import ArtifactError
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-FACTOR_DTYPES = {"int8": torch.int8, **DTYPES}
+# The bytes of a number, by the name of its dtype in torch. This module imports no torch.
+_DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_FACTOR_DTYPES = {"int8": 1, **_DTYPES}
 # Below this density the low byte of a gap is as good as random and goes to a stream of its own.
 _WIDE_GAPS_DENSITY = 1 / 256
 
@@ -63,7 +58,7 @@ class Description(BaseModel):
     def code_bytes(self) -> int:
         """The size of one code in memory."""
         if self.values == "exact":
-            return DTYPES[self.dtype].itemsize
+            return _DTYPES[self.dtype]
         return 2 if self.values == "steps" else 1
 
     @property
@@ -109,8 +104,8 @@ def parse_description(fields: Any, where: str, shape: tuple[int, ...] | None = N
         raise ArtifactError(
             f"{where}: shape {list(shape)} required, as in the dense checkpoint, got {_short(d.shape)}"
         )
-    if d.dtype not in DTYPES:
-        raise ArtifactError(f"{where}: dtype {d.dtype!r} is none of {', '.join(DTYPES)}")
+    if d.dtype not in _DTYPES:
+        raise ArtifactError(f"{where}: dtype {d.dtype!r} is none of {', '.join(_DTYPES)}")
     if any(size < 0 for size in d.shape) or d.numel >= 2**63:
         raise ArtifactError(f"{where}: shape {_short(d.shape)} is out of range")
     if d.count > d.numel:
@@ -135,7 +130,7 @@ def parse_description(fields: Any, where: str, shape: tuple[int, ...] | None = N
 
 
 def _check_factors(d: Description, factors: FactorsDescription, where: str) -> None:
-    if factors.dtype not in FACTOR_DTYPES:
+    if factors.dtype not in _FACTOR_DTYPES:
         raise ArtifactError(f"{where}: factors of dtype {factors.dtype!r}")
     if (d.values == "exact" and d.count) or not d.shape or d.numel == 0:
         raise ArtifactError(f"{where}: {d.values} values of shape {list(d.shape)} take no factors")
@@ -145,7 +140,7 @@ def _check_factors(d: Description, factors: FactorsDescription, where: str) -> N
         raise ArtifactError(f"{where}: rank {factors.rank} does not fit shape {list(d.shape)}")
     if factors.paired > (factors.rank if factors.dtype == "int8" else 0):
         raise ArtifactError(f"{where}: {factors.paired} of its factors cannot be paired")
-    planes = FACTOR_DTYPES[factors.dtype].itemsize + (1 if factors.paired else 0)
+    planes = _FACTOR_DTYPES[factors.dtype] + (1 if factors.paired else 0)
     if len(factors.sizes) != planes + 1 or min(factors.sizes) < 0:
         raise ArtifactError(f"{where}: sizes {_short(factors.sizes)} are not those of factors")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import from_ordered, raw_bytes, to_ordered
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.store.description import FACTOR_DTYPES, Description, FactorsDescription
+from mergekit_mediator.store.description import Description, FactorsDescription
 from mergekit_mediator.store.streams import Bytes, byte_planes, from_byte_planes, pack, unpack
 
 # Where the codes of a column are this many times smaller than those of an earlier one, another block may begin.
@@ -47,7 +47,7 @@ def decode_factors(
     Raises:
         ArtifactError: the streams do not fit the descriptions, or scales are not finite.
     """
-    dtype, rank = FACTOR_DTYPES[factors.dtype], factors.rank
+    dtype, rank = getattr(torch, factors.dtype), factors.rank
     length = d.factor_numbers // rank
     joined = factors.paired * length
     planes = [unpack(s, rank * length - joined, where) for s in streams[: dtype.itemsize]]

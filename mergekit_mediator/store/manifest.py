@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store import durable, in_place
-from mergekit_mediator.store.expert_file import ExpertFile
 from mergekit_mediator.store.loaded_files import loaded_files
 from mergekit_mediator.store.staging_directories import staging_directories
 
@@ -271,22 +270,3 @@ def _reading(root: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{error.filename or root}: cannot be read: {error.strerror or error}"
         ) from error
-
-
-def open_expert(
-    root: Path, entry: ExpertEntry, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> ExpertFile:
-    """Open an expert's file, memory-mapped.
-
-    Args:
-        root: of the artifact.
-        entry: of the expert.
-        shapes: of the dense checkpoint's weights; see `ExpertFile`.
-
-    Raises:
-        ArtifactError: it cannot be read, or belongs to another expert.
-    """
-    file = ExpertFile(root / "mediator" / entry.file, shapes)
-    if file.expert != entry.name:
-        raise ArtifactError(f"{file.path}: holds expert {file.expert!r}, not {entry.name!r}")
-    return file

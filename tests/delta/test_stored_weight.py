@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_mediator.delta.kth_largest import count_kept
-from mergekit_mediator.delta.stored_weight import VALUES, StoredWeight, encode, mix_, restore_
+from mergekit_mediator.delta.stored_weight import StoredWeight, encode, mix_, restore_
+from mergekit_mediator.delta.value_forms import VALUES
 from mergekit_mediator.errors import InputError
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
