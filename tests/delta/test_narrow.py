@@ -52,7 +52,7 @@ def test_a_dense_weight_that_would_be_infinite_is_refused_by_name(
     message = refused(large.config(**settings, **{key: "float16"}))
     assert message == (
         f"Error: {NAME}: its largest magnitude, 70000, becomes infinite in float16, which ends at 65504: "
-        "set out_dtype to bfloat16 or float32 (--allow-nonfinite is for what is infinite in the inputs)"
+        "set out_dtype to bfloat16 or float32 (--allow-nonfinite is for numbers that are infinite in the inputs)"
     )
 
 
@@ -145,7 +145,7 @@ def test_a_weight_beyond_float32_is_refused_by_name(large, refused, settings):
     message = refused(large.config(**settings))
     assert message == (
         f"Error: {NAME} of {path}: magnitude 1e+300 is beyond float32, in which merges are computed: scale "
-        "the models' weights down"
+        "down the weights of the models"
     )
 
 
