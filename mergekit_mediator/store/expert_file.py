@@ -1,4 +1,4 @@
-"""One sparse expert on disk: an ordinary safetensors file, one uint8 entry per weight, written as a stream."""
+"""One expert on disk: an ordinary safetensors file with a uint8 entry for each weight, written as a stream."""
 
 import json
 import shutil
@@ -16,28 +16,33 @@ from mergekit_mediator.store.description import Description
 from mergekit_mediator.store.expert_header import DESCRIPTIONS, FORMAT, VERSION, ExpertHeader
 from mergekit_mediator.store.manifest import ExpertEntry
 
-# What a weight within `bits` or a `budget` adds to the header and to the descriptions besides its name, about.
+# The bytes of a weight in the header and the descriptions besides its name, with `bits` or a `budget`, about.
 _ENTRY_BYTES = 120
 _COPY_BYTES = 1 << 24
 
 
 def header_bytes(weights: Sequence[str]) -> int:
-    """The size of a file's header and descriptions, about."""
+    """Estimate the bytes of a file's header and descriptions.
+
+    Args:
+        weights: the names of the stored weights.
+    """
     return 400 + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in weights)
 
 
 class ExpertWriter:
-    """Writes the weights of one expert as they come, so that no expert is ever held in memory.
+    """Writes the weights of one expert one by one, so that no expert is in memory as a whole.
 
-    safetensors keeps its header in front of the data: what comes waits in a nameless file beside the
-    expert's, which `close` writes.
+    The header of safetensors precedes the data. So the data goes to a nameless file beside the expert's file
+    first, and `close` writes both.
     """
 
     def __init__(self, path: Path, expert: str) -> None:
-        """
+        """Open the nameless file.
+
         Args:
             path: of the file to create.
-            expert: its name, stored in the header.
+            expert: the name of the expert, for the header.
         """
         self._path, self._expert = path, expert
         self._entries: dict[str, tuple[int, int, Description]] = {}
@@ -45,24 +50,34 @@ class ExpertWriter:
         self._data: IO[bytes] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
 
     def write(self, weight: str, stored: StoredWeight, dense: Tensor | None = None) -> None:
-        """Append one weight.
+        """Encode and append one weight.
 
         Args:
             weight: its name.
-            stored: what to store of it.
-            dense: the dense expert's weight. Exact values are stored relative to it if it is given, in
-                about half the bytes, and can then be read only with it.
+            stored: the stored form.
+            dense: the dense expert's weight. With it, exact values take about half the bytes, and reading
+                them takes the same weight.
         """
         self.append(weight, *encode_bytes(stored, dense))
 
     def append(self, weight: str, stream: Tensor, description: Description) -> None:
-        """Append one weight that is encoded already; see `encode_bytes`."""
+        """Append one encoded weight.
+
+        Args:
+            weight: its name.
+            stream: `[bytes]` uint8, from `encode_bytes`.
+            description: from `encode_bytes`.
+        """
         self._data.write(stream.numpy().data)
         self._entries[weight] = (self._end, self._end + stream.numel(), description)
         self._end += stream.numel()
 
     def close(self) -> None:
-        """Write the file: header, then what has come, then its descriptions."""
+        """Write the file: header, weights and their descriptions.
+
+        Raises:
+            FileExistsError: the file exists.
+        """
         descriptions = {
             name: d.model_dump(exclude_defaults=True) for name, (_, _, d) in self._entries.items()
         }
@@ -89,7 +104,7 @@ class ExpertWriter:
         self._data.close()
 
     def abandon(self) -> None:
-        """Drop what has come."""
+        """Remove the nameless file; no expert file is written."""
         self._data.close()
 
 
@@ -105,11 +120,11 @@ class ExpertFile(ExpertHeader):
 
         Args:
             weight: its name.
-            dense: the dense expert's weight in the dtype of its checkpoint; needed where
-                `weights[weight].relative`, ignored elsewhere.
+            dense: the dense expert's weight in the dtype of its checkpoint. It is required if
+                `weights[weight].relative`.
 
         Raises:
-            ArtifactError: its bytes do not fit its description, or the dense weight is missing or another.
+            ArtifactError: the bytes do not fit the description, or the dense weight is missing or another.
         """
         stream = self._file.get_tensor(weight)
         return decode_bytes(stream, self.weights[weight], f"{self.path}: {weight!r}", dense)

@@ -54,7 +54,7 @@ class ExpertHeader:
             self._file = opened.__enter__()
             metadata = self._file.metadata() or {}
         except (OSError, safetensors.SafetensorError, ValueError) as error:
-            raise ArtifactError(f"{path}: cannot be read as a sparse expert: {error}") from error
+            raise ArtifactError(f"{path}: cannot be read as an expert file: {error}") from error
         if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
             raise ArtifactError(
                 f"{path}: format {FORMAT!r} version {VERSION} required, got "
@@ -66,7 +66,7 @@ class ExpertHeader:
         names.discard(DESCRIPTIONS)
         fields = self._descriptions(metadata.get("descriptions_bytes", ""), names)
         if set(fields) != names:
-            raise ArtifactError(f"{path}: the stored weights are not those that it describes")
+            raise ArtifactError(f"{path}: its entries and its descriptions name different weights")
         self.expert: str = metadata.get("expert", "")
         self.weights: dict[str, Description] = {
             name: parse_description(entry, f"{path}: {name!r}", shapes[name] if shapes else None)
@@ -83,20 +83,20 @@ class ExpertHeader:
             raise ArtifactError(f"{self.path}: holds expert {self.expert!r}, not {entry.name!r}")
 
     def stored_bytes(self, weight: str) -> int:
-        """The bytes that one weight takes in the file."""
+        """Read the bytes of one weight in the file from the header."""
         return int(self._file.get_slice(weight).get_shape()[0])
 
     def _check_entry(self, name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
         where = f"{self.path}: {name!r}"
         if shapes is not None and name not in shapes and name != DESCRIPTIONS:
-            raise ArtifactError(f"{where}: stored here, but not in the dense checkpoint")
+            raise ArtifactError(f"{where}: the dense checkpoint has no such weight")
         header = self._file.get_slice(name)
         dtype, shape = header.get_dtype(), header.get_shape()
         if dtype != "U8" or len(shape) != 1:
             raise ArtifactError(f"{where}: a stream of bytes required, got {dtype} {shape}")
 
     def _descriptions(self, size: str, names: Collection[str]) -> dict[str, Any]:
-        """The descriptions of the stored weights as JSON has them; their number bounds what is decoded."""
+        """The descriptions of the stored weights as JSON has them; the number of names bounds their size."""
         where = f"{self.path}: {DESCRIPTIONS}"
         most = 2 + sum(len(json.dumps(name)) + _LARGEST_DESCRIPTION for name in names)
         try:

@@ -237,7 +237,7 @@ def test_verify_refuses_what_was_altered(out, tmp_path):
 def test_verify_refuses_another_base(out, family):
     result = call("verify", out, "--base", family.experts["math"])
     assert result.exit_code == 1
-    assert "is not the base" in result.output
+    assert "name the directory of the base of this artifact" in result.output
 
 
 def test_a_directory_that_is_no_artifact_is_refused(family):

@@ -122,7 +122,7 @@ def test_a_weight_without_a_description_is_refused(tmp_path):
     path = tmp_path / "e.safetensors"
     write(path)
     rewrite_header(path, lambda header: header.update(d=header.pop("c")))
-    with pytest.raises(ArtifactError, match="not those that it describes"):
+    with pytest.raises(ArtifactError, match="its descriptions name different weights"):
         ExpertFile(path)
 
 

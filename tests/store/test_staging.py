@@ -297,7 +297,9 @@ def test_a_readme_of_the_user_stays_and_a_card_of_a_merge_is_replaced(make_outpu
 def test_what_would_be_loaded_and_may_be_the_users_is_refused_first(make_output, new, kind, name):
     output = make_output(kind)
     (output.path / name).write_text("mine")
-    with pytest.raises(OutputError, match=f"{name}: would be loaded .* may be yours: move it"):
+    with pytest.raises(
+        OutputError, match=f"{name}: loading the model would read .* be yours: move it"
+    ):
         publish(new, output.path)
     assert (output.path / name).read_text() == "mine"
     (output.path / name).unlink()
@@ -318,7 +320,7 @@ def test_a_model_that_has_come_there_meanwhile_is_not_replaced(make_output, new,
     with Staging(output.path) as staging:
         shutil.copytree(new, staging.path, dirs_exist_ok=True)
         shutil.copytree(old, output.path)
-        with pytest.raises(OutputError, match="already holds a model"):
+        with pytest.raises(OutputError, match=": holds a model"):
             staging.publish(read_manifest(new))
     assert contents(output.path) == contents(old)
 
