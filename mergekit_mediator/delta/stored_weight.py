@@ -56,7 +56,7 @@ class StoredWeight:
         A mixture is W + Σ_t p_t (θ_t − W). Where experts θ_t = θ0 + τ_t are stored relative to the base θ0,
         the dense weight W is θ0 + Σ_s w_s τ_s with shares w_s, and the mixture is
         W + Σ_s (p_s − w_s Σ_t p_t) τ_s. So every expert with a share is part of every mixture, with p = 0 if
-        no router chose it, and an expert with τ_t = 0 counts in the sum.
+        the mixture does not name it, and an expert with τ_t = 0 counts in the sum.
 
         Args:
             p: the expert's weight in the mixture.

@@ -28,7 +28,7 @@ def output_lock(out: Path) -> Iterator[Path]:
     """Hold the lock of an output directory, which need not exist.
 
     The lock is a hidden file beside the directory. It is inside the directory if the parent is not writable,
-    or if the directory is a mount point, which other machines may see under another path. The file is removed
+    or if the directory is a mount point, which others may see under another path. The file is removed
     at the end. The operating system releases the lock when its process ends, however it ends.
 
     Args:
