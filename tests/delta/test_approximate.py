@@ -69,7 +69,7 @@ def test_unchanged_weights_keep_nothing():
         assert stored.factors is None
 
 
-def test_codes_are_worth_the_mean_of_what_they_stand_for():
+def test_a_code_decodes_to_the_mean_of_its_weights():
     delta = torch.zeros(1000, 1)
     delta[:300, 0] = torch.linspace(1.0, 1.2, 300)
     stored = approximate(delta, 0.25, torch.float32)  # a step of 1

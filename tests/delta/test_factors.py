@@ -94,7 +94,7 @@ def test_large_entries_of_a_column_are_not_cut_off():
     assert (quantised.product() - spike).abs()[0].max() < 0.05
 
 
-def test_what_rounding_does_to_one_side_is_partly_made_good_by_the_other():
+def test_one_side_makes_up_for_part_of_the_rounding_of_the_other():
     full = matrix(96, 64, rank=12) + 0.1 * matrix(96, 64, seed=1)
     found = decompose(full)
     slope = float(found.values[11]) ** 2 / (4 * (96 + 64))

@@ -51,7 +51,7 @@ def listing(directory):
     return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
 
 
-def test_the_output_holds_what_the_documentation_says(original):
+def test_the_output_has_checkpoint_manifest_experts_and_card(original):
     assert listing(original) >= {
         "config.json",
         "model.safetensors",

@@ -85,7 +85,7 @@ def refused(out, name, function=use):
     return message.removeprefix(f"{out / name}: ")
 
 
-def test_what_is_no_attack_is_read_in_little_memory(original):
+def test_an_honest_artifact_is_read_in_little_memory(original):
     message, grown = refusal(use, original)
     assert message == "not refused"
     assert grown < 64 * MIB
@@ -343,12 +343,12 @@ def problem(read):
     return None
 
 
-def test_more_prompts_than_a_router_may_hold_are_refused_when_it_is_fitted():
+def test_a_router_is_not_fitted_to_more_prompts_than_it_may_hold():
     with pytest.raises(RoutingError, match="at most 16384 prompts, got 16390"):
         fit({"a": torch.zeros(16_384, 2), "b": torch.zeros(6, 2)}, "embedding")
 
 
-def test_files_alone_bound_what_is_read_without_an_artifact(out):
+def test_expert_and_router_files_bound_their_memory_without_an_artifact(out):
     """Not by a base's shapes, which are not known, but by their own numbers."""
     gaps = bomb(LARGE)
     change_expert(out / EXPERT, WEIGHT, gaps + b"\0", gaps=LARGE, count=1, sizes=[len(gaps), 1])
