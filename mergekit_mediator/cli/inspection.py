@@ -6,17 +6,18 @@ from typing import Any
 
 from mergekit_mediator.cli.tables import size, table
 from mergekit_mediator.store.description import Description
-from mergekit_mediator.store.manifest import LayerEntry, Manifest, open_expert
+from mergekit_mediator.store.expert_header import open_header
+from mergekit_mediator.store.manifest import LayerEntry, Manifest
 
 
 def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
     """What an artifact holds as plain values: sizes in bytes, rates in bits per parameter."""
     experts, files = [], []
     for entry in manifest.experts:
-        file = open_expert(root, entry)
-        files.append(file.weights)
+        header = open_header(root, entry)
+        files.append(header.weights)
         stored = manifest.files[f"mediator/{entry.file}"].bytes
-        parameters = sum(description.numel for description in file.weights.values())
+        parameters = sum(description.numel for description in header.weights.values())
         experts.append(
             {
                 "name": entry.name,

@@ -11,7 +11,8 @@ from torch import Tensor
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.models.loading import DenseCheckpoint
-from mergekit_mediator.store.manifest import Manifest, open_expert, read_manifest
+from mergekit_mediator.store.expert_file import open_expert
+from mergekit_mediator.store.manifest import Manifest, read_manifest
 
 # What a change is added to: the dense expert, or the base as far as the artifact knows it.
 Reference = Literal["dense", "base"]

@@ -8,7 +8,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mergekit_mediator.delta.stored_weight import Values
+from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.conflict import Metric
 from mergekit_mediator.merge.layers import Selection

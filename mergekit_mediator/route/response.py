@@ -150,7 +150,7 @@ class ResponseRouter:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, each direction in steps of 0.7 of its root mean square: a probability
-        changes by less than 0.01. The streams of codes are as those of factors, see FORMAT.md."""
+        changes by less than 0.01. The streams of codes are as those of factors, see docs/format.md."""
         tensors, shapes = {}, {}
         for name, directions in self.directions.items():
             vectors = directions.to("cpu", torch.float32).flatten(0, 1).T

@@ -11,7 +11,7 @@ from huggingface_hub import HfFileSystem
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.share.failures import failures
 from mergekit_mediator.share.pull import Repository
-from mergekit_mediator.store.expert_file import DESCRIPTIONS
+from mergekit_mediator.store.expert_header import DESCRIPTIONS
 from mergekit_mediator.store.manifest import MANIFEST
 
 # Most headers are read with the first request.

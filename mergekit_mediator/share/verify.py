@@ -45,7 +45,7 @@ def _verify_repository(repository: Repository) -> None:
     small = []
     for path, expected in manifest.files.items():
         if path not in present:
-            raise ArtifactError(f"{name}: {path}: missing, but named by the manifest")
+            raise ArtifactError(f"{name}: {path}: missing, but the manifest names it")
         stored = present[path].lfs
         if stored is None:
             small.append(path)
@@ -58,6 +58,6 @@ def _verify_repository(repository: Repository) -> None:
         named = path in manifest.files or is_router_left_behind(path, manifest)
         if is_loaded(path) and not named:
             raise ArtifactError(
-                f"{name}: {path}: not named by the manifest, but would be loaded: remove it"
+                f"{name}: {path}: the manifest does not name it, but loading would read it: remove it"
             )
     repository.fetch(small)

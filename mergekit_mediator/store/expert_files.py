@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from mergekit_mediator.store.expert_file import ExpertFile
-from mergekit_mediator.store.manifest import Manifest, open_expert
+from mergekit_mediator.store.expert_file import ExpertFile, open_expert
+from mergekit_mediator.store.manifest import Manifest
 
 
 class ExpertFiles(Mapping[str, ExpertFile]):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -20,6 +22,20 @@ def out(family, tmp_path_factory):
     assert result.exit_code == 0, result.output
     assert "3 sparse experts, 2 of 5 layers routed" in result.output
     return root / "out"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_an_artifact_is_inspected_and_verified_without_torch(out, command):
+    code = (
+        "import sys\n"
+        "from mergekit_mediator.cli.main import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))\n"
+    )
+    process = [sys.executable, "-c", code, command, str(out)]
+    lines = subprocess.run(process, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) > 1
+    assert lines[-1] == "[]"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -221,7 +237,7 @@ def test_verify_refuses_what_was_altered(out, tmp_path):
 def test_verify_refuses_another_base(out, family):
     result = call("verify", out, "--base", family.experts["math"])
     assert result.exit_code == 1
-    assert "is not the base" in result.output
+    assert "name the directory of the base of this artifact" in result.output
 
 
 def test_a_directory_that_is_no_artifact_is_refused(family):

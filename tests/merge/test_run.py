@@ -16,7 +16,8 @@ from mergekit_mediator import MediatorModel
 from mergekit_mediator.merge import conflict
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.run import run
-from mergekit_mediator.store.manifest import open_expert, read_manifest
+from mergekit_mediator.store.expert_file import open_expert
+from mergekit_mediator.store.manifest import read_manifest
 
 ONE_LAYER = {"routed_layers": "1"}
 

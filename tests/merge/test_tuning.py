@@ -1,6 +1,7 @@
 """`prompts:` in a merge configuration, through the stock command."""
 
 import json
+from functools import partial
 
 import pico
 import pytest
@@ -13,18 +14,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.cli.inspection import inspect_figures, inspect_report
 from mergekit_mediator.cli.main import main
+from mergekit_mediator.merge import tuning
 from mergekit_mediator.models.prompts import render
 from mergekit_mediator.store.manifest import read_manifest, verify_files
 from mergekit_mediator.tune import fit as distil
-from mergekit_mediator.tune import teacher
+from mergekit_mediator.tune.teacher import answer
 
+short_answers = partial(answer, answer_tokens=8)
 TEXTS = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
 
 
 @pytest.fixture
 def prompts(tmp_path, monkeypatch):
     """A file of prompts, and answers that are short enough for a test."""
-    monkeypatch.setattr(teacher, "_ANSWER_TOKENS", 8)
+    monkeypatch.setattr(tuning, "answer", short_answers)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return path
@@ -64,7 +67,7 @@ def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged
     expert = AutoModelForCausalLM.from_pretrained(family.experts["math"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = [render(tokenizer, text) for text in TEXTS]
-    answers = teacher.answer(expert, ids, pad=0)[:: distil._HELD_OUT]
+    answers = short_answers(expert, ids, pad=0)[:: distil.HELD_OUT]
     with model.mixture({"math": 1.0}) as mixed:
         served = distil._divergence(mixed, answers)
     assert served == pytest.approx(entry.tuned.divergence_after, rel=0.1)

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -257,9 +258,10 @@ def test_the_commands_take_consent(own, tmp_path, data, task):
 
 
 def test_tuning_takes_the_consent_of_the_merge(own, tmp_path, data, monkeypatch):
-    from mergekit_mediator.tune import teacher
+    from mergekit_mediator.merge import tuning
+    from mergekit_mediator.tune.teacher import answer
 
-    monkeypatch.setattr(teacher, "_ANSWER_TOKENS", 4)
+    monkeypatch.setattr(tuning, "answer", partial(answer, answer_tokens=4))
     config = own[1].config(route="all", bits=2)
     config["models"][0]["parameters"]["prompts"] = data[1].partition("=")[2]
     path = tmp_path / "config.yml"

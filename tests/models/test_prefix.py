@@ -18,10 +18,10 @@ def model(request):
     return pico.ARCHITECTURES[request.param]().eval()
 
 
-def gradients(model, answers):
+def gradients(model, answers, **options):
     model.requires_grad_(True)
     model.zero_grad()
-    distil._backward(model, answers)
+    distil._backward(model, answers, **options)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -36,17 +36,15 @@ def watched(model):
 
 @pytest.mark.parametrize("at_once", [512, 64])
 def test_gradients_are_those_of_whole_prompts_from_fewer_tokens(model, monkeypatch, at_once):
-    monkeypatch.setattr("mergekit_mediator.tune.teacher._ANSWER_TOKENS", 6)
-    monkeypatch.setattr(distil, "TOKENS_AT_ONCE", at_once)
-    answers = answer(model, PROMPTS, pad=0)
+    answers = answer(model, PROMPTS, pad=0, answer_tokens=6)
     # else the model is its own teacher, and all gradients are 0
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
     read = watched(model)
-    got, tokens = gradients(model, answers), sum(read)
+    got, tokens = gradients(model, answers, tokens_at_once=at_once), sum(read)
     read.clear()
     monkeypatch.setattr(distil, "read_prefix", lambda *_: None)
-    want = gradients(model, answers)
+    want = gradients(model, answers, tokens_at_once=at_once)
     assert tokens < sum(read) / 2
     for name, gradient in want.items():
         if gradient is None:

@@ -219,7 +219,7 @@ def test_a_router_that_the_manifest_does_not_name_is_not_read(out, model, data, 
     files = {name: d for name, d in manifest.files.items() if name != ROUTER}
     artifact.write_manifest(out, manifest.model_copy(update={"files": files, "router": None}))
     shutil.copy(other / ROUTER, out / ROUTER)
-    with pytest.raises(ArtifactError, match=r"router\.safetensors: not named by the manifest"):
+    with pytest.raises(ArtifactError, match=r"router\.safetensors: the manifest does not name it"):
         MediatorModel.from_pretrained(out)
     model = MediatorModel.from_pretrained(out, verify=False)
     assert model.route(torch.tensor([[5, 6, 7]])).experts == NAMES

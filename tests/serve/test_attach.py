@@ -107,7 +107,7 @@ def test_a_tampered_file_is_refused_by_name(out, name, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_the_manifest_does_not_name_are_refused(out, way):
     shutil.copy(out / "model.safetensors", out / "mediator/experts/law.safetensors")
-    with pytest.raises(ArtifactError, match=r"law\.safetensors: not named by the manifest"):
+    with pytest.raises(ArtifactError, match=r"law\.safetensors: the manifest does not name it"):
         way(out)
 
 

@@ -118,7 +118,7 @@ def test_verify_compares_digests_without_a_download(pushed):
         ({"config.json": b"{}"}, "config.json: .* bytes required, got 2"),
         (
             {"adapter_config.json": b"x"},
-            "me/merged: adapter_config.json: not named by the manifest",
+            "me/merged: adapter_config.json: the manifest does not name it",
         ),
     ],
 )
