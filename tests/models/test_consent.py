@@ -1,4 +1,4 @@
-"""Code that comes with a model runs only where the user has allowed it, and nobody is asked."""
+"""A model's own code runs only if the user has allowed it, and the user is never asked."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def original(make, tmp_path_factory):
 
 @pytest.fixture
 def mark(tmp_path, monkeypatch):
-    """What planted code leaves; and whoever asks whether it may run is told yes."""
+    """The file that planted code writes. Every question whether the code may run is answered with yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     return tmp_path / "it-ran"
@@ -46,15 +46,15 @@ def mark(tmp_path, monkeypatch):
 
 @pytest.fixture(params=PLANTS)
 def planted(original, tmp_path, mark, request):
-    """A copy of the artifact with code of a stranger in it, and digests that are right."""
+    """A copy of the artifact with a stranger's code and matching digests, and the kind of the code."""
     out = shutil.copytree(original, tmp_path / "planted")
     sign(out, *PLANTS[request.param](out, mark))
-    return out
+    return out, request.param
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Prompts of each expert, with answers, as options."""
+    """The options of `calibrate` for files of prompts of each expert."""
     files = {}
     for name, words in WORDS.items():
         lines = [json.dumps({"prompt": f"w{i} w{i + 1} w{i}"}) for i in words]
@@ -72,7 +72,7 @@ def task(tmp_path):
 
 
 def command(*arguments):
-    """The output of a command, to whose questions the answer is yes."""
+    """The output of a command whose questions are answered with yes."""
     result = CliRunner().invoke(main, [str(a) for a in arguments], input="y\n" * 20)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -101,15 +101,25 @@ ENTRANCES = {
 }
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES.values(), ids=ENTRANCES)
+# The entrances that need no code of the artifact: they load neither its model nor its tokenizer from it.
+WITHOUT_CODE = {
+    "model": {"attach", "remote.generate", "load_tokenizer", "inspect", "verify"},
+    "tokenizer": {"load_plain", "inspect", "verify"},
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
 def test_planted_code_does_not_run_and_is_refused_where_it_is_needed(
-    planted, mark, data, task, entrance
+    planted, mark, data, task, name
 ):
-    try:
-        entrance(planted, data, task)
-    except MediatorError as error:
-        message = str(error)
-        assert f"{planted}: needs code that comes with it, which runs only where you" in message
+    out, kind = planted
+    if name in WITHOUT_CODE[kind]:
+        ENTRANCES[name](out, data, task)
+    else:
+        with pytest.raises(MediatorError) as caught:
+            ENTRANCES[name](out, data, task)
+        message = str(caught.value)
+        assert f"{out}: needs code that comes with it, which runs only where you" in message
         assert "trust_remote_code=True, or --trust-remote-code to a command" in message
         assert "\n" not in message
     assert not mark.exists()
@@ -177,7 +187,7 @@ def test_custom_generate_of_the_artifact_is_not_loaded_without_consent(original,
 
 
 def test_a_stock_tokenizer_with_code_beside_it_is_read_as_the_stock_one(original, tmp_path, mark):
-    """As transformers does with models: what is known needs no code."""
+    """transformers does the same with models: a class that it knows needs no code."""
     out = shutil.copytree(original, tmp_path / "out")
     stock = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
     names = give_tokenizer_code(out, mark)
@@ -192,7 +202,7 @@ def test_a_stock_tokenizer_with_code_beside_it_is_read_as_the_stock_one(original
 
 @pytest.fixture(scope="module")
 def own(make, tmp_path_factory):
-    """An artifact of a base model with code of its own, merged with consent; and that base."""
+    """An artifact of a base model with its own code, merged with consent, and its family."""
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
