@@ -119,33 +119,33 @@ def _fit(
         raise RoutingError(
             f"no data for {', '.join(missing)}: give --data NAME=FILE for each expert"
         )
-    present = None
+    router = None
     if missing and manifest.router_file is not None:
         # The present router may have other experts than the artifact, if some were added or removed.
-        present = CalibratedRouter.load(root / manifest.router_file, limits=Limits.of(model))
-    if present is not None:
-        kind, head, seed = present.kind, present.head, present.seed
-        tokens = present.tokens
+        router = CalibratedRouter.load(root / manifest.router_file, limits=Limits.of(model))
+    if router is not None:
+        kind, head, seed = router.kind, router.head, router.seed
+        tokens = router.tokens
     elif kind == "embedding":
         tokens = shared_tokens(ids)
     else:
         tokens = torch.tensor(tokenizer(SUMMARY, add_special_tokens=False).input_ids)
     contexts = Contexts(tokenizer)
     features = _features(model, contexts, ids, kind, tokens)
-    if present is not None:
-        background = present.background
+    if router is not None:
+        background = router.background
     else:
         general = [render(tokenizer, text) for text in BACKGROUND]
         background = _features(model, contexts, {"background": general}, kind, tokens)["background"]
-    present_features = dict(present.features) if present is not None else {}
-    absent = [name for name in missing if name not in present_features]
-    if absent:
+    router_features = dict(router.features) if router is not None else {}
+    gaps = [name for name in missing if name not in router_features]
+    if gaps:
         raise RoutingError(
-            f"no data for {', '.join(absent)}, and the present router holds none: give --data NAME=FILE "
+            f"no data for {', '.join(gaps)}, and the present router holds none: give --data NAME=FILE "
             "for each of them"
         )
     result = fit_router.fit(
-        {name: {**present_features, **features}[name] for name in manifest.expert_names},
+        {name: {**router_features, **features}[name] for name in manifest.expert_names},
         kind,
         head=head,
         layers=_layers(model) if kind == "hidden" else (),

@@ -201,7 +201,7 @@ def test_a_stock_tokenizer_with_code_beside_it_is_read_as_the_stock_one(original
 
 
 @pytest.fixture(scope="module")
-def own(make, tmp_path_factory):
+def own_artifact(make, tmp_path_factory):
     """An artifact of a base model with its own code, merged with consent, and its family."""
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
@@ -218,8 +218,8 @@ def own(make, tmp_path_factory):
     return out, family
 
 
-def test_an_artifact_holds_the_code_that_it_needs_with_digests(own):
-    out, family = own
+def test_an_artifact_holds_the_code_that_it_needs_with_digests(own_artifact):
+    out, family = own_artifact
     files = read_manifest(out).files
     for name in ("configuration_own", "modeling_own", "layers_own", "tokenization_own"):
         assert (out / f"{name}.py").read_text() == (family.base / f"{name}.py").read_text()
@@ -227,8 +227,8 @@ def test_an_artifact_holds_the_code_that_it_needs_with_digests(own):
     verify_files(out, read_manifest(out))
 
 
-def test_an_artifact_of_a_base_with_code_of_its_own_works_with_consent(own, read):
-    out, family = own
+def test_an_artifact_of_a_base_with_code_of_its_own_works_with_consent(own_artifact, read):
+    out, family = own_artifact
     with pytest.raises(ArtifactError, match="needs code that comes with it"):
         MediatorModel.from_pretrained(out)
     model = MediatorModel.from_pretrained(out, trust_remote_code=True)
@@ -244,8 +244,8 @@ def test_an_artifact_of_a_base_with_code_of_its_own_works_with_consent(own, read
     assert torch.equal(routed, model.generate(ids, mask, mixture=best, **GREEDY))
 
 
-def test_transformers_own_loader_routes_generation_of_such_an_artifact(own):
-    out, _ = own
+def test_transformers_own_loader_routes_generation_of_such_an_artifact(own_artifact):
+    out, _ = own_artifact
     named = MediatorModel.from_pretrained(out, trust_remote_code=True)
     ids, mask = named.tokenize(["w3 w41 w5 w9"])
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
@@ -254,8 +254,8 @@ def test_transformers_own_loader_routes_generation_of_such_an_artifact(own):
     assert model.mediator.tokenizer.own
 
 
-def test_the_commands_take_consent(own, tmp_path, data, task):
-    out = shutil.copytree(own[0], tmp_path / "out")
+def test_the_commands_take_consent(own_artifact, tmp_path, data, task):
+    out = shutil.copytree(own_artifact[0], tmp_path / "out")
     for arguments in (
         ["generate", out, "w1 w2", "--max-new-tokens", "3"],
         ["calibrate", out, *data],
@@ -266,11 +266,11 @@ def test_the_commands_take_consent(own, tmp_path, data, task):
         assert command(*arguments, "--trust-remote-code")
 
 
-def test_tuning_takes_the_consent_of_the_merge(own, tmp_path, data, monkeypatch):
+def test_tuning_takes_the_consent_of_the_merge(own_artifact, tmp_path, data, monkeypatch):
     from mergekit_mediator.tune import teacher
 
     monkeypatch.setattr(teacher, "_ANSWER_TOKENS", 4)
-    config = own[1].config(route="all", bits=2)
+    config = own_artifact[1].config(route="all", bits=2)
     config["models"][0]["parameters"]["prompts"] = data[1].partition("=")[2]
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(config))
@@ -279,8 +279,8 @@ def test_tuning_takes_the_consent_of_the_merge(own, tmp_path, data, monkeypatch)
     assert tuned.divergence_after < tuned.divergence_before
 
 
-def test_attach_takes_consent_for_the_tokenizer(own):
-    out, _ = own
+def test_attach_takes_consent_for_the_tokenizer(own_artifact):
+    out, _ = own_artifact
     model = load_plain(out, trust_remote_code=True)
     with pytest.raises(ArtifactError, match="needs code that comes with it"):
         MediatorModel.attach(model, out)

@@ -234,12 +234,12 @@ def test_sixty_four_experts_are_told_apart_and_each_answers_as_if_alone(make, me
         data[name].write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
     calibrate(out, data, kind="embedding", head="mahalanobis")
     model = MediatorModel.from_pretrained(out)
-    asked = [f"w{i % 60} w{(i + 7 + i // 60) % 60}" for i in range(64)]
-    decision = model.route(asked)
+    requests = [f"w{i % 60} w{(i + 7 + i // 60) % 60}" for i in range(64)]
+    decision = model.route(requests)
     assert decision.weights.argmax(dim=1).tolist() == list(range(64))
     model.policy = "hard"
     for i in (0, 31, 63):
-        ids, mask = model.tokenize([asked[i]])
+        ids, mask = model.tokenize([requests[i]])
         alone = AutoModelForCausalLM.from_pretrained(family.experts[names[i]])
         want = alone.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
         model.ood_threshold = float("inf")

@@ -90,7 +90,7 @@ def test_a_kill_leaves_a_valid_artifact_and_a_rerun_leaves_nothing_else(
 ):
     before, after, count = states
     saved = shutil.copytree(out, tmp_path / "saved")
-    seen = set()
+    switched = set()
     for at in range(1, count + 1, 2):
 
         def killed(at=at):
@@ -99,7 +99,7 @@ def test_a_kill_leaves_a_valid_artifact_and_a_rerun_leaves_nothing_else(
 
         assert in_child(killed) == -9
         assert state(out) in (before, after)
-        seen.add(state(out) == after)
+        switched.add(state(out) == after)
         fit(out, model, data["second"])
         assert state(out) == after
         assert contents(out).keys() == {*read_manifest(out).files, MANIFEST, "README.md"}
@@ -107,7 +107,7 @@ def test_a_kill_leaves_a_valid_artifact_and_a_rerun_leaves_nothing_else(
         assert not list(filter(is_leftover, os.listdir(out.parent)))
         shutil.rmtree(out)
         shutil.copytree(saved, out)
-    assert seen == {False, True}
+    assert switched == {False, True}
 
 
 @pytest.mark.parametrize("lasting", [False, True])
@@ -148,6 +148,7 @@ def test_a_merge_and_a_calibration_keep_each_other_out(out, model, data, monkeyp
 
     monkeypatch.setattr(calibrate, "_store", store)
     fit(out, model, data["second"])
+    assert state(out) != before
 
 
 def test_an_artifact_that_a_merge_replaced_during_the_calibration_is_not_touched(

@@ -124,11 +124,11 @@ def test_adding_and_removing_one_of_many_experts_leaves_the_features_and_routes_
     with_all = fit(clouds(*names), "embedding").router
     without = remove(with_all, "e63").router
     again = add(without, "e63", with_all.features["e63"]).router
-    asked = torch.cat([x for name, x in clouds(*names, seed=1).items() if name != "e63"])
+    requests = torch.cat([x for name, x in clouds(*names, seed=1).items() if name != "e63"])
     routes = torch.arange(63).repeat_interleave(20)
     for changed in (with_all, without, again):
         assert all(torch.equal(changed.features[n], with_all.features[n]) for n in names[:63])
-        assert torch.equal(changed.decide(asked).weights.argmax(dim=1), routes)
+        assert torch.equal(changed.decide(requests).weights.argmax(dim=1), routes)
     assert torch.equal(again.weight, with_all.weight)
     assert again.numbers == with_all.numbers
 
@@ -310,21 +310,21 @@ def test_prompts_that_are_all_alike_still_give_finite_decisions(head: Head) -> N
 
 def test_requests_like_the_background_are_farther_than_without_it() -> None:
     general = cloud(9, 30, noise=1.0)
-    asked = {"own": cloud(0, 50, seed=7), "general": cloud(9, 50, seed=7, noise=1.0)}
+    requests = {"task": cloud(0, 50, seed=7), "general": cloud(9, 50, seed=7, noise=1.0)}
     gaps = []
     for background in (None, general):
         fitted = fit(clouds("a", "b", "c"), "embedding", background=background).router
-        misfit = {k: fitted.measure(x)[1].mean() for k, x in asked.items()}
-        gaps.append(float(misfit["general"] - misfit["own"]))
+        misfit = {k: fitted.measure(x)[1].mean() for k, x in requests.items()}
+        gaps.append(float(misfit["general"] - misfit["task"]))
     assert gaps[1] > 1.3 * gaps[0]
 
 
 def test_background_that_an_expert_claims_is_left_out() -> None:
     features = clouds("a", "b", "c")
-    own = fit(features, "embedding", background=cloud(0, 30, seed=8)).router
+    with_claimed = fit(features, "embedding", background=cloud(0, 30, seed=8)).router
     without = fit(features, "embedding").router
-    assert torch.equal(own.fit_weight, without.fit_weight)
-    assert own.numbers == without.numbers
+    assert torch.equal(with_claimed.fit_weight, without.fit_weight)
+    assert with_claimed.numbers == without.numbers
 
 
 def test_the_background_is_kept_when_experts_come_and_go() -> None:
