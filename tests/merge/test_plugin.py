@@ -160,8 +160,8 @@ def test_in_memory_the_full_method_gives_the_dense_expert_and_says_so(caplog):
     merge = mergekit.merge_methods.merge_state_dicts
     merged = merge(inputs, "mediator", base="base", parameters={**parameters, "density": 0.2})
     assert caplog.messages == [
-        "merge_method mediator: in memory it gives the dense expert alone, as mediator_dense does: "
-        "experts are written by mergekit-yaml, mergekit-mediator merge or mergekit.merge.run_merge"
+        "merge_method mediator: a merge in memory returns the dense expert alone, as mediator_dense does: "
+        "to write experts, use mergekit-yaml, mergekit-mediator merge or mergekit.merge.run_merge"
     ]
     dense = merge(inputs, "mediator_dense", base="base", parameters=parameters)
     assert torch.equal(merged["w"], dense["w"])
