@@ -142,7 +142,11 @@ def test_an_expert_that_is_the_dense_one_stays_as_it_is(family, merged, prompts)
 @pytest.mark.parametrize(
     ("settings", "content", "message"),
     [
-        ({"density": 0.1}, None, "prompts: they tune what a `budget` or `bits` store"),
+        (
+            {"density": 0.1},
+            None,
+            "prompts: they tune experts that are stored within `bits` or a `budget`",
+        ),
         ({"bits": 2}, "", "prompts.jsonl: at least 5 prompts required, got 0"),
         ({"bits": 2}, "{", "prompts.jsonl line 1: no JSON"),
         ({"bits": 2}, None, "nowhere.jsonl"),
@@ -165,7 +169,7 @@ def test_prompts_belong_to_one_model_and_are_one_file(family, refused, prompts):
     assert "'prompts' belongs to one model's" in refused(family.config(prompts="p.jsonl", bits=2))
     config = tuned(family, prompts, "math", bits=2)
     config["models"][0]["parameters"]["prompts"] = ["a", "b"]
-    assert "prompts: takes one value" in refused(config)
+    assert "prompts: one value required" in refused(config)
 
 
 def test_a_prompt_that_is_too_long_is_refused(family, refused, prompts):
@@ -187,13 +191,13 @@ def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
     for path in no_tokenizer.base.glob("tokenizer*"):
         path.unlink()
     message = refused(tuned(no_tokenizer, prompts, "math", bits=2))
-    assert "prompts: the base model has no tokenizer to read them with: add one" in message
+    assert "prompts: a tokenizer required, but the base model has none: add one" in message
     for folder in (unknown.base, *unknown.experts.values()):
         give_model_code(folder)
         names = {"AutoConfig": "configuration_own.OwnConfig"}  # and no causal language model
         edit_json(folder / "config.json", auto_map=names)
     message = refused(tuned(unknown, prompts, "math", bits=2), "--trust-remote-code")
-    assert "prompts: tuning on them requires a causal language model that transformers" in message
+    assert "prompts: tuning requires a causal language model that transformers" in message
     (untemplated.base / "chat_template.jinja").unlink()
     turns = [{"role": "user", "content": "w1"}] * 3
     prompts.write_text((json.dumps({"messages": turns}) + "\n") * 8)
