@@ -65,8 +65,8 @@ def _config(
                 ".py files, then give --trust-remote-code"
             ) from error
         raise InputError(
-            f"{key} {model}: there is no such model directory, and the Hub does not serve such a "
-            f"model: {first_line(error)}: correct the name"
+            f"{key} {model}: its configuration cannot be read: {first_line(error)}: name a model "
+            "directory, or a model on the Hub"
         ) from error
     return config
 

@@ -193,4 +193,6 @@ def shape_error(
     message = f"{info.name}: shape {list(shape)} in {model}, but {list(expected)} in the base"
     if info.vocabulary_axis is not None:
         message += ": add `tokenizer: {source: base}` (or union) to align the vocabularies"
+    else:
+        message += ": experts must be fine-tunes of the base"
     return InputError(message)

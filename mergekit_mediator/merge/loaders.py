@@ -73,7 +73,9 @@ class OpenInputs(Inputs):
                     f"{first_line(error)}: download it anew"
                 ) from error
             except _UNREADABLE as error:
-                raise InputError(f"model {model}: cannot be loaded: {first_line(error)}") from error
+                raise InputError(
+                    f"model {model}: cannot be loaded: {first_line(error)}: replace its files"
+                ) from error
             if index.is_safetensors:
                 files = sorted(set(index.tensor_paths.values()))
                 headers[model] = read_headers(Path(index.base_path), files)

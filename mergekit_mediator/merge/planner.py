@@ -97,8 +97,8 @@ class Planner(MergePlanner):  # type: ignore[misc]
                 raise ConfigError(f"slices: a slice lacks {model}: add every model to each slice")
         if len({tuple(source.layer_range) for source in sources}) > 1:
             raise ConfigError(
-                "slices: the models of a slice differ in layer_range: give all of them the same, as the "
-                "merge compares layer i of an expert with layer i of the base"
+                "slices: all models of a slice must have the same layer_range, and without slices the same "
+                "number of layers: the merge compares layer i of an expert with layer i of the base"
             )
 
     def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:

@@ -74,8 +74,10 @@ class MediatorDense(GroupMergeMethod):  # type: ignore[misc]
         """
         shares, scale = parameters["weight"], parameters["lambda"]
         weights = [shares[entry.id] for entry in group.non_base]
-        if sum(weights) <= 0:
-            raise ConfigError("weight: the sum over all experts must be above 0")
         base, name = group.base.tensor, group.metadata.name or "weight"
+        if sum(weights) <= 0:
+            raise ConfigError(
+                f"weight: a sum above 0 required over all experts, got {sum(weights)} for {name}: raise one"
+            )
         experts = [entry.tensor for entry in group.non_base]
         return average(base, experts, weights, scale, base.dtype, name, str(base.device))

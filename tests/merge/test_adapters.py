@@ -109,8 +109,8 @@ def answers_as_peft(base, configs, blend, **parameters):
         expected.append((dict(zip(names, blend, strict=True)), logits(blended)))
         for mixture, answer in expected:
             for form in FORMS:
-                found = model.forward(IDS, mixture=mixture, apply=form).logits
-                assert float((found - answer).abs().max()) < 1e-3 * float(answer.abs().max())
+                result = model.forward(IDS, mixture=mixture, apply=form).logits
+                assert float((result - answer).abs().max()) < 1e-3 * float(answer.abs().max())
 
 
 BLENDS = st.lists(st.sampled_from([0.2, 0.5, 1.0, 1.3]), min_size=4, max_size=4)
@@ -196,7 +196,7 @@ def test_layers_in_another_order_get_the_factors_of_where_they_come_from(base, t
     for expert, change in changes.items():
         with model.mixture(expert) as mixed:
             for name, weight in mixed.state_dict().items():
-                source = re.sub(r"(?<=layers\.)\d", lambda found: order[found[0]], name)
+                source = re.sub(r"(?<=layers\.)\d", lambda match: order[match[0]], name)
                 torch.testing.assert_close(weight, weights[source] + change[source])
 
 
