@@ -2,7 +2,7 @@
 
 With task vectors τ_t = θ_t − θ_0 in float32, for the coordinates j of a layer:
 
-- sign: of the coordinates that at least two experts changed after denoising, the fraction on which two
+- sign: of the coordinates that at least two experts changed after denoising, the fraction in which two
   of them have opposite signs. Denoising keeps the `denoise` fraction of the largest |τ| of each tensor and
   expert, with all ties at the threshold; an exact zero is never a change.
 - mass: Σ_j 2·min(P_j, N_j) / Σ_j (P_j + N_j), with P and N the summed positive and negative parts.

@@ -14,7 +14,7 @@ from mergekit_mediator.merge.passes import DenseVersions
 
 
 class DenseWriter:
-    """A writer of shards, by mergekit's own. Weights that depend on routing wait on disk in two versions.
+    """A writer of shards, which wraps mergekit's. Weights that depend on routing wait on disk in two versions.
 
     Attributes:
         parameters: the number of parameters so far.

@@ -96,7 +96,8 @@ def adapters_for(
 
     Returns:
         The factors of each expert, by the name of the weight in the expert: slices may give it another name
-        in the merge. Empty if experts do not keep their factors.
+        in the merge. Empty if experts do not keep their factors, if an adapter is not plain, or if it changes a
+        weight whose rows mergekit aligns.
 
     Raises:
         InputError: the files of an adapter cannot be read.

@@ -44,7 +44,7 @@ class LayerEstimate:
         parameters: the number of its parameters.
         read: bytes that the merge reads from all models; twice from experts unless the layer is averaged.
         dense: bytes in the dense expert's checkpoint.
-        experts: bytes in the files of all experts, about; 0 if the layer is averaged or undecided.
+        experts: the approximate bytes in the files of all experts; 0 if the layer is averaged or undecided.
     """
 
     plan: LayerPlan
@@ -81,7 +81,7 @@ class Estimate:
 
     @property
     def experts(self) -> int:
-        """Bytes of all experts' files, about."""
+        """The approximate bytes of all experts' files."""
         return sum(layer.experts for layer in self.layers)
 
 

@@ -53,7 +53,7 @@ def read_headers(directory: Path, files: Iterable[str]) -> dict[str, TensorHeade
         path = directory / file
         if ".." in Path(file).parts or Path(file).is_absolute():
             raise InputError(
-                f"{directory}: the index names {file!r}, which is outside the model: download it anew"
+                f"{directory}: the index names {file!r}, which is outside the model: download the model anew"
             )
         for name, (dtype, shape) in _read_header(path).items():
             tensors[name] = TensorHeader(dtype, shape, file)

@@ -182,7 +182,7 @@ def importance(layers: Iterable[str]) -> dict[str, float]:
     The factor is `2^(1/2 − |x|)` with x from -1 at the first block to 1 at the last one. Layers that are no
     blocks have the factor 1. The place of a block predicts the loss that routing it recovers: see `middle`
     in benchmarks/results/layers.json. Four experts of equal bytes diverged 33, 21, 12 and 4% less than
-    without factors, on prompts of which no results file exists.
+    without factors, on prompts outside all reports; no results file has these figures.
 
     Args:
         layers: the names of the layers as in a plan, repeated or not. Those of decoder blocks end in a number.

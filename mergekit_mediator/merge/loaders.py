@@ -106,7 +106,8 @@ class OpenInputs(Inputs):
             raise InputError(f"{weight.info.name}: cannot be read: {first_line(error)}") from error
         if tensor is None:
             raise InputError(
-                f"{weight.info.name}: {model} lacks this weight, which the other models have"
+                f"{weight.info.name}: {model} lacks this weight, which other models have: experts must be "
+                "fine-tunes of the base"
             )
         if reference is not None and tensor.shape != reference.shape:
             raise shape_error(weight.info, model, tuple(tensor.shape), tuple(reference.shape))
@@ -123,7 +124,7 @@ class OpenInputs(Inputs):
         return tensor
 
     def _note_mapped(self, tensor: Tensor) -> None:
-        """Close the mapped files once `MAPPED_BYTES` were read: what was read stays in memory until then."""
+        """Close all mapped files after `MAPPED_BYTES`: a mapped file keeps in memory the parts that were read."""
         with self._mapping:
             self._mapped += tensor.nbytes
             if self._mapped > MAPPED_BYTES:

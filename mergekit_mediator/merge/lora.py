@@ -38,8 +38,8 @@ def read_adapter(
 
     Args:
         directory: the directory of the adapter.
-        base: gives a weight of the base model by name, or None. PEFT saves the head beside its factors: the
-            adapter is plain only if `base` gives the same head.
+        base: gives a weight of the base model by name, or None for an unknown name. PEFT saves the head beside
+            its factors; such an adapter is plain only if `base` gives the same head.
 
     Returns:
         None if the adapter is not plain (DoRA, biases, modules of its own, embeddings) or has no safetensors

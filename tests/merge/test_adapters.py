@@ -30,14 +30,14 @@ def adapters(draw):
     """The settings of one adapter: few targets of few layers, with ranks and scales of their own."""
     targets = draw(st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, unique=True))
     rank, alpha = st.integers(1, 30), st.integers(1, 40)
-    own = st.sampled_from(targets)
+    target = st.sampled_from(targets)
     drawn = {
         "target_modules": targets,
         "r": draw(rank),
         "lora_alpha": draw(alpha),
         "use_rslora": draw(st.booleans()),
-        "rank_pattern": draw(st.dictionaries(own, rank, max_size=2)),
-        "alpha_pattern": draw(st.dictionaries(own, alpha, max_size=2)),
+        "rank_pattern": draw(st.dictionaries(target, rank, max_size=2)),
+        "alpha_pattern": draw(st.dictionaries(target, alpha, max_size=2)),
     }
     layers = draw(st.none() | st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
     if layers is not None and targets != ["lm_head"]:

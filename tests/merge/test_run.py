@@ -81,10 +81,10 @@ def test_weights_that_wait_for_the_choice_of_layers_are_those_of_a_known_choice(
 ):
     waited = merged(family.config(**settings), name="waited")
     routed = ",".join(layer.name for layer in read_manifest(waited).routed_layers)
-    known = read(merged(family.config(routed_layers=routed, **settings), name="known"))
+    expected = read(merged(family.config(routed_layers=routed, **settings), name="known"))
     dense = read(waited)
-    assert dense.keys() == known.keys()
-    assert all(torch.equal(dense[name], known[name]) for name in dense)
+    assert dense.keys() == expected.keys()
+    assert all(torch.equal(dense[name], expected[name]) for name in dense)
     assert not [path for path in waited.iterdir() if path.name.startswith("tmp")]
 
 
@@ -320,13 +320,15 @@ def test_vocabularies_are_aligned_as_the_tokenizer_setting_says(wider, merged, r
     out = merged(wider.config(tokenizer={"source": source}, route="all", density=1.0))
     assert len(AutoTokenizer.from_pretrained(out)) == rows
     model = MediatorModel.from_pretrained(out)
-    ids, own = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (out, wider.experts["code"]))
+    ids, source_ids = (
+        AutoTokenizer.from_pretrained(p).get_vocab() for p in (out, wider.experts["code"])
+    )
     expert = read(wider.experts["code"])
     with model.mixture({"code": 1.0}) as mixed:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             weight = mixed.state_dict()[name]
             assert weight.shape[0] == rows
-            assert all(torch.equal(weight[ids[t]], expert[name][own[t]]) for t in ids)
+            assert all(torch.equal(weight[ids[t]], expert[name][source_ids[t]]) for t in ids)
 
 
 def test_the_tokenizer_and_its_chat_template_are_copied(family, merged):
