@@ -1,4 +1,4 @@
-"""The model card, and the picture of the conflict profile."""
+"""The model card with its conflict chart, and the licences of models."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -57,13 +57,13 @@ Base: {base}
 def write_card(
     out: Path, manifest: Manifest, config_source: str, files: Iterable[str] = ()
 ) -> None:
-    """Write README.md; needs no network, and shows no directory of this machine.
+    """Write the model card, `README.md`, without the network and without naming local directories.
 
     Args:
-        out: the artifact's directory.
-        manifest: of the artifact.
-        config_source: the configuration's text.
-        files: that it names besides models.
+        out: the directory of the artifact.
+        manifest: the manifest of the artifact.
+        config_source: the text of the configuration.
+        files: the files that the configuration names besides models. The card shows their names alone.
     """
     models = [manifest.base.source, *(e.source for e in manifest.experts)]
     parts = {part for model in models for part in model.split("+")}
@@ -104,11 +104,17 @@ def write_card(
 def conflict_chart(
     layers: Sequence[str], values: Sequence[float], routed: Sequence[bool | None]
 ) -> str:
-    """One line of text per layer: its name, its conflict in [0, 1], and a bar."""
+    """Draw one line of text for each layer: its name, its conflict in [0, 1], and a bar.
+
+    Args:
+        layers: the names of the layers.
+        values: the conflict of each layer.
+        routed: for each layer whether it is routed; None counts as averaged.
+    """
     width = max(map(len, layers), default=0)
     lines = []
-    for layer, value, chosen in zip(layers, values, routed, strict=True):
-        bar = ("#" if chosen else ".") * round(value * _BAR)
+    for layer, value, is_routed in zip(layers, values, routed, strict=True):
+        bar = ("#" if is_routed else ".") * round(value * _BAR)
         lines.append(f"{layer:>{width}} {value:.3f} {bar}".rstrip())
     return "\n".join(lines)
 
@@ -122,23 +128,26 @@ def _show(source: str) -> str:
 
 
 def license_of(source: str, revision: str | None = None) -> str | None:
-    """As the Hub names it, such as `apache-2.0`; None without a card, or where the card does not say.
+    """Read the licence of a model from its card, under the Hub's name for it, such as `apache-2.0`.
 
     Args:
         source: a directory, or a repository on the Hub.
-        revision: of the repository.
+        revision: the revision of the repository.
+
+    Returns:
+        None if there is no card, if the card cannot be read, or if it states no licence.
     """
     try:
-        local = Path(source) / "README.md"
+        path = Path(source) / "README.md"
         if not Path(source).is_dir():
-            local = Path(hf_hub_download(source, "README.md", revision=revision))
-        metadata = metadata_load(local) or {}
+            path = Path(hf_hub_download(source, "README.md", revision=revision))
+        metadata = metadata_load(path) or {}
     except (OSError, HfHubHTTPError, HFValidationError):
         return None
     except (ValueError, yaml.YAMLError) as error:
         tqdm.write(f"warning: {source}: the model card cannot be read: {first_line(error)}")
         return None
-    stated = metadata.get("license")
-    if stated == "other":
-        stated = metadata.get("license_name", stated)
-    return stated if isinstance(stated, str) else None
+    license = metadata.get("license")
+    if license == "other":
+        license = metadata.get("license_name", license)
+    return license if isinstance(license, str) else None

@@ -53,11 +53,11 @@ def test_the_hub_reads_the_card_and_shows_it_as_a_merge(tmp_path):
     [("mit", "mit", "mit"), ("mit", "apache-2.0", None), (None, "mit", None), (None, None, None)],
 )
 def test_a_licence_is_claimed_only_if_every_model_states_it(tmp_path, of_base, of_experts, stated):
-    given = manifest()
-    licensed = given.model_copy(
+    plain = manifest()
+    licensed = plain.model_copy(
         update={
-            "base": given.base.model_copy(update={"license": of_base}),
-            "experts": tuple(e.model_copy(update={"license": of_experts}) for e in given.experts),
+            "base": plain.base.model_copy(update={"license": of_base}),
+            "experts": tuple(e.model_copy(update={"license": of_experts}) for e in plain.experts),
         }
     )
     write_card(tmp_path, licensed, "merge_method: mediator")

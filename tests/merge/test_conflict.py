@@ -16,10 +16,10 @@ def naive_sums(base, experts, denoise):
     """The formulas of the module's docstring, coordinate by coordinate in Python."""
     taus = [(e.float() - base.float()).reshape(-1).tolist() for e in experts]
     n = len(taus[0])
-    kept = min(n, max(1, round(denoise * n))) if n else 0
+    count = min(n, max(1, round(denoise * n))) if n else 0
     signs = []
     for tau in taus:
-        least = sorted((abs(v) for v in tau), reverse=True)[kept - 1] if n else 0.0
+        least = sorted((abs(v) for v in tau), reverse=True)[count - 1] if n else 0.0
         signs.append([(v > 0) - (v < 0) if abs(v) >= least else 0 for v in tau])
     shared = opposed = 0
     overlap, mass, spread, energy = [], [], [], []
