@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 from mergekit_mediator import MediatorModel, remote
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.route.calibrate import calibrate_artifact
-from mergekit_mediator.serve import model as serving
+from mergekit_mediator.serve import artifact
 from mergekit_mediator.store.manifest import RESPONSE, ROUTER
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -128,9 +128,9 @@ def test_who_trusts_the_files_may_leave_digests_out(out, way):
 )
 def test_digests_are_checked_once_not_at_every_call(out, monkeypatch, load):
     checked = []
-    stock = serving.verify_files
+    stock = artifact.verify_files
     monkeypatch.setattr(
-        serving, "verify_files", lambda *given: checked.append(given) or stock(*given)
+        artifact, "verify_files", lambda *files: checked.append(files) or stock(*files)
     )
     model = load(out)
     for _ in range(3):
