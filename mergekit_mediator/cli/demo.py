@@ -19,6 +19,7 @@ import yaml
 from mergekit_mediator.cli import tables as report
 from mergekit_mediator.cli.steps import Steps
 from mergekit_mediator.errors import InputError, OutputError
+from mergekit_mediator.evaluate.results import BASE, EXPERTS, LABELS, OWN_EXPERT, ROUTED
 
 # Libraries speak when they are imported, so each is imported inside a step.
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) 
 
         model = MediatorModel.from_pretrained(out / "mediator")
         figures = compare(model, skills, load_plain(base))
-    systems: dict[str, Any] = {"base": figures["systems"].pop("base")}
+    scores = figures["systems"]
+    systems: dict[str, Any] = {BASE: scores[BASE]}
     with steps.step("score average and ties"):
         for name in ("average", "ties"):
             plain = load_plain(out / name)
@@ -174,13 +176,14 @@ def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) 
                 skill: vars(score(plain, model.tokenizer, task.examples))
                 for skill, task in skills.items()
             }
-    systems["expert alone"] = {}
+    systems[LABELS[EXPERTS]] = {}
     with steps.step("score each expert alone"):
         for skill, task in skills.items():
-            alone = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
-            systems["expert alone"][skill] = vars(score(alone, model.tokenizer, task.examples))
-    systems["mediator, own expert"] = figures["systems"]["own expert"]
-    systems["mediator, routed"] = figures["systems"]["routed"]
+            expert = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
+            result = score(expert, model.tokenizer, task.examples)
+            systems[LABELS[EXPERTS]][skill] = vars(result)
+    for name in (OWN_EXPERT, ROUTED):
+        systems[LABELS[name]] = scores[name]
     with steps.step("answer a prompt of each skill"):
         prompts = [str(task.examples[0].prompt) for task in skills.values()]
         answers = answer(model, prompts, 32)
