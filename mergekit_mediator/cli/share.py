@@ -5,18 +5,19 @@ from pathlib import Path
 
 import click
 
+from mergekit_mediator.cli import options
 from mergekit_mediator.cli.tables import size, table
 
 
 @click.command()
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=options.directory)
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="The branch; it is made where there is none.")
 @click.option("--create-pr", is_flag=True, help="Propose a pull request instead of a commit.")
 @click.option("--overwrite", is_flag=True, help="Replace another model that is there.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent, and send nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@options.as_json
 def push(
     out: Path,
     repo: str,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 
@@ -77,14 +77,13 @@ class Repository:
         return [name for name in self.manifest.files if name not in experts]
 
 
-@dataclass(frozen=True)
-class Artifact:
+class Location(NamedTuple):
     """An artifact that can be loaded.
 
     Attributes:
-        root: its directory.
-        manifest: of the artifact.
-        fetch: brings an expert's file into the directory; None where all files are there.
+        root: the directory.
+        manifest: the manifest.
+        fetch: brings an expert's file into the directory; None if all files are there.
     """
 
     root: Path
@@ -94,7 +93,7 @@ class Artifact:
 
 def find_artifact(
     source: str | Path, revision: str | None = None, verify: bool = True, **options: Any
-) -> Artifact:
+) -> Location:
     """An artifact in a directory, or on the Hub, of which all files but the experts' are fetched.
 
     Args:
@@ -112,10 +111,10 @@ def find_artifact(
         manifest = read_manifest(root)
         if verify:
             verify_files(root, manifest)
-        return Artifact(root, manifest)
+        return Location(root, manifest)
     repository = Repository.at(str(source), revision, **options)
     repository.fetch(repository.shared_files(), verify)
-    return Artifact(
+    return Location(
         repository.root, repository.manifest, lambda name: repository.fetch([name], verify)
     )
 

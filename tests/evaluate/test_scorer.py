@@ -101,7 +101,7 @@ def test_log_likelihood_is_the_mean_over_answer_tokens(model, tokenizer):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_batches_and_padding_change_nothing(model, tokenizer, batch_size):
+def test_a_score_does_not_depend_on_batches_and_padding(model, tokenizer, batch_size):
     examples = generated_examples(model, tokenizer)
     one, many = score(model, tokenizer, examples, 1), score(model, tokenizer, examples, batch_size)
     assert many.accuracy == one.accuracy
@@ -132,7 +132,7 @@ def test_a_model_that_cannot_keep_few_logits_scores_the_same(model, tokenizer):
 
 
 @pytest.mark.parametrize("architecture", sorted(pico.ARCHITECTURES))
-def test_what_prompts_begin_with_is_read_once_and_changes_nothing(architecture):
+def test_a_shared_prefix_of_prompts_is_read_once_and_changes_no_score(architecture):
     torch.manual_seed(3)
     own, words = pico.ARCHITECTURES[architecture]().eval(), pico.tokenizer()
     beginning = " ".join(f"w{i}" for i in range(20))
@@ -175,8 +175,8 @@ def test_without_a_template_a_prompt_is_plain_text(tokenizer):
         render(plain, (turn, turn))
 
 
-def test_nothing_to_score_is_refused(model, tokenizer):
-    with pytest.raises(TaskError, match="at least one example"):
+def test_a_score_of_no_examples_is_refused(model, tokenizer):
+    with pytest.raises(TaskError, match="at least one example, got none"):
         score(model, tokenizer, [])
 
 
