@@ -188,5 +188,5 @@ def test_a_file_that_is_no_router_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not a safetensors file")
     with pytest.raises(ArtifactError, match="the router cannot be read"):
         ResponseRouter.load(path)
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with pytest.raises(ArtifactError, match="the router cannot be read"):
         ResponseRouter.load(tmp_path / "missing.safetensors")
