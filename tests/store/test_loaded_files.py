@@ -149,7 +149,10 @@ def test_a_planted_chat_template_is_refused(out):
 def test_planted_files_behind_links_are_refused(out, tmp_path):
     (tmp_path / "tools.jinja").write_text("x")
     (out / "additional_chat_templates").symlink_to(tmp_path)
-    with pytest.raises(ArtifactError, match=r"additional_chat_templates/tools\.jinja: the manifest does not name it"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"additional_chat_templates/tools\.jinja: the manifest does not name it",
+    ):
         MediatorModel.from_pretrained(out)
     (out / "additional_chat_templates").unlink()
     (out / "chat_template.json").symlink_to(tmp_path / "tools.jinja")
