@@ -202,7 +202,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: object) -> None:
         ({}, {"experts": ["a", "c"]}, "features.b, features.c"),
         ({}, {"experts": ["a", "a"]}, "different experts"),
         ({}, {"kind": "response"}, "kind 'calibrated'"),
-        ({}, {"format_version": 2}, "router format 2"),
+        ({}, {"format_version": 2}, "router format 1 required, got 2"),
         ({}, {"head": "tree"}, "'head' must be one of"),
         ({}, {"layers": [3]}, "must be a list of 2, got"),
         ({}, {"layers": [3, "4"]}, "'layers' must be a whole number, got '4'"),

@@ -190,7 +190,7 @@ def test_a_file_without_a_router_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no router"):
         ResponseRouter.load(path)
     path.write_bytes(b"not a safetensors file")
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with pytest.raises(ArtifactError, match="the router cannot be read"):
         ResponseRouter.load(path)
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with pytest.raises(ArtifactError, match="the router cannot be read"):
         ResponseRouter.load(tmp_path / "missing.safetensors")
