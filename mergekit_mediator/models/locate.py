@@ -22,7 +22,7 @@ def locate_weights(
         shapes: by name, the shape in the checkpoint, which the model's weight must have.
 
     Returns:
-        By name, the model's own storage `[out, in]` (or another shape): contiguous and writable in place.
+        By name, the model's own tensor, contiguous and writable in place.
 
     Raises:
         MixtureError: the model lacks a weight, or holds it quantised, offloaded, not contiguous or in

@@ -69,7 +69,8 @@ def read_prefix(model: Any, prompts: Sequence[list[int]]) -> Prefix | None:
         prompts: token ids.
 
     Returns:
-        None if the prompts share no first token, or the model has no cache from which it can continue.
+        None for fewer than two prompts, for prompts that share no first token, and for a model without a
+        cache from which it can continue.
     """
     parameters = inspect.signature(model.forward).parameters
     # transformers renamed the argument in 5.24

@@ -90,7 +90,7 @@ def fit(
     prompts = sum(map(len, features.values()))
     if prompts > MOST_PROMPTS:
         raise RoutingError(
-            f"at most {MOST_PROMPTS} prompts of all experts required, got {prompts}: give fewer"
+            f"all experts together may have at most {MOST_PROMPTS} prompts, got {prompts}: give fewer"
         )
     widths = {x.shape[1] for x in features.values()}
     if len(widths) > 1:
