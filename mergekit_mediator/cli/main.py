@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import click
@@ -35,12 +36,20 @@ def inspect(out: str, as_json: bool) -> None:
     Example: mergekit-mediator inspect OUT
     """
     from mergekit_mediator.cli import inspection
-    from mergekit_mediator.share.headers import headers
     from mergekit_mediator.store.manifest import read_manifest
 
-    with headers(out) as root:
+    with _headers(out) as root:
         figures = inspection.inspect_figures(root, read_manifest(root))
     click.echo(json.dumps(figures, indent=1) if as_json else inspection.inspect_report(figures))
+
+
+def _headers(out: str) -> AbstractContextManager[Path]:
+    """A directory that `inspect` can read: OUT itself, or what is fetched of a repository."""
+    if Path(out).is_dir():
+        return nullcontext(Path(out))
+    from mergekit_mediator.share.headers import fetched_headers
+
+    return fetched_headers(out)
 
 
 @main.command()
@@ -55,10 +64,15 @@ def verify(out: str, base: Path | None, as_json: bool) -> None:
 
     Example: mergekit-mediator verify OUT --base models/base
     """
-    from mergekit_mediator.share.verify import verify_artifact
-    from mergekit_mediator.store.manifest import verify_base
+    from mergekit_mediator.store.manifest import read_manifest, verify_base, verify_files
 
-    manifest = verify_artifact(out)
+    if Path(out).is_dir():
+        manifest = read_manifest(Path(out))
+        verify_files(Path(out), manifest)
+    else:
+        from mergekit_mediator.share.verify import verify_repository
+
+        manifest = verify_repository(out)
     local = base or Path(manifest.base.source)
     checked = local.is_dir()
     if checked:

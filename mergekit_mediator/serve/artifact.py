@@ -1,6 +1,6 @@
 """Open an artifact, in a directory or on the Hub, and load its dense expert."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from mergekit_mediator.models.loading import (
     load_tokenizer,
 )
 from mergekit_mediator.remote_code import is_ours
+from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.share.pull import find_artifact
 from mergekit_mediator.store.manifest import Manifest
 
@@ -43,6 +44,7 @@ def load_artifact(
     revision: str | None,
     verify: bool,
     trust_remote_code: bool,
+    experts: Iterable[str] = (),
     **kwargs: Any,
 ) -> Artifact:
     """Load an artifact with its dense expert; see `MediatorModel.from_pretrained`.
@@ -50,7 +52,7 @@ def load_artifact(
     Raises:
         ArtifactError: see `MediatorModel.from_pretrained`.
         ShareError: the repository cannot be read.
-        MixtureError: an option loads the model quantised.
+        MixtureError: an option loads the model quantised, or an expert is unknown.
     """
     for name in _QUANTISATION_OPTIONS:
         if kwargs.get(name):
@@ -60,6 +62,8 @@ def load_artifact(
             )
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     root, manifest, fetch = find_artifact(source, revision, verify, **hub)
+    for name in experts:
+        Mixture.of(name, manifest.expert_names)
     kwargs.setdefault("dtype", "auto")
     config = kwargs.pop("config", None)
     if not isinstance(config, PretrainedConfig):

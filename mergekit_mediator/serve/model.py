@@ -109,7 +109,8 @@ class MediatorModel(SettingAttributes):
             MixtureError: an expert is unknown; or experts cannot be put into the model, because it is
                 quantised or its weights have another shape.
         """
-        artifact = load_artifact(source, revision, verify, trust_remote_code, **kwargs)
+        experts = tuple(experts)
+        artifact = load_artifact(source, revision, verify, trust_remote_code, experts, **kwargs)
         loaded = cls(*artifact, residency=residency, expert_budget=expert_budget)
         loaded._mixer.open(Mixture.of(name, artifact.manifest.expert_names) for name in experts)
         return loaded

@@ -1,4 +1,4 @@
-"""What `inspect` reads of an artifact: its manifest, and the headers of the experts' files."""
+"""Reads of an artifact on the Hub its manifest and the headers of the experts' files, and no more."""
 
 import json
 import tempfile
@@ -12,7 +12,7 @@ from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.share.failures import failures
 from mergekit_mediator.share.pull import Repository
 from mergekit_mediator.store.expert_header import DESCRIPTIONS
-from mergekit_mediator.store.manifest import MANIFEST
+from mergekit_mediator.store.manifest import EXPERTS, MANIFEST
 
 # Most headers are read with the first request.
 _FIRST = 1 << 16
@@ -20,36 +20,36 @@ _LARGEST = 100 << 20  # as in safetensors
 
 
 @contextmanager
-def headers(source: str, revision: str | None = None) -> Iterator[Path]:
-    """A directory that holds at least the manifest and what the experts' files say about themselves.
+def fetched_headers(name: str, revision: str | None = None) -> Iterator[Path]:
+    """Fetch the manifest of a repository, and headers and descriptions of its experts' files.
+
+    The experts' files have holes in the place of the rest. All of it is gone after the context.
 
     Args:
-        source: a directory, which is given as it is; or a repository, of whose experts only the headers
-            and descriptions are fetched: files with holes for the rest, gone after the context.
-        revision: of the repository.
+        name: `USER/NAME`.
+        revision: the repository's branch, tag or commit.
+
+    Yields:
+        A directory.
 
     Raises:
         ShareError: the repository cannot be read.
-        ArtifactError: it holds no artifact, or a file that is none of an expert.
+        ArtifactError: it holds no artifact, or a file in an expert's place holds none.
     """
-    if Path(source).is_dir():
-        yield Path(source)
-        return
-    repository = Repository.at(source, revision)
+    repository = Repository.at(name, revision)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / MANIFEST).parent.mkdir()
+        (root / EXPERTS).mkdir(parents=True)
         (root / MANIFEST).write_bytes((repository.root / MANIFEST).read_bytes())
         for expert in repository.manifest.experts:
-            name = f"mediator/{expert.file}"
-            (root / name).parent.mkdir(exist_ok=True)
-            with failures(source, revision):
-                _copy_header(repository, name, root / name)
+            path = f"mediator/{expert.file}"
+            with failures(name, revision):
+                _copy_header(repository, path, root / path)
         yield root
 
 
 def _copy_header(repository: Repository, name: str, target: Path) -> None:
-    """Write a file that has its header, its descriptions and its size of one on the Hub, and else holes."""
+    """Write a file with the header, the descriptions and the size of an expert's file on the Hub."""
     size = repository.manifest.files[name].bytes
     remote = f"{repository.name}@{repository.commit}/{name}"
     files = HfFileSystem()

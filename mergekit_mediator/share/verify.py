@@ -1,6 +1,4 @@
-"""Verifies an artifact where it is: a directory by its bytes, a repository by the digests that the Hub states."""
-
-from pathlib import Path
+"""Verifies an artifact on the Hub by the digests that the Hub states."""
 
 from huggingface_hub import HfApi
 
@@ -11,34 +9,28 @@ from mergekit_mediator.store.loaded_files import is_loaded
 from mergekit_mediator.store.manifest import (
     Manifest,
     is_router_left_behind,
-    read_manifest,
-    verify_files,
 )
 
 
-def verify_artifact(source: str, revision: str | None = None) -> Manifest:
-    """Check every file of an artifact against its manifest, and give the manifest.
+def verify_repository(name: str, revision: str | None = None) -> Manifest:
+    """Check every file of an artifact on the Hub against its manifest.
+
+    The Hub states the SHA-256 of large files: these digests are compared. Small files are fetched.
 
     Args:
-        source: a directory, or a repository on the Hub.
-        revision: of the repository.
+        name: `USER/NAME`.
+        revision: the repository's branch, tag or commit.
+
+    Returns:
+        The manifest.
 
     Raises:
-        ArtifactError: a file is missing or differs, or loading would read one that is not named.
+        ArtifactError: a file is missing or differs, or loading would read a file that the manifest does not
+            name. The error names the first such file.
         ShareError: the repository cannot be read.
     """
-    if Path(source).is_dir():
-        manifest = read_manifest(Path(source))
-        verify_files(Path(source), manifest)
-        return manifest
-    repository = Repository.at(source, revision)
-    _verify_repository(repository)
-    return repository.manifest
-
-
-def _verify_repository(repository: Repository) -> None:
-    """The Hub names large files by their SHA-256: they are compared. Small ones are fetched."""
-    manifest, name = repository.manifest, repository.name
+    repository = Repository.at(name, revision)
+    manifest = repository.manifest
     with failures(name):
         info = HfApi().model_info(name, revision=repository.commit, files_metadata=True)
     present = {file.rfilename: file for file in info.siblings or []}
@@ -61,3 +53,4 @@ def _verify_repository(repository: Repository) -> None:
                 f"{name}: {path}: the manifest does not name it, but loading would read it: remove it"
             )
     repository.fetch(small)
+    return manifest
