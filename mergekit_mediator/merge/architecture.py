@@ -61,7 +61,7 @@ def _config(
         key = "base_model" if is_base else "model"
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"{key} {model}: the model needs its own code, which runs only if you allow it: read its "
+                f"{key} {model}: needs code that comes with it, which runs only where you allow it: read its "
                 ".py files, then give --trust-remote-code"
             ) from error
         raise InputError(
