@@ -258,7 +258,7 @@ def test_spaces_and_a_last_comma_between_rivals_mean_nothing():
 def test_a_place_of_an_expert_that_is_not_there_is_refused(out, tasks):
     result = call("evaluate", out, *tasks, "--experts", "--expert", "law=org/law")
     assert result.exit_code == 2
-    assert "no expert 'law': this artifact has math, code" in result.output
+    assert "unknown expert 'law': this artifact has math, code" in result.output
 
 
 def test_two_tasks_of_one_name_are_refused(out, tasks):
@@ -291,6 +291,6 @@ def test_where_no_expert_answers_anything_the_table_is_written_without_a_picture
     result = call("evaluate", out, "--task", f"math={task}", "--out", folder)
     assert result.exit_code == 0, result.output
     assert "warning: " in result.stderr
-    assert "nothing to draw" in result.stderr
+    assert "there is nothing to draw" in result.stderr
     assert (folder / "evaluation.md").exists()
     assert not (folder / "evaluation.png").exists()
