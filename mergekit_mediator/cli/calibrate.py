@@ -49,15 +49,15 @@ def calibrate(
     from mergekit_mediator.store.manifest import read_manifest, verify_files
 
     if bool(data) == bool(add):
-        raise click.UsageError("name the prompts of all experts with --data, or of some with --add")
+        raise click.UsageError("give --data for all experts, or --add for some")
     files = _files(data or add)
     manifest = read_manifest(out)
     if data:
         missing = [name for name in manifest.expert_names if name not in files]
         if missing:
             raise click.UsageError(
-                f"--data must name the prompts of every expert, and {', '.join(missing)} has none: "
-                "add them, or use --add"
+                "--data must name the prompts of every expert, and it names none for "
+                f"{', '.join(missing)}: add them, or use --add"
             )
     verify_files(out, manifest)
     tokenizer = load_tokenizer(out, trust_remote_code)

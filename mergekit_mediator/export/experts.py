@@ -60,11 +60,12 @@ class StoredExperts:
     """
 
     def __init__(self, root: Path, reference: Reference = "dense") -> None:
-        """
+        """Open the experts' files.
+
         Args:
-            root: of the artifact; its files are verified by the caller.
-            reference: what changes are added to. The base is known where experts are stored relative to
-                it: with `bits`, `budget` or adapters' own factors.
+            root: the artifact's directory; the caller has verified its files.
+            reference: the weights that changes are added to. The base is known if experts are stored
+                relative to it: with `bits`, with `budget`, or as adapters' own factors.
 
         Raises:
             ArtifactError: the artifact cannot be read.

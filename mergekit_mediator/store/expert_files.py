@@ -17,13 +17,14 @@ class ExpertFiles(Mapping[str, ExpertFile]):
         shapes: Mapping[str, tuple[int, ...]],
         fetch: Callable[[str], None] | None = None,
     ) -> None:
-        """
+        """Open all files now, unless they are fetched one by one.
+
         Args:
-            root: of the artifact.
-            manifest: of the artifact.
-            shapes: of the dense checkpoint's weights; see `ExpertFile`.
-            fetch: brings a file, by its path in the artifact, before it is opened; None where all
-                files are there, which are then opened now.
+            root: the artifact's directory.
+            manifest: the artifact's manifest.
+            shapes: the shapes of the dense checkpoint's weights by name; see `ExpertHeader`.
+            fetch: brings a file, by its path in the artifact, before it is opened; None if all files are
+                there.
 
         Raises:
             ArtifactError: a file that is there cannot be read.

@@ -171,8 +171,8 @@ def test_the_command_calibrates_and_shows_the_confusion(out, data):
     ("arguments", "message"),
     [
         ([], "give --data for all experts, or --add for some"),
-        (["--data", "math"], "'math': NAME=FILE.jsonl required"),
-        (["--data", "math=gone.jsonl"], "no data for code, chat: give it, or use --add"),
+        (["--data", "math"], "NAME=FILE.jsonl is required, got 'math'"),
+        (["--data", "math=gone.jsonl"], "it names none for code, chat: add them, or use --add"),
         (["--add", "math=gone.jsonl"], "gone.jsonl: cannot be read"),
     ],
 )
