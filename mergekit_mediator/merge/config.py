@@ -54,7 +54,7 @@ class MediatorConfig(BaseModel):
         storage_given: whether the configuration has `density`, `values`, `bits` or `budget`.
         reference: the dense expert's weights in routed layers: the weighted mean, or the base.
         base_model: the model of which all experts are fine-tunes.
-        experts: the name of each expert by its model, in the order of the configuration; at least two.
+        experts: the name of each expert by its model, in the order of the configuration.
         prompts: by model, a file of prompts on which the stored form of this expert is tuned, see
             `merge.tuning`. It requires `bits` or a `budget`.
     """
@@ -152,7 +152,7 @@ class MediatorConfig(BaseModel):
 
         Raises:
             ConfigError: a parameter is unknown, misplaced or out of range, two parameters contradict each
-                other, there is no base model, there are fewer than two experts, or two share a name.
+                other, there is no base model, there is no expert, or two share a name.
         """
         if config.base_model is None:
             raise ConfigError("base_model: required by merge_method: mediator, but missing: add it")
@@ -195,9 +195,29 @@ class MediatorConfig(BaseModel):
             raise ConfigError(
                 "prompts: they tune experts that are stored within `bits` or a `budget`: give one of these"
             )
+        if len(parsed.experts) == 1:
+            parsed = parsed._of_one_expert()
         if parsed.route == "auto" and parsed.keeps_factors:
             return parsed.model_copy(update={"route": "all"})
         return parsed
+
+    def _of_one_expert(self) -> "MediatorConfig":
+        """Complete the configuration of one expert, which is stored relative to the base in all layers.
+
+        Raises:
+            ConfigError: nothing says how few bytes the expert takes, or the mean of the experts is asked for.
+        """
+        if not (self.needs_costs or self.keeps_factors):
+            raise ConfigError(
+                "models: one expert is stored within `bits` or a `budget`, got neither: give one of these, or "
+                "add models"
+            )
+        if self.reference == "mean" and "reference" in self.model_fields_set:
+            raise ConfigError(
+                "reference: the mean of one expert is this expert, and nothing would be left to store: remove it"
+            )
+        chosen = {"route", *_RULES} & self.model_fields_set
+        return self.model_copy(update={"reference": "base"} | ({} if chosen else {"route": "all"}))
 
 
 def _check_alone(names: Sequence[str]) -> None:

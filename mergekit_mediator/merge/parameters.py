@@ -117,8 +117,8 @@ def named_experts(config: MergeConfiguration, names: Collection[str]) -> dict[Mo
         names: the names of all parameters.
 
     Raises:
-        ConfigError: a parameter of a model is unknown, misplaced or out of range, there are fewer than two
-            experts, or two experts share a name.
+        ConfigError: a parameter of a model is unknown, misplaced or out of range, there is no expert, or two
+            experts share a name.
     """
     experts: dict[ModelReference, str] = {}
     explicit: dict[ModelReference, str] = {}
@@ -147,8 +147,8 @@ def named_experts(config: MergeConfiguration, names: Collection[str]) -> dict[Mo
         experts[model] = ""
     for model in experts:
         experts[model] = _expert_name(model, explicit.get(model))
-    if len(experts) < 2:
-        raise ConfigError(f"models: at least two experts required, got {len(experts)}: add models")
+    if not experts:
+        raise ConfigError("models: at least one expert required, got 0: add models")
     by_name: dict[str, ModelReference] = {}
     for model, name in experts.items():
         if name.lower() in by_name:

@@ -37,7 +37,7 @@ class Mediator(MediatorDense):
         pretty_name="Mediator",
         reference_url=REFERENCE,
         parameters=(SHARE, SCALE, _DENSITY),
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
     )
 
     def __call__(self, groups: Sequence[TensorGroup], **options: Any) -> tuple[torch.Tensor, ...]:

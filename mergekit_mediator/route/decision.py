@@ -77,7 +77,8 @@ def decide_from_scores(
     weights = logp.exp()
     if ood is None:
         ood = torch.full((len(scores),), math.nan, device=scores.device)
-    return RoutingDecision(weights, -(weights * logp).sum(dim=1), ood, tuple(experts))
+    entropy = (weights * logp).sum(dim=1).abs()  # -0.0 would be shown as negative
+    return RoutingDecision(weights, entropy, ood, tuple(experts))
 
 
 def apply_policy(

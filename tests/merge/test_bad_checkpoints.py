@@ -48,10 +48,10 @@ def test_an_expert_that_is_not_there_is_refused(damaged, refused):
     assert f"model {damaged.experts['code']}: " in refused(damaged.config())
 
 
-def test_a_single_expert_is_refused(family, refused):
+def test_a_merge_without_experts_is_refused(family, refused):
     config = family.config()
-    config["models"] = config["models"][:1]
-    assert "at least two experts required, got 1" in refused(config)
+    config["models"] = [{"model": str(family.base)}]
+    assert "at least one expert required, got 0" in refused(config)
 
 
 def test_two_experts_of_one_name_are_refused(family, refused):

@@ -124,8 +124,8 @@ def test_wrong_parameters_are_refused_by_name(parameters, parts):
 @pytest.mark.parametrize(
     ("models", "parts"),
     [
-        (MODELS[:1], ["at least two experts", "got 1"]),
-        ([{"model": "org/base"}, MODELS[0]], ["at least two experts", "got 1"]),
+        (MODELS[:1], ["one expert", "`bits` or a `budget`"]),
+        ([{"model": "org/base"}], ["at least one expert", "got 0"]),
         ([{"model": "a/x"}, {"model": "b/x"}], ["a/x and b/x", "'x'", "expert:"]),
         ([{"model": "a/x"}, {"model": "b/X"}], ["a/x and b/X", "'x'"]),
         (
