@@ -15,10 +15,11 @@ from transformers.utils.hub import cached_file
 
 from mergekit_mediator import __version__
 from mergekit_mediator.errors import first_line
-from mergekit_mediator.merge.card import license_of, write_card
+from mergekit_mediator.merge.card import write_card
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.loaders import OpenInputs
+from mergekit_mediator.merge.model_cards import license_of
 from mergekit_mediator.remote_code import own_modules, write_remote_code
 from mergekit_mediator.store.manifest import (
     CONFIG_SOURCE,
