@@ -81,8 +81,8 @@ def curve_report(points: Sequence[Point]) -> str:
         [
             table(header, rows),
             "",
-            "These figures are predicted from the weights alone, for all layers routed: how much of the",
-            "squared change from base to experts is kept, and how much of the loss that recovered for",
-            "fine-tunes that were measured before.",
+            "The weights alone predict these figures, for all layers routed. The change kept is a part of",
+            "the squared change from base to experts; the loss recovered is what as large a part recovered",
+            "for fine-tunes that were measured before.",
         ]
     )

@@ -72,7 +72,10 @@ def test_inspect_gives_no_reason_where_slopes_are_damaged(family, merged):
     manifest = json.loads(path.read_text())
     manifest["parameters"]["slopes"] = "damaged"
     path.write_text(json.dumps(manifest))
-    assert call("inspect", out).exit_code == 0
+    result = call("inspect", out)
+    assert result.exit_code == 0
+    assert "5 of 5 layers routed: " in result.output
+    assert "squared error" not in result.output
 
 
 def test_inspect_leaves_averaged_layers_empty(out):
@@ -182,14 +185,18 @@ def test_a_file_that_is_no_configuration_of_the_method_is_refused(tmp_path, comm
     assert len(result.output.splitlines()) == 1
 
 
-def test_overwrite_replaces_a_model(family, out, tmp_path):
-    config = write(family.config(route="none"), tmp_path / "config.yml")
-    result = call("merge", config, tmp_path / "out", "--quiet")
+def test_a_model_is_replaced_with_overwrite_only(family, tmp_path):
+    none = write(family.config(route="none"), tmp_path / "none.yml")
+    every = write(family.config(route="all"), tmp_path / "every.yml")
+    result = call("merge", none, tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
-    again = call("merge", config, tmp_path / "out", "--quiet")
-    assert again.exit_code == 1
-    assert "--overwrite" in again.output
-    assert call("merge", config, tmp_path / "out", "--quiet", "--overwrite").exit_code == 0
+    result = call("merge", every, tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "--overwrite" in result.output
+    assert read_manifest(tmp_path / "out").routed_layers == ()
+    result = call("merge", every, tmp_path / "out", "--quiet", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert len(read_manifest(tmp_path / "out").routed_layers) == 5
 
 
 def test_a_traceback_only_where_it_is_asked_for(family, tmp_path):

@@ -67,8 +67,8 @@ def test_bytes_of_experts_are_counted_right_wherever_reading_is_interrupted():
                 experts.read(expert, name, dense.device)
 
     for moment in moments(read, KeyboardInterrupt):
-        kept = [stored_bytes(stored) for stored in experts._decoded.values()]
-        assert experts.resident_bytes == sum(kept), moment
+        sizes = [stored_bytes(stored) for stored in experts._decoded.values()]
+        assert experts.resident_bytes == sum(sizes), moment
 
 
 @pytest.mark.parametrize(("form", "times"), [("threads", 1), ("rows", 3)])

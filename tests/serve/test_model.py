@@ -265,10 +265,10 @@ def test_an_experts_name_is_a_mixture_too(model, batch):
     torch.testing.assert_close(named, model.forward(*batch, mixture="code", apply="merge").logits)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
-def test_a_routed_model_is_not_copied_or_pickled(model, copied):
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_a_routed_model_is_not_copied_or_pickled(model, copier):
     with pytest.raises(MixtureError, match="cannot be copied or pickled: load the artifact again"):
-        copied(model.model)
+        copier(model.model)
 
 
 def test_a_compiled_model_is_routed_all_the_same(model, batch):
@@ -280,15 +280,16 @@ def test_a_compiled_model_is_routed_all_the_same(model, batch):
 
 @pytest.mark.parametrize("apply", ["rows", "merge"])
 def test_an_adapter_of_peft_may_be_added_on_top(model, batch, apply):
-    peft = pytest.importorskip("peft")
+    import peft
+
     routed = MediatorModel.from_pretrained(model.root)
     expected = routed.generate(*batch, mixture=MIXTURES, apply=apply, **GREEDY)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(routed.model, config)
     ids, mask = batch
-    kept = {"input_ids": ids, "attention_mask": mask, "mixture": MIXTURES, "apply": apply}
-    assert torch.equal(wrapped.generate(**kept, **GREEDY), expected)  # as new, it adds nothing
+    options = {"input_ids": ids, "attention_mask": mask, "mixture": MIXTURES, "apply": apply}
+    assert torch.equal(wrapped.generate(**options, **GREEDY), expected)  # as new, it adds nothing
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(wrapped.generate(**kept, **GREEDY), expected)
+    assert not torch.equal(wrapped.generate(**options, **GREEDY), expected)
