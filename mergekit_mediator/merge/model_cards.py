@@ -1,4 +1,4 @@
-"""Reads the cards of the models that are merged: licence, languages and datasets."""
+"""Read the cards of the merged models: licence, languages and datasets."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -12,7 +12,7 @@ from huggingface_hub.repocard import metadata_load
 from tqdm import tqdm
 
 from mergekit_mediator.errors import first_line
-from mergekit_mediator.store.manifest import Manifest
+from mergekit_mediator.store.manifest import BaseEntry, ExpertEntry, Manifest
 
 
 def license_of(source: str, revision: str | None = None) -> str | None:
@@ -40,7 +40,8 @@ def stated_by_any(manifest: Manifest, name: str) -> list[str]:
         name: the name in the metadata; its values are a text or a list of texts.
     """
     values: dict[str, None] = {}
-    for model in (manifest.base, *manifest.experts):
+    models: list[BaseEntry | ExpertEntry] = [manifest.base, *manifest.experts]
+    for model in models:
         source = model.source.rpartition("+")[2]
         stated = _metadata(source, model.revision).get(name)
         stated = [stated] if isinstance(stated, str) else stated
@@ -65,7 +66,7 @@ def _metadata(source: str, revision: str | None) -> dict[str, Any]:
 
 
 def disagreement(licenses: Iterable[str | None]) -> str | None:
-    """Describe how licences of models differ; None if all are one, or none is stated."""
+    """List the licences of models if they differ; None if all models state the same, or none states any."""
     stated = {license or "not stated" for license in licenses}
     if len(stated) == 1:
         return None

@@ -13,7 +13,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def public_name(source: str) -> str:
-    """A source without the directories of this machine.
+    """Return a source without the directories of this machine.
 
     Args:
         source: a repository, a directory, or a model and its adapter as `model+adapter`.
@@ -23,7 +23,7 @@ def public_name(source: str) -> str:
 
 
 def without_directories(text: str, sources: Iterable[str]) -> str:
-    """A text in which the local sources that it names are replaced by their last component."""
+    """Replace each local source in a text by its last component."""
     parts = {part for source in sources for part in source.split("+")}
     for local in sorted(filter(None, parts), key=len, reverse=True):
         if not is_hub_id(local):

@@ -1,4 +1,4 @@
-"""Failures of the Hub, of the network and of the disk, each on one readable line."""
+"""Turn failures of the Hub, of the network and of the disk into one readable line each."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +25,9 @@ def failures(repo: str, revision: str | None = None, files: Sequence[str] = ()) 
     """Turn every failure into one line that names the repository and says what to do.
 
     Args:
-        repo: its name.
-        revision: of the repository, if one was named.
-        files: what is fetched; named if it is one file.
+        repo: the repository's name.
+        revision: the repository's revision, if the user named one.
+        files: the files that are fetched; the line names a single file.
 
     Raises:
         ShareError: always in place of an error of the Hub, the network or the disk.

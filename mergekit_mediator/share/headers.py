@@ -1,4 +1,4 @@
-"""Reads of an artifact on the Hub its manifest and the headers of the experts' files, and no more."""
+"""Fetch the manifest of an artifact on the Hub and the headers of its experts' files, and no more."""
 
 import json
 import tempfile

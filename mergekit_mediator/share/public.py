@@ -1,4 +1,4 @@
-"""What others may see of an artifact: its files without the paths and the secrets of this machine."""
+"""The files of an artifact for other people: without paths and secrets of this machine."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from mergekit_mediator.store.manifest import (
     manifest_text,
 )
 
-# What people write into texts, and what keeps the words of a vocabulary, where such strings mean nothing.
+# Texts that people or programs write. A vocabulary may hold such strings as words.
 _LARGEST_TEXT = 1 << 20
 _TEXTS = (".json", ".md", ".yml", ".yaml", ".jinja", ".py", ".txt")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
@@ -28,14 +28,14 @@ _HOME = re.compile(r"(?:/home/|/Users/|/root/|[A-Z]:\\\\?Users\\\\?)[\w.-]+")
 
 
 def public_files(root: Path, manifest: Manifest) -> dict[str, Path | bytes]:
-    """The files of an artifact as they are sent, by their paths in the repository.
+    """Collect the files that a push sends, by their paths in the repository.
 
-    The configuration and the manifest name models; directories among them are replaced by their last
-    component, and the manifest vouches for the configuration as it is sent.
+    The configuration and the manifest name models. The last component takes the place of each directory,
+    and the manifest vouches for the configuration that is sent.
 
     Args:
-        root: of the artifact.
-        manifest: of the artifact.
+        root: the artifact's directory.
+        manifest: the artifact's manifest.
 
     Raises:
         ShareError: a text names a token of the Hub, or a home directory.
@@ -66,7 +66,7 @@ def _public(manifest: Manifest, files: Mapping[str, FileDigest]) -> Manifest:
 
 
 def _local_paths(value: Any) -> list[str]:
-    """The strings of a configuration that are absolute paths, or files and directories that are there."""
+    """List the strings of a configuration that are absolute paths, or that name an existing file or directory."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -78,7 +78,7 @@ def _local_paths(value: Any) -> list[str]:
 
 
 def _check(root: Path, name: str, content: Path | bytes) -> None:
-    """Refuse a text with a secret, or with the home directory of somebody."""
+    """Refuse a text that holds a token, or names a home directory."""
     if not name.endswith(_TEXTS) or Path(name).name in _VOCABULARIES:
         return
     if isinstance(content, Path):

@@ -1,4 +1,4 @@
-"""Fetches of an artifact on the Hub what is used: first its manifest, then files that the manifest names."""
+"""Fetch the parts of an artifact on the Hub that are used: the manifest first, then files that it names."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +24,10 @@ class Repository:
     """An artifact on the Hub at one commit, in the cache of huggingface_hub.
 
     Attributes:
-        name: of the repository.
-        root: the directory of the cache where its files are; those that were fetched.
-        manifest: of the artifact.
-        options: of `snapshot_download`, such as `token`, `local_files_only` and `cache_dir`.
+        name: the repository, `USER/NAME`.
+        root: the cache's directory of this commit, which holds the fetched files.
+        manifest: the artifact's manifest.
+        options: options of `snapshot_download`, such as `token`, `local_files_only` and `cache_dir`.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Repository:
 
     @classmethod
     def at(cls, name: str, revision: str | None = None, **options: Any) -> "Repository":
-        """Fetch the manifest, and check it before anything that it names is fetched.
+        """Fetch the manifest and check it.
 
         Args:
-            name: `USER/NAME`.
+            name: the repository, `USER/NAME`.
             revision: a branch, a tag or a commit; None for the main branch.
-            options: of `snapshot_download`.
+            options: options of `snapshot_download`.
 
         Raises:
-            ShareError: there is no such repository or revision, it may not be read, or the Hub cannot
-                be reached and the cache does not hold it.
-            ArtifactError: it holds no artifact.
+            ShareError: there is no such repository or revision, the user may not read it, or the Hub cannot
+                be reached and the cache does not hold the manifest.
+            ArtifactError: the repository holds no artifact.
         """
         if not is_hub_id(name):
             raise ShareError(f"{name}: neither a directory nor a repository: USER/NAME required")
@@ -56,15 +56,19 @@ class Repository:
 
     @property
     def commit(self) -> str:
-        """The commit that the files are of."""
+        """The commit of the files, 40 hexadecimal digits."""
         return self.root.name
 
     def fetch(self, files: Iterable[str], verify: bool = True) -> None:
-        """Fetch files that the manifest names, and check the digest of each.
+        """Fetch files that the manifest names.
+
+        Args:
+            files: the paths in the repository.
+            verify: check the digest of each file.
 
         Raises:
             ShareError: see `at`.
-            ArtifactError: a file is not there, or is not as the manifest says.
+            ArtifactError: a file is missing, or differs from its digest.
         """
         names = list(files)
         _fetch(self.name, self.commit, names, self.options)
@@ -72,7 +76,7 @@ class Repository:
             verify_files(self.root, self.manifest, names)
 
     def shared_files(self) -> list[str]:
-        """The files that every request needs: all but the experts'."""
+        """List the files that every request needs: all but the experts' files."""
         experts = {f"mediator/{expert.file}" for expert in self.manifest.experts}
         return [name for name in self.manifest.files if name not in experts]
 
@@ -94,16 +98,16 @@ class Location(NamedTuple):
 def find_artifact(
     source: str | Path, revision: str | None = None, verify: bool = True, **options: Any
 ) -> Location:
-    """An artifact in a directory, or on the Hub, of which all files but the experts' are fetched.
+    """Find an artifact in a directory; or on the Hub, and fetch all files but the experts' files.
 
     Args:
-        source: a directory, or a repository's name on the Hub.
-        revision: of the repository.
-        verify: check the digest of every file, at the speed of reading it.
-        options: of `snapshot_download`, such as `token`, `local_files_only` and `cache_dir`.
+        source: a directory, or the name of a repository on the Hub.
+        revision: the repository's branch, tag or commit.
+        verify: check the digest of every file; this takes as long as reading the files.
+        options: options of `snapshot_download`, such as `token`, `local_files_only` and `cache_dir`.
 
     Raises:
-        ArtifactError: there is no artifact, or a file of it is missing or altered.
+        ArtifactError: there is no artifact, or a file is missing or altered.
         ShareError: the repository cannot be read.
     """
     if Path(source).is_dir():

@@ -1,4 +1,4 @@
-"""Sends an artifact to the Hub in one commit, or shows what would be sent."""
+"""Send an artifact to the Hub in one commit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from mergekit_mediator.store.manifest import MANIFEST, Manifest, read_manifest, 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a push sends.
+    """The content of a push.
 
     Attributes:
-        manifest: of the artifact.
-        files: by path in the repository; files of this machine, or contents.
+        manifest: the artifact's manifest.
+        files: by path in the repository, a file of this machine or the content itself.
     """
 
     manifest: Manifest
@@ -28,7 +28,7 @@ class Upload:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The bytes of each file."""
+        """The bytes of each file, by path."""
         return {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in sorted(self.files.items())
@@ -36,11 +36,11 @@ class Upload:
 
 
 def prepare(root: Path) -> Upload:
-    """What would be sent of an artifact; needs no network.
+    """Collect the content of a push; this needs no network.
 
     Raises:
         ArtifactError: the artifact does not verify.
-        ShareError: a text of it holds a secret, or names a home directory.
+        ShareError: a text holds a token of the Hub, or names a home directory.
     """
     manifest = read_manifest(root)
     verify_files(root, manifest)
@@ -56,17 +56,17 @@ def push(
     create_pr: bool = False,
     overwrite: bool = False,
 ) -> str:
-    """Send an artifact in one commit; a push that was interrupted goes on where it was, if it is run again.
+    """Send an artifact in one commit.
 
-    Large files are sent first, and the Hub keeps those that it has. Nothing can be seen in the
-    repository before the commit, which also deletes what loading the model would read though it is not
-    of this artifact. Other files of the repository stay.
+    Large files are sent first. The Hub keeps them, so that an interrupted push sends only the rest when it is
+    repeated. The repository changes with the commit alone. The commit also deletes other files that loading
+    the model would read, such as weights of an earlier merge; all other files stay.
 
     Args:
-        upload: of `prepare`.
-        repo: `USER/NAME`; made where there is none.
-        private: whether a new repository is private.
-        revision: the branch; made where there is none. None for the main one.
+        upload: the content; see `prepare`.
+        repo: the repository, `USER/NAME`; a new one is made if there is none.
+        private: make a new repository private.
+        revision: the branch, which is made if there is none; None for the main branch.
         create_pr: propose the commit as a pull request.
         overwrite: replace another model.
 

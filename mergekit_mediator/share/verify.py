@@ -1,4 +1,4 @@
-"""Verifies an artifact on the Hub by the digests that the Hub states."""
+"""Verify an artifact on the Hub by the digests that the Hub states."""
 
 from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""The experts' files of an artifact, each opened when it is first asked for."""
+"""The experts' files of an artifact; each is opened when a caller first asks for it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -53,10 +53,13 @@ class ExpertFiles(Mapping[str, ExpertFile]):
         return len(self._entries)
 
     def needed(self, names: Iterable[str]) -> list[str]:
-        """The experts whose files a mixture of these needs; opens the files of these.
+        """List the experts whose files a mixture needs, and open the files of the mixture's experts.
 
-        Where experts are stored relative to the base and the dense expert is the mean, a mixture takes
-        the shares of all experts out of the dense expert, and needs all of them.
+        If experts are stored relative to the base and the dense expert is their mean, a mixture takes the
+        shares of all experts out of the dense expert. It needs all files then.
+
+        Args:
+            names: the experts of the mixture.
         """
         chosen = list(names)
         if self._fetch is None or (self._of_mean and any(map(self._is_relative, chosen))):
@@ -64,6 +67,6 @@ class ExpertFiles(Mapping[str, ExpertFile]):
         return chosen
 
     def _is_relative(self, name: str) -> bool:
-        """Whether experts may be stored relative to the base, as far as one of them tells."""
+        """Whether experts may be stored relative to the base, as far as one file tells."""
         weights = self[name].weights.values()
         return self._by_slopes or not weights or any(d.factors is not None for d in weights)
