@@ -31,11 +31,10 @@ class AdapterStore:
     """
 
     def __init__(self, root: Path, rank: int, cache: Path) -> None:
-        """
-        Args:
-            root: of the artifact.
-            rank: the largest that the engine takes.
-            cache: the folder for all artifacts.
+        """Args:
+        root: of the artifact.
+        rank: the largest that the engine takes.
+        cache: the folder for all artifacts.
         """
         self.digest = digest(root / MANIFEST).sha256[:16]
         self._experts, self._rank = StoredExperts(root), rank

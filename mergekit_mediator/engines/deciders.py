@@ -49,8 +49,7 @@ class EmbeddingDecider:
     """A calibrated router on mean embeddings: it needs the tokenizer and the embedding table, which is mapped."""
 
     def __init__(self, root: Path, manifest: Manifest, router_file: Path) -> None:
-        """
-        Args:
+        """Args:
             root: of the artifact.
             manifest: of the artifact.
             router_file: of the calibrated router.
@@ -90,8 +89,7 @@ class ProcessDecider:
     """Any router of an artifact, on a dense expert of its own in another process."""
 
     def __init__(self, root: Path, manifest: Manifest, router: RouterName) -> None:
-        """
-        Args:
+        """Args:
             root: of the artifact.
             manifest: of the artifact.
             router: `auto` is the artifact's best.

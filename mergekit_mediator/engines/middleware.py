@@ -24,10 +24,9 @@ class RouteRequests:
     """Routes the POST requests of an application that name a model."""
 
     def __init__(self, app: App, service: Callable[[Scope], Awaitable[Service | None]]) -> None:
-        """
-        Args:
-            app: the application.
-            service: gives the service of a request's application, or None while there is none.
+        """Args:
+        app: the application.
+        service: gives the service of a request's application, or None while there is none.
         """
         self._app, self._service = app, service
 

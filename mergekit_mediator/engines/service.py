@@ -89,12 +89,11 @@ class Service:
         adapters: Adapters,
         settings: ServiceSettings,
     ) -> None:
-        """
-        Args:
-            experts: of the artifact.
-            decider: routes prompts.
-            adapters: of the engine.
-            settings: of the service.
+        """Args:
+        experts: of the artifact.
+        decider: routes prompts.
+        adapters: of the engine.
+        settings: of the service.
         """
         self.experts, self.settings = experts, settings
         self._decider, self._adapters = decider, adapters

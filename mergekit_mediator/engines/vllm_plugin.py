@@ -92,11 +92,10 @@ class EngineAdapters:
     """The adapters of a vLLM engine."""
 
     def __init__(self, engine_client: Any, models: Any, store: AdapterStore) -> None:
-        """
-        Args:
-            engine_client: vLLM's.
-            models: vLLM's `OpenAIServingModels`, whose adapters requests may name.
-            store: where adapters are written.
+        """Args:
+        engine_client: vLLM's.
+        models: vLLM's `OpenAIServingModels`, whose adapters requests may name.
+        store: where adapters are written.
         """
         self._engine, self._models, self._store = engine_client, models, store
         self.dense_is_adapter = _is_cpu()

@@ -11,7 +11,8 @@ from torch import Tensor
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.models.loading import DenseCheckpoint
-from mergekit_mediator.store.manifest import Manifest, open_expert, read_manifest
+from mergekit_mediator.store.expert_file import open_expert
+from mergekit_mediator.store.manifest import Manifest, read_manifest
 
 # What a change is added to: the dense expert, or the base as far as the artifact knows it.
 Reference = Literal["dense", "base"]
@@ -59,11 +60,12 @@ class StoredExperts:
     """
 
     def __init__(self, root: Path, reference: Reference = "dense") -> None:
-        """
+        """Open the experts' files.
+
         Args:
-            root: of the artifact; its files are verified by the caller.
-            reference: what changes are added to. The base is known where experts are stored relative to
-                it: with `bits`, `budget` or adapters' own factors.
+            root: the artifact's directory; the caller has verified its files.
+            reference: the weights that changes are added to. The base is known if experts are stored
+                relative to it: with `bits`, with `budget`, or as adapters' own factors.
 
         Raises:
             ArtifactError: the artifact cannot be read.

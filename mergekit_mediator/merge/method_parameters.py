@@ -11,7 +11,7 @@ from mergekit_mediator.merge.parameters import check_known, shared_parameters, s
 
 
 def check_parameters(config: MergeConfiguration, spec: MergeMethodSpec) -> None:
-    """Refuse what mergekit would pass over, or refuse in many lines.
+    """Refuse parameters that mergekit would pass over, or refuse in many lines.
 
     Args:
         config: of a merge with this method.

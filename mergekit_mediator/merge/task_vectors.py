@@ -1,4 +1,4 @@
-"""mergekit's planner for this package's methods of task vectors: parameters are checked, figures are measured."""
+"""A planner for this package's methods of task vectors: it checks parameters and measures figures."""
 
 import functools
 import tempfile
@@ -31,7 +31,7 @@ from mergekit_mediator.methods.whole_model import FIGURES, WholeModelMethod
 
 
 def checking_and_measuring(stock: Any) -> Any:
-    """mergekit's planner, which checks the parameters of `TaskVectorMethod` and measures for `WholeModelMethod`.
+    """Let mergekit's planner check the parameters of a `TaskVectorMethod`, and measure for a `WholeModelMethod`.
 
     Args:
         stock: the class `MergePlanner`.

@@ -13,7 +13,7 @@ _MOST_ROUNDS = 100
 
 
 def merge_factors(adapters: Sequence[Factors], rank: int, scale: float) -> Factors:
-    """Merge what several adapters add to one weight, after Zhao et al., "Merging LoRAs like Playing LEGO" (2024).
+    """Merge the factors of several adapters for one weight, after Zhao et al., "Merging LoRAs like Playing LEGO" (2024).
 
     The unit i of an adapter is b_i a_iᵀ. As a vector [b_i, a_i] it is put into one of `rank` clusters by k-means. A
     cluster becomes its mean, stretched to the mean norm of its units, as a mean is shorter than what it is of; and

@@ -90,14 +90,15 @@ class Pcb(WholeModelMethod):
 
 
 def scores(taus: Tensor, least: Tensor, most: Tensor) -> Tensor:
-    """How much each parameter matters to each expert, and to all.
+    """Score how much each parameter matters to each expert, and to all.
 
     Args:
         taus: `[experts, n]` float32.
-        least, most: the limits of magnitudes, `[experts, 1]`.
+        least: the limit of magnitudes from below, `[experts, 1]`.
+        most: the limit from above, `[experts, 1]`.
 
     Returns:
-        `[experts, n]`.
+        `[experts, n]` float32.
     """
     magnitude = taus.abs().clamp_(least, most).sub_(least).div_((most - least).clamp(min=_TINY))
     within = magnitude.square_().mul_(len(taus)).exp_()

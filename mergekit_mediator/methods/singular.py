@@ -88,7 +88,7 @@ def times(matrix: Tensor, factor: Tensor) -> Tensor:
 
 
 def _present(squares: Tensor) -> Tensor:
-    """Which ascending eigenvalues of a Gram matrix are more than rounding."""
+    """Tell which ascending eigenvalues of a Gram matrix are more than rounding."""
     rounding = 10 * len(squares) * torch.finfo(squares.dtype).eps
     return squares > squares[-1].clamp(min=0) * rounding
 

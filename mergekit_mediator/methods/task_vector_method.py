@@ -1,4 +1,4 @@
-"""What all methods of task vectors share: the base model plus λ times one merged task vector, in float32."""
+"""The base class of methods of task vectors: the base model plus λ times one merged task vector, in float32."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ class ModelWeight:
 
 @dataclass(frozen=True)
 class UnreadWeight:
-    """What is known of one weight before it is read.
+    """One weight before it is read.
 
     Attributes:
         name: of the weight.
