@@ -104,8 +104,8 @@ def evaluate(
     """Score the artifact in OUT on tasks: dense, with each task's own expert, and routed.
 
     NAME is the expert that a task belongs to. A line of FILE.jsonl is {"prompt": ..., "answer": ...}.
-    The rivals are average, task_arithmetic, ties, dare_ties, della, extract_lora, twin_merging and
-    best_expert; they are made from the models that OUT was merged from.
+    The rivals are average, task_arithmetic, ties, dare_ties, della, tsvm, iso_c, wudi, pcb, extract_lora,
+    twin_merging and best_expert; they are made from the models that OUT was merged from.
 
     Example: mergekit-mediator evaluate OUT --task math=math.jsonl --task code=code.jsonl --rivals all
     --out report

@@ -37,6 +37,10 @@ STATIC: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
             {"weight": w, "density": 0.5, "epsilon": 0.1, "normalize": False} for w in (0.3, 0.5)
         ),
     ),
+    "tsvm": ("tsvm", tuple({"lambda": scale} for scale in (0.5, 1.0, 1.5))),
+    "iso_c": ("iso_c", tuple({"lambda": scale} for scale in (0.5, 1.0, 1.5))),
+    "wudi": ("wudi", ({"lambda": 1.0},)),
+    "pcb": ("pcb", tuple({"density": d, "lambda": 1.2} for d in (0.05, 0.1, 0.2))),
 }
 EXTRACTED = "extract_lora"
 TWIN = "twin_merging"

@@ -122,7 +122,7 @@ def test_an_adapter_that_is_no_plain_one_is_refused(trained, refused, tmp_path):
 def test_an_unknown_parameter_is_refused(trained, refused):
     base, root, _ = trained
     message = refused(config(base, root / "math", root / "code", ranks=2))
-    assert "unknown parameter 'ranks'; known are lambda, rank" in message
+    assert "unknown parameter 'ranks': use one of lambda, rank" in message
 
 
 def test_the_example_merges_as_it_stands(trained, merged):

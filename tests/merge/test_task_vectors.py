@@ -73,7 +73,7 @@ def test_a_filter_gives_a_part_of_the_model_a_lambda_of_its_own(method, family, 
 @pytest.mark.usefixtures("unread")
 def test_an_unknown_parameter_is_refused_unread(method, family, refused):
     message = refused(family.config(method, lamda=1.0))
-    assert "parameters: unknown parameter 'lamda'; known are" in message
+    assert "parameters: unknown parameter 'lamda': use one of" in message
 
 
 @every_method
