@@ -25,7 +25,7 @@ from mergekit_mediator.merge.parameters import (
 )
 
 _RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget")
-_STORAGE = frozenset({"density", "values", "bits", "budget"})
+_STORAGE = frozenset({"density", "values", "bits", "budget", "rank"})
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(x|[kmgt]?b)")
@@ -51,7 +51,9 @@ class MediatorConfig(BaseModel):
         budget: the size of the whole directory, as a multiple of the dense expert's checkpoint with its
             tokenizer (`1.25x`) or in bytes (`24GB`). It routes all layers, and all weights of all experts
             share the bits.
-        storage_given: whether the configuration has `density`, `values`, `bits` or `budget`.
+        rank: the number of leading singular triples that experts store of each matrix's difference from the
+            dense expert, instead of `density` and `values`; other weights are stored exactly.
+        storage_given: whether the configuration has `density`, `values`, `bits`, `budget` or `rank`.
         reference: the dense expert's weights in routed layers: the weighted mean, or the base.
         base_model: the model of which all experts are fine-tunes.
         experts: the name of each expert by its model, in the order of the configuration.
@@ -70,6 +72,7 @@ class MediatorConfig(BaseModel):
     values: Values = "exact"
     bits: Annotated[float, Field(gt=0, le=64)] | None = None
     budget: str | None = None
+    rank: Annotated[int, Field(ge=1)] | None = None
     storage_given: bool = False
     reference: Literal["mean", "base"] = "mean"
     base_model: ModelReference
@@ -99,8 +102,8 @@ class MediatorConfig(BaseModel):
 
     @property
     def density_decides(self) -> bool:
-        """Whether `density` says how much experts keep, and not `bits`, a `budget` or their own factors."""
-        return not (self.needs_costs or self.keeps_factors)
+        """Whether `density` says how much experts keep, not `bits`, a `budget`, a `rank` or their own factors."""
+        return self.rank is None and not (self.needs_costs or self.keeps_factors)
 
     @property
     def keeps_factors(self) -> bool:
@@ -179,7 +182,7 @@ class MediatorConfig(BaseModel):
                 settings[name] = scalar(setting, f"{where}: {name}")
         _check_alone([name for name in ("route", *_RULES) if name in settings])
         storage = _storage_parameters(config)
-        if storage & {"bits", "budget"}:
+        if storage & {"bits", "budget", "rank"}:
             _check_alone(sorted(storage))
         settings["storage_given"] = bool(storage)
         try:

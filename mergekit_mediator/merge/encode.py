@@ -18,6 +18,7 @@ from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.lora import read_adapter
 from mergekit_mediator.merge.passes import Load
 from mergekit_mediator.merge.planner import PlannedWeight
+from mergekit_mediator.methods.singular import leading_triples
 
 
 class Encoder:
@@ -80,7 +81,33 @@ class Encoder:
             return approximate(tau, slope, dense.dtype, share)
         density, values = weight.densities[model], self._config.values
         expert = narrowed(load(model), dense.dtype, where)
+        if self._config.rank is not None:
+            return truncated(expert, dense, self._config.rank, self._device)
         return encode(expert, dense, density, values, self._device)
+
+
+def truncated(expert: Tensor, dense: Tensor, rank: int, device: str) -> StoredWeight:
+    """Keep the leading singular triples of what an expert adds to the dense expert.
+
+    Args:
+        expert: a weight of any shape, in the dtype of the dense expert.
+        dense: the dense expert's weight, of the same shape.
+        rank: at most the smaller side of a matrix; of other weights everything is kept.
+        device: where the arithmetic is done, in float32.
+
+    Returns:
+        The stored form, whose factors have the dtype of the dense expert.
+    """
+    if expert.ndim != 2:
+        return encode(expert, dense, 1.0, "exact", device)
+    change = expert.to(device, torch.float32) - dense.to(device, torch.float32)
+    left, values, right = leading_triples(change, rank)
+    root = values.sqrt()
+    dtype = dense.dtype if dense.dtype != torch.float64 else torch.float32
+    left, right = ((side * root).to("cpu", dtype).contiguous() for side in (left, right))
+    return StoredWeight.of_factors(
+        tuple(dense.shape), dense.dtype, Factors(left, right, torch.ones(rank))
+    )
 
 
 def adapters_for(

@@ -204,6 +204,10 @@ def _expert_bytes(inputs: Inputs, weight: PlannedWeight, rate: float | None) -> 
         return 0
     if rate is not None:
         return round(numel * rate * len(inputs.experts) / 8)
+    rank, header = inputs.config.rank, inputs.header(weight, inputs.base)
+    if rank is not None and header is not None:
+        numbers = rank * sum(header.shape) if len(header.shape) == 2 else numel
+        return round(numbers * _dense_bytes(inputs, weight) / numel) * len(inputs.experts)
     code_bits = _CODE_BITS.get(inputs.config.values, 8 * _dense_bytes(inputs, weight) // numel)
     total = 0.0
     for density in weight.densities.values():

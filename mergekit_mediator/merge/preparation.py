@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.budget import check_budget
 from mergekit_mediator.merge.conflict import Conflict
 from mergekit_mediator.merge.estimate import dense_sizes
@@ -84,4 +85,23 @@ def prepared(
         stack.enter_context(inputs)
         weights = inputs.weights()
         check_budget(inputs.config, dense_sizes(inputs, weights))
+        check_rank(inputs, weights)
         yield Preparation(inputs, weights, prompts)
+
+
+def check_rank(inputs: Inputs, weights: Sequence[PlannedWeight]) -> None:
+    """Refuse a `rank` that a matrix does not have, by the headers.
+
+    Raises:
+        ConfigError: the rank is above the smaller side of a matrix.
+    """
+    rank = inputs.config.rank
+    if rank is None:
+        return
+    for weight in weights:
+        header = inputs.header(weight, inputs.base)
+        if header is not None and len(header.shape) == 2 and rank > min(header.shape):
+            raise ConfigError(
+                f"parameters: rank: at most {min(header.shape)} required, the smaller side of "
+                f"{weight.info.name} {list(header.shape)}, got {rank}: lower it"
+            )
