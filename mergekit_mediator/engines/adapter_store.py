@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from mergekit_mediator.engines.names import name_of
-from mergekit_mediator.errors import ExportError
+from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.adapter import Adapter, Factors, blend, read_peft, write_peft
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.low_rank import LowRank
@@ -71,11 +71,10 @@ class AdapterStore:
             with FileLock(self.folder / ".lock"):
                 self._ensure(mixture)
                 self._delete_old_blends()
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, ExportError) as error:
             raise ExportError(
-                f"{folder}: cannot be written: {reason}: free the disk, or name another folder "
-                "in MEDIATOR_CACHE"
+                f"{folder}: no adapter can be written (MEDIATOR_CACHE names the cache): "
+                f"{first_line(error)}"
             ) from error
         return folder
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_mediator.errors import ExportError
+from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.low_rank import LowRank, side_by_side
 from mergekit_mediator.models.modules import Kind
 
@@ -101,7 +101,7 @@ def write_peft(
         config: more fields of the configuration.
 
     Raises:
-        ExportError: the adapter changes no module.
+        ExportError: the adapter changes no module, or the directory cannot be written.
     """
     if not adapter.modules:
         raise ExportError(f"{out}: nothing to write: no module is changed that an adapter can hold")
@@ -132,13 +132,16 @@ def write_peft(
         "inference_mode": True,
         **config,
     }
-    out.mkdir(parents=True)
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     squares = {m: [f.low_rank.squared_norm, f.low_rank.squared_error] for m, f in modules}
     about = {"squares": squares, "dropped": adapter.dropped, "energy": adapter.dropped_energy}
     metadata = {"format": "pt", _ABOUT: json.dumps(about)}
-    save_file(tensors, out / "adapter_model.safetensors", metadata=metadata)
-    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    try:
+        out.mkdir(parents=True)
+        save_file(tensors, out / "adapter_model.safetensors", metadata=metadata)
+        (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
 
 
 def read_peft(folder: Path) -> Adapter:

@@ -1,4 +1,5 @@
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -70,5 +71,18 @@ def test_what_a_small_rank_leaves_out_is_said(artifact, tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(artifact, tmp_path):
     (tmp_path / "file").write_text("")
     store = AdapterStore(artifact, 16, tmp_path / "file")
-    with pytest.raises(ExportError, match=r"file/.*cannot be written: .*MEDIATOR_CACHE"):
+    with pytest.raises(ExportError, match=r"file/.*/dense: no adapter can be written"):
         store.path(DENSE)
+
+
+def test_a_disk_that_fills_is_said_and_nothing_of_the_adapter_stays(artifact, tmp_path):
+    store = AdapterStore(artifact, 16, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ExportError, match=r"/math: no adapter can be written .* I/O error"):
+            store.path(mixture(store, math=1.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in store.folder.iterdir()] == [".lock"]
+    assert store.path(mixture(store, math=1.0)).is_dir()
