@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm demo bench docs tables fuzz quality format clean
+.PHONY: test test-fast test-vllm demo serve-demo bench docs tables fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -22,6 +22,11 @@ test-vllm: .venv/dev .venv-vllm/ready
 
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo
+
+# Merges the demo if that was not done, serves it with vLLM on this processor, and asks it four questions.
+serve-demo: .venv/demo .venv-vllm/ready
+	test -d demo/mediator || $(BIN)/mergekit-mediator demo
+	VLLM_LOGGING_LEVEL=WARNING $(BIN)/python examples/serve_on_vllm.py demo/mediator --vllm .venv-vllm/bin/vllm
 
 # Hours on two cores, most of them for training; what is done already is kept in $(EXPERTS).
 EXPERTS := bench

@@ -18,6 +18,9 @@ _LAZY = {
     "plan": "merge",
     "demo": "demo",
     "evaluate": "evaluate",
+    "export": "export",
+    "classify": "services",
+    "gateway": "services",
 }
 
 
@@ -49,8 +52,11 @@ class _Commands(click.Group):
 
 _SUMMARY = {
     "calibrate": "Fit the router of an artifact to example prompts.",
+    "classify": "Serve the experts' probabilities for each text over HTTP.",
     "demo": "Merge four skills of a small model and see each prompt routed.",
     "evaluate": "Score an artifact and its rivals on tasks.",
+    "export": "Write experts as LoRA adapters that other tools load.",
+    "gateway": "Route requests to engines that hold the exported experts.",
     "generate": "Answer prompts, each with the experts that it needs.",
     "inspect": "Show experts, conflict, routed layers and sizes.",
     "merge": "Merge models into an artifact.",

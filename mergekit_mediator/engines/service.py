@@ -183,27 +183,37 @@ class Service:
         return Resolved(name_of(mixture), mixture, figures)
 
     async def _begin(self, answer: Resolved, routed: bool) -> Resolved:
-        """Count a request that uses a blend, after making room for the blend."""
+        """Count a request that uses a blend, after making room for the blend.
+
+        A routed request whose blend the engine cannot be given is answered by its likeliest expert.
+        """
         async with self._lock:
-            if answer.mixture not in self._blends:
-                while len(self._blends) >= max(1, self.settings.blends):
-                    idle = next((m for m, users in self._blends.items() if not users), None)
-                    if idle is None:
-                        if not routed:
-                            raise RequestError(
-                                f"{len(self._blends)} blends are in use, and no more may be alive "
-                                "(MEDIATOR_BLENDS): try again later",
-                                429,
-                                "RateLimitError",
-                                "model",
-                            )
-                        return await self._likeliest(answer)
-                    del self._blends[idle]
-                    await self._adapters.remove(idle)
+            try:
+                if answer.mixture not in self._blends:
+                    await self._make_room()
                 await self._add(answer.mixture)
+            except RequestError:
+                if not routed:
+                    raise
+                return await self._likeliest(answer)
             self._blends[answer.mixture] = self._blends.get(answer.mixture, 0) + 1
             self._blends.move_to_end(answer.mixture)
             return answer
+
+    async def _make_room(self) -> None:
+        """Let the least recently used blends leave, as far as one more needs it."""
+        while len(self._blends) >= max(1, self.settings.blends):
+            idle = next((blend for blend, users in self._blends.items() if not users), None)
+            if idle is None:
+                raise RequestError(
+                    f"{len(self._blends)} blends are in use, and no more may be alive "
+                    "(MEDIATOR_BLENDS): try again later",
+                    429,
+                    "RateLimitError",
+                    "model",
+                )
+            del self._blends[idle]
+            await self._adapters.remove(idle)
 
     async def _likeliest(self, answer: Resolved) -> Resolved:
         name = max(answer.mixture.weights, key=lambda pair: pair[1])[0]

@@ -8,7 +8,8 @@ from mergekit_mediator.cli.main import main
 from mergekit_mediator.route.decision import OodAction, Policy
 from mergekit_mediator.store.manifest import read_manifest
 
-COMMANDS = ["calibrate", "demo", "evaluate", "generate", "inspect", "merge", "plan", "verify"]
+COMMANDS = ["calibrate", "classify", "demo", "evaluate", "export", "gateway", "generate"]
+COMMANDS += ["inspect", "merge", "plan", "verify"]
 
 
 @pytest.fixture(scope="module")
