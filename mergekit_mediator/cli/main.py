@@ -20,6 +20,7 @@ _LAZY = {
     "evaluate": "evaluate",
     "export": "export",
     "classify": "services",
+    "config": "config",
     "gateway": "services",
 }
 
@@ -53,6 +54,7 @@ class _Commands(click.Group):
 _SUMMARY = {
     "calibrate": "Fit the router of an artifact to example prompts.",
     "classify": "Serve the experts' probabilities for each text over HTTP.",
+    "config": "Print the files with which engines and routers serve an artifact.",
     "demo": "Merge four skills of a small model and see each prompt routed.",
     "evaluate": "Score an artifact and its rivals on tasks.",
     "export": "Write experts as LoRA adapters that other tools load.",

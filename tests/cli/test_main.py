@@ -8,7 +8,7 @@ from mergekit_mediator.cli.main import main
 from mergekit_mediator.route.decision import OodAction, Policy
 from mergekit_mediator.store.manifest import read_manifest
 
-COMMANDS = ["calibrate", "classify", "demo", "evaluate", "export", "gateway", "generate"]
+COMMANDS = ["calibrate", "classify", "config", "demo", "evaluate", "export", "gateway", "generate"]
 COMMANDS += ["inspect", "merge", "plan", "verify"]
 
 

@@ -10,10 +10,10 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-vllm/bin/python"
 _MAIN = "from vllm.entrypoints.cli.main import main; main()"
-_SECONDS_TO_START = 240
+_SECONDS_TO_START = 400
 
 
 def free_port():
@@ -71,7 +71,7 @@ def served(artifact, folder, *options, **environment):
         process = start(artifact, port, log, *options, **environment)
         try:
             end = time.monotonic() + _SECONDS_TO_START
-            while not _is_up(port):
+            while not is_up(port):
                 assert process.poll() is None, path.read_text()[-3000:]
                 assert time.monotonic() < end, path.read_text()[-3000:]
                 time.sleep(0.5)
@@ -80,7 +80,8 @@ def served(artifact, folder, *options, **environment):
             stop(process)
 
 
-def _is_up(port):
+def is_up(port):
+    """Whether a server answers."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
             return True
