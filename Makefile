@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm demo serve-demo bench docs tables fuzz quality format clean
+.PHONY: test test-fast test-vllm demo serve-demo bench bench-serving docs tables fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -57,8 +57,13 @@ bench: .venv/demo
 	$(run)/experts.py --family eight --experts $(EXPERTS)
 	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --tuned-on 128 --no-calibrated --rivals best_expert --name experts-4-again
 	$(run)/ablations.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1
+	$(run)/replicas.py
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
 	$(run)/scale.py --part quality
+
+# Full fine-tunes as adapters on a real vLLM: answers, throughput, latency, and what each rank keeps.
+bench-serving: .venv/demo .venv-vllm/ready
+	$(run)/serving.py $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong --rank 64 --work $(EXPERTS)/serving
 
 # The pictures and tables of README and docs, from benchmarks/results; a test holds the documents to them.
 docs tables: .venv/dev

@@ -59,7 +59,16 @@ def classify(
     show_default=True,
     help="How engines name an adapter; {base}:{expert} for SGLang.",
 )
-def gateway(out: str, urls: tuple[str, ...], host: str, port: int, template: str) -> None:
+@click.option(
+    "--affinity",
+    type=click.Choice(["conversation", "adapter"]),
+    default="conversation",
+    show_default=True,
+    help="What stays on one engine; adapter for more experts than an engine's slots.",
+)
+def gateway(
+    out: str, urls: tuple[str, ...], host: str, port: int, template: str, affinity: str
+) -> None:
     """Route requests to engines that hold the exported experts of the artifact in OUT.
 
     Settings are environment variables, such as MEDIATOR_POLICY=hard. UPSTREAM_API_KEY is the key with which
@@ -71,7 +80,7 @@ def gateway(out: str, urls: tuple[str, ...], host: str, port: int, template: str
     settings = ServiceSettings.from_environment()
     manifest, decider = _opened(out, settings.router)
     key = os.environ.get("UPSTREAM_API_KEY")
-    app = apps.gateway_app(manifest.expert_names, decider, settings, urls, template, key)
+    app = apps.gateway_app(manifest.expert_names, decider, settings, urls, template, key, affinity)
     _serve(app, host, port)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from fastapi import FastAPI, Request
@@ -26,6 +26,7 @@ from mergekit_mediator.engines.settings import ServiceSettings
 from mergekit_mediator.errors import EngineError, PromptError
 from mergekit_mediator.serve.mixture import DENSE_NAME, Mixture
 
+Affinity = Literal["conversation", "adapter"]
 # Headers that belong to one connection, and those that the HTTP libraries write themselves.
 _HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer"}
 _OURS = {"host", "content-length", "accept-encoding", "content-encoding", "date", "server"}
@@ -81,6 +82,7 @@ def gateway_app(
     urls: tuple[str, ...],
     template: str = "{expert}",
     key: str | None = None,
+    affinity: Affinity = "conversation",
 ) -> FastAPI:
     """The gateway as an ASGI application.
 
@@ -91,13 +93,16 @@ def gateway_app(
         urls: of the engines.
         template: how engines name an expert's adapter.
         key: for asking engines for their models; requests bring their own.
+        affinity: what stays on one engine as long as that is not much busier than others: the turns of a
+            `conversation`, or all requests of an `adapter`, for more experts than an engine's slots.
 
     Raises:
         EngineError: an expert whose name means something else here, or a template that names no expert.
     """
     check_names(experts)
     _check_template(template)
-    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0))
+    limits = httpx.Limits(max_connections=None)  # engines bound what they take
+    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits)
     replicas = Replicas(urls, client, key)
     service = Service(experts, decider, NamedAdapters(replicas, template), settings)
     registry = CollectorRegistry()
@@ -143,7 +148,10 @@ def gateway_app(
     async def forward(request: Request, path: str) -> Response:
         body = await request.body()
         try:
-            response = await _forwarded(client, replicas, request, path, body, retries)
+            model, conversation = _about(body)
+            stays = model if affinity == "adapter" else conversation
+            order = replicas.order(model, stays)
+            response = await _forwarded(client, order, request, path, body, retries)
         except RequestError as error:
             response = JSONResponse(error.body(), error.status)
         requests.labels(str(response.status_code)).inc()
@@ -158,7 +166,7 @@ def gateway_app(
 
 async def _forwarded(
     client: httpx.AsyncClient,
-    replicas: Replicas,
+    order: list[Replica],
     request: Request,
     path: str,
     body: bytes,
@@ -169,13 +177,13 @@ async def _forwarded(
     Raises:
         RequestError: no engine answers.
     """
-    model, conversation = _about(body)
     headers = _passed(request.headers)
     reason = "no engine is there"
-    for attempt, replica in enumerate(replicas.order(model, conversation)):
+    for attempt, replica in enumerate(order):
         if attempt:
             retries.inc()
-        url = f"{replica.url}/v1/{path}"
+        query = f"?{request.url.query}" if request.url.query else ""
+        url = f"{replica.url}/v1/{path}{query}"
         asked = client.build_request("POST", url, headers=headers, content=body)
         with replica.answering():  # until its answer begins; a stream counts itself
             try:

@@ -9,8 +9,19 @@ import httpx
 
 from mergekit_mediator.engines.names import AUTO
 
-# A replica with this many requests less is preferred to the one whose cache may know the conversation.
-_BUSY = 8
+# How much busier than the mean an engine may be and still get the conversations that it knows: consistent
+# hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, arXiv 1608.01350).
+_BALANCE, _SPARE = 1.25, 4
+
+
+def most_in_flight(total: int, replicas: int) -> float:
+    """The requests beyond which an engine is left alone.
+
+    Args:
+        total: requests that all engines answer.
+        replicas: the number of engines.
+    """
+    return _BALANCE * total / replicas + _SPARE
 
 
 class Replica:
@@ -73,21 +84,23 @@ class Replicas:
         """The name of the engines' own model, if any has said it."""
         return next((r.base for r in (*self.alive, *self.all) if r.base), None)
 
-    def order(self, model: str, conversation: str) -> list[Replica]:
+    def order(self, model: str, key: str) -> list[Replica]:
         """The engines to try for a request, the best first.
 
-        Those alive come first, those that hold the adapter before others, and those that are much less
-        busy. Among the rest the opening of a conversation decides, so that its turns find the keys and
-        values of the earlier ones.
+        Those alive come first, those that hold the adapter before others, and those that are not much busier
+        than the mean. Among the rest a hash of the key decides, so that requests of one key meet on one
+        engine: turns of a conversation find the keys and values of earlier ones there.
 
         Args:
             model: the adapter's name.
-            conversation: what a conversation's turns have in common.
+            key: what requests that belong together have in common.
         """
+        alive = self.alive
+        bound = most_in_flight(sum(r.in_flight for r in alive), max(1, len(alive)))
 
-        def rank(replica: Replica) -> tuple[bool, bool, int, int]:
-            place = zlib.crc32(f"{replica.url} {conversation}".encode())
-            busy = replica.in_flight // _BUSY
+        def rank(replica: Replica) -> tuple[bool, bool, bool, int]:
+            place = zlib.crc32(f"{replica.url} {key}".encode())
+            busy = replica.in_flight >= bound
             return not replica.alive, model not in replica.models, busy, place
 
         return sorted(self.all, key=rank)

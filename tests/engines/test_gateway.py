@@ -97,6 +97,13 @@ def test_different_conversations_are_spread(cluster):
     assert min(cluster.counts()) >= 4
 
 
+@with_options(affinity="adapter")
+def test_requests_of_one_adapter_stay_on_one_engine_where_that_is_wanted(cluster):
+    for n in range(12):
+        cluster.client.completions.create(model="code", prompt=f"question {n}")
+    assert sorted(cluster.counts()) == [0, 12]
+
+
 def test_an_engine_that_holds_the_adapter_is_preferred(cluster):
     cluster.upstreams[1].models = ("base", "math")
     with running(gateway_app(EXPERTS, FakeEngine(), ServiceSettings(), cluster.urls)) as address:
@@ -205,12 +212,14 @@ def test_a_template_that_names_no_expert_is_refused(template):
         gateway_app(EXPERTS, FakeEngine(), ServiceSettings(), ("http://x",), template)
 
 
-def test_a_busy_engine_is_left_alone_until_others_are_as_busy():
+def test_an_engine_that_is_much_busier_than_others_is_left_alone():
     replicas = Replicas(["http://a", "http://b"], httpx.AsyncClient(), None)
     for replica in replicas.all:
         replica.models = ("math",)
     first, second = replicas.order("math", "x")
-    first.in_flight = 8
+    first.in_flight = 4
+    assert replicas.order("math", "x") == [first, second]
+    first.in_flight = 12
     assert replicas.order("math", "x") == [second, first]
     second.in_flight = 8
     assert replicas.order("math", "x") == [first, second]
