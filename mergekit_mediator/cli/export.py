@@ -9,10 +9,15 @@ import click
 from mergekit_mediator.cli import tables
 from mergekit_mediator.export.experts import Reference, StoredExperts
 from mergekit_mediator.export.folder import ExportedExpert, export_adapters
-from mergekit_mediator.export.start_commands import sglang_command, vllm_command
+from mergekit_mediator.export.start_commands import (
+    llama_cpp_commands,
+    sglang_command,
+    vllm_command,
+)
 from mergekit_mediator.store.manifest import read_manifest, verify_files
 
-_COMMANDS = {"vllm": vllm_command, "sglang": sglang_command}
+_COMMANDS = {"vllm": vllm_command, "sglang": sglang_command, "llama.cpp": llama_cpp_commands}
+_OF_ONE_RANK = {"sglang", "llama.cpp"}  # they take one rank for all modules of an adapter
 
 
 @click.command()
@@ -21,10 +26,10 @@ _COMMANDS = {"vllm": vllm_command, "sglang": sglang_command}
 @click.option(
     "--format",
     "engine",
-    type=click.Choice(["peft", "vllm", "sglang"]),
+    type=click.Choice(["peft", "vllm", "sglang", "llama.cpp"]),
     default="peft",
     show_default=True,
-    help="All write PEFT adapters; vllm and sglang also print the engine's start command.",
+    help="All write PEFT adapters; the others also print the engine's commands.",
 )
 @click.option(
     "--rank",
@@ -61,7 +66,7 @@ def export(
     """
     verify_files(out, read_manifest(out))
     experts = StoredExperts(out, reference)
-    exported = export_adapters(experts, folder, rank, names or None)
+    exported = export_adapters(experts, folder, rank, names or None, engine in _OF_ONE_RANK)
     model = experts.manifest.base.source if reference == "base" else str(out)
     command = _COMMANDS[engine](model, folder, exported) if engine in _COMMANDS else None
     if as_json:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ class Adapter:
         """The part of the squared change that is lost in the modules, in [0, 1]."""
         error = sum(factors.low_rank.squared_error for factors in self.modules.values())
         return error / self.squared_norm if self.squared_norm else 0.0
+
+    def of_one_rank(self) -> "Adapter":
+        """The same change with every module of the largest rank, for engines that know one rank only."""
+        rank = self.rank
+        padded = {m: replace(f, low_rank=f.low_rank.padded(rank)) for m, f in self.modules.items()}
+        return replace(self, modules=padded)
 
 
 def blend(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:

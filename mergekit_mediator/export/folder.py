@@ -55,7 +55,11 @@ class ExportedExpert:
 
 
 def export_adapters(
-    experts: StoredExperts, out: Path, rank: int, names: Sequence[str] | None = None
+    experts: StoredExperts,
+    out: Path,
+    rank: int,
+    names: Sequence[str] | None = None,
+    one_rank: bool = False,
 ) -> list[ExportedExpert]:
     """Write an adapter for each expert to a new folder, which appears when all are there.
 
@@ -64,6 +68,7 @@ def export_adapters(
         out: the folder; it must be absent or empty.
         rank: the largest of any module.
         names: these experts only.
+        one_rank: give every module of an adapter the same rank.
 
     Raises:
         ExportError: the folder is not empty or cannot be written, an unknown expert, a rank that is not
@@ -83,7 +88,8 @@ def export_adapters(
         exported = []
         for name in experts.names if names is None else names:
             adapter = to_adapter(experts, {name: 1.0}, rank, holdable)
-            write_peft(adapter, partial / name, base, dtype)
+            written = adapter.of_one_rank() if one_rank else adapter
+            write_peft(written, partial / name, base, dtype)
             exported.append(ExportedExpert.of(name, adapter, partial / name))
         partial.chmod(0o755)
         partial.rename(out)

@@ -54,3 +54,25 @@ def sglang_command(model: str, folder: Path, exported: Sequence[ExportedExpert])
     words = ["python", "-m", "sglang.launch_server", "--model-path", model, "--enable-lora"]
     words += ["--max-lora-rank", str(rank), "--max-loras-per-batch", str(len(exported) + 1)]
     return shlex.join([*words, "--lora-target-modules", *targets, "--lora-paths", *paths])
+
+
+def llama_cpp_commands(model: str, folder: Path, exported: Sequence[ExportedExpert]) -> str:
+    """How llama.cpp converts base and adapters, and is started with all of them switched off.
+
+    A request then says what each adapter weighs, as `"lora": [{"id": 0, "scale": 0.6}, ...]`, with explicit
+    zeros for the others.
+
+    Args:
+        model: what the adapters are added to.
+        folder: of the adapters.
+        exported: the adapters.
+    """
+    base = str(folder / "base.gguf")
+    files = [str(folder / f"{expert.name}.gguf") for expert in exported]
+    lines = [["python", "convert_hf_to_gguf.py", model, "--outfile", base]]
+    for expert, file in zip(exported, files, strict=True):
+        source = str(folder / expert.name)
+        convert = ["python", "convert_lora_to_gguf.py", source, "--base", model]
+        lines.append([*convert, "--outfile", file])
+    server = ["llama-server", "-m", base, "--lora", ",".join(files), "--lora-init-without-apply"]
+    return "\n".join(shlex.join(words) for words in [*lines, server])

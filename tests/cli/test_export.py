@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from adapters import train
 from commands import call, figures
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -14,6 +15,17 @@ IDS = torch.arange(4, 24)[None]
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
+
+
+@pytest.fixture
+def adapters(make, tmp_path):
+    """An adapter whose modules have different ranks, and another one."""
+    family = make(dtype=torch.float32)
+    ranks = {"rank_pattern": {"down_proj": 1}, "alpha_pattern": {"down_proj": 2}}
+    train(family.base, tmp_path / "a", 0, r=2)
+    train(family.base, tmp_path / "b", 1, r=3, **ranks)
+    models = [{"model": f"{family.base}+{tmp_path / n}", "parameters": {"expert": n}} for n in "ab"]
+    return {"merge_method": "mediator", "base_model": str(family.base), "models": models}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +81,33 @@ def test_the_start_command_of_an_engine_names_rank_modules_and_adapters(out, tmp
     assert "--max-lora-rank 16" in other["command"]
     assert "--lora-target-modules down_proj embed_tokens" in other["command"]
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["code"]
+
+
+def test_llama_cpp_is_told_to_convert_and_to_start_with_all_adapters_off(out, tmp_path):
+    folder = tmp_path / "adapters"
+    command = figures("export", out, folder, "--format", "llama.cpp")["command"]
+    *conversions, server = command.splitlines()
+    assert len(conversions) == 4
+    assert f"convert_lora_to_gguf.py {folder}/code --base {out}" in conversions[2]
+    files = ",".join(f"{folder}/{name}.gguf" for name in ("math", "code", "chat"))
+    assert f"--lora {files} --lora-init-without-apply" in server
+
+
+@pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])
+def test_engines_that_know_one_rank_get_the_same_adapters_of_one_rank(
+    adapters, merged, tmp_path, engine
+):
+    out = merged({**adapters, "parameters": {"reference": "base"}})
+    plain, padded = tmp_path / "plain", tmp_path / "padded"
+    figures("export", out, plain)
+    figures("export", out, padded, "--format", engine)
+    config = json.loads((padded / "b/adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (3, {})
+    models = []
+    for folder in (plain, padded):
+        dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        models.append(PeftModel.from_pretrained(dense, folder / "b"))
+    torch.testing.assert_close(logits(models[0]), logits(models[1]))
 
 
 @pytest.mark.parametrize(
