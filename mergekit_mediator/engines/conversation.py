@@ -10,6 +10,8 @@ from typing import Any
 from mergekit_mediator.errors import PromptError
 from mergekit_mediator.models.prompts import Prompt
 
+# The fields of a request that hold its prompts: of chat, completions and responses.
+PROMPT_FIELDS = ("messages", "prompt", "input")
 # A prompt's text or turns, or its token ids.
 Routable = Prompt | tuple[int, ...]
 

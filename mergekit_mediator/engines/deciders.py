@@ -4,15 +4,15 @@ import asyncio
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from mergekit_mediator.engines.conversation import Routable
 from mergekit_mediator.engines.settings import RouterName
-from mergekit_mediator.errors import RoutingError
+from mergekit_mediator.errors import EngineError, RoutingError
 from mergekit_mediator.models.contexts import Contexts, RouteOn
 from mergekit_mediator.models.loading import DenseCheckpoint, load_tokenizer
 from mergekit_mediator.models.modules import input_embedding
@@ -76,7 +76,7 @@ class EmbeddingDecider:
     def _decide(self, prompts: Sequence[Routable], route_on: RouteOn) -> RoutingDecision:
         features = []
         for prompt in prompts:
-            ids = torch.tensor([token_ids(self._tokenizer, prompt)])
+            ids = torch.tensor([token_ids(self._tokenizer, prompt, len(self._table))])
             counted = self._contexts.counted(ids, torch.ones_like(ids), route_on)
             features.append(mean_embedding(ids, counted, self._table, self._router.tokens))
         return self._router.decide(torch.cat(features))
@@ -104,8 +104,17 @@ class ProcessDecider:
         self.name += _accuracy(manifest) if self.name in ("hidden", "calibrated") else ""
 
     async def decide(self, prompts: Sequence[Routable], route_on: RouteOn) -> RoutingDecision:
-        future = self._pool.submit(_decide_there, tuple(prompts), route_on)
-        weights, entropy, ood, experts = await asyncio.wrap_future(future)
+        """Which experts each prompt needs.
+
+        Raises:
+            RoutingError: a prompt that cannot be routed.
+            EngineError: the process has ended.
+        """
+        try:
+            future = self._pool.submit(_decide_there, tuple(prompts), route_on)
+            weights, entropy, ood, experts = await asyncio.wrap_future(future)
+        except BrokenProcessPool as error:
+            raise EngineError("the router's process has ended: start the server again") from error
         return RoutingDecision(
             torch.tensor(weights), torch.tensor(entropy), torch.tensor(ood), experts
         )
@@ -114,11 +123,25 @@ class ProcessDecider:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def token_ids(tokenizer: Any, prompt: Routable) -> list[int]:
-    """The token ids of a prompt, which may be token ids already."""
-    if isinstance(prompt, tuple) and prompt and isinstance(prompt[0], int):
-        return [int(token) for token in prompt if isinstance(token, int)]
-    return render(tokenizer, prompt)  # type: ignore[arg-type]
+def token_ids(tokenizer: Any, prompt: Routable, vocabulary: int) -> list[int]:
+    """The token ids of a prompt, which may be token ids already.
+
+    Args:
+        tokenizer: of the artifact.
+        prompt: text, turns or token ids.
+        vocabulary: how many tokens the model has.
+
+    Raises:
+        RoutingError: a token id that the model does not have.
+    """
+    if not (isinstance(prompt, tuple) and prompt and isinstance(prompt[0], int)):
+        return render(tokenizer, prompt)  # type: ignore[arg-type]
+    ids = [int(token) for token in prompt if isinstance(token, int)]
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        raise RoutingError(
+            f"prompt: token ids from 0 to {vocabulary - 1} required, got {min(ids)} to {max(ids)}"
+        )
+    return ids
 
 
 def choose_decider(root: Path, manifest: Manifest, router: RouterName) -> Decider:
@@ -159,11 +182,8 @@ def _describe() -> tuple[str, Thresholds]:
 def _decide_there(
     prompts: Sequence[Routable], route_on: RouteOn
 ) -> tuple[list[list[float]], list[float], list[float], tuple[str, ...]]:
-    ids, mask = _loaded.pad([token_ids(_loaded.tokenizer, prompt) for prompt in prompts])
-    found = _loaded.route(ids, mask, router=_router, route_on=route_on)
-    return found.weights.tolist(), found.entropy.tolist(), found.ood.tolist(), found.experts
-
-
-def as_rows(weights: Tensor) -> list[list[float]]:
-    """Rows of numbers."""
-    return [[float(p) for p in row] for row in weights]
+    vocabulary = _loaded.model.get_input_embeddings().num_embeddings
+    ids, mask = _loaded.pad([token_ids(_loaded.tokenizer, p, vocabulary) for p in prompts])
+    decision = _loaded.route(ids, mask, router=_router, route_on=route_on)
+    rows = (decision.weights.tolist(), decision.entropy.tolist(), decision.ood.tolist())
+    return *rows, decision.experts

@@ -8,6 +8,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from mergekit_mediator.engines.conversation import PROMPT_FIELDS
 from mergekit_mediator.engines.service import RequestError, Resolved, Service
 
 Scope = MutableMapping[str, Any]
@@ -37,20 +38,20 @@ class RouteRequests:
         if service is None:
             await self._app(scope, receive, send)
             return
-        raw, rest = await _read_body(receive)
-        body = _parse(raw)
-        if body is None or not isinstance(body.get("model"), str):
-            await self._app(scope, _replay(raw, rest), send)
-            return
         try:
-            async with service.resolved(body["model"], body) as found:
-                if found is None:
-                    await self._app(scope, _replay(raw, rest), send)
+            raw = await _read_body(receive)
+            body = _parse(raw)
+            if body is None or not _names_a_model(body):
+                await self._app(scope, _replay(raw, receive), send)
+                return
+            async with service.resolved(body.get("model"), body) as answer:
+                if answer is None:
+                    await self._app(scope, _replay(raw, receive), send)
                     return
-                changed = json.dumps({**body, "model": service.engine_name(found)}).encode()
+                changed = json.dumps({**body, "model": service.engine_name(answer)}).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], len(changed))}
-                saying = _Saying(send, found, service.settings.say)
-                await self._app(scope, _replay(changed, rest), saying)
+                saying = _Saying(send, answer, service.settings.say)
+                await self._app(scope, _replay(changed, receive), saying)
         except RequestError as error:
             await _respond(send, error.status, error.body())
 
@@ -58,8 +59,8 @@ class RouteRequests:
 class _Saying:
     """Adds the decision to a response: as a header, and to a JSON object or the first event of a stream."""
 
-    def __init__(self, send: Send, found: Resolved, say: tuple[str, ...]) -> None:
-        self._send, self._found, self._say = send, found, say
+    def __init__(self, send: Send, answer: Resolved, say: tuple[str, ...]) -> None:
+        self._send, self._answer, self._say = send, answer, say
         self._start: Message | None = None
         self._body = b""
         self._is_stream = self._done = False
@@ -68,7 +69,7 @@ class _Saying:
         if message["type"] == "http.response.start":
             headers = list(message.get("headers", ()))
             if "header" in self._say:
-                headers.append((HEADER, self._found.name.encode("latin-1", "replace")))
+                headers.append((HEADER, self._answer.name.encode("latin-1", "replace")))
             kind = dict(headers).get(b"content-type", b"")
             self._is_stream = kind.startswith(b"text/event-stream")
             in_body = "body" in self._say and message["status"] == 200
@@ -105,7 +106,7 @@ class _Saying:
         fields = _parse(line.removeprefix(b"data: "))
         if fields is None:
             return line
-        return b"data: " + json.dumps({**fields, "mediator": self._found.as_json()}).encode()
+        return b"data: " + json.dumps({**fields, "mediator": self._answer.as_json()}).encode()
 
     async def _whole(self, message: Message) -> None:
         self._body += message.get("body", b"")
@@ -114,7 +115,7 @@ class _Saying:
         fields = _parse(self._body)
         body = self._body
         if fields is not None:
-            body = json.dumps({**fields, "mediator": self._found.as_json()}).encode()
+            body = json.dumps({**fields, "mediator": self._answer.as_json()}).encode()
         start = self._start or {"type": "http.response.start", "status": 200, "headers": []}
         length = (b"content-length", str(len(body)).encode())
         await self._send({**start, "headers": [*start["headers"], length]})
@@ -127,7 +128,18 @@ def _is_json(scope: Scope) -> bool:
     return bool(kind.startswith(b"application/json"))
 
 
-async def _read_body(receive: Receive) -> tuple[bytes, Receive]:
+def _names_a_model(body: dict[str, Any]) -> bool:
+    """Whether a request names a model, or asks a question without: the engine's own model answers then."""
+    model = body.get("model")
+    return isinstance(model, str) or (model is None and not body.keys().isdisjoint(PROMPT_FIELDS))
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """The body of a request.
+
+    Raises:
+        RequestError: it is too large.
+    """
     parts: list[bytes] = []
     size = 0
     while True:
@@ -136,9 +148,12 @@ async def _read_body(receive: Receive) -> tuple[bytes, Receive]:
             break
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if not message.get("more_body", False) or size > _LARGEST_BODY:
+        if size > _LARGEST_BODY:
+            limit = f"a body of at most {_LARGEST_BODY >> 20} MiB is taken"
+            raise RequestError(limit, 413, "BadRequestError")
+        if not message.get("more_body", False):
             break
-    return b"".join(parts), receive
+    return b"".join(parts)
 
 
 def _replay(body: bytes, rest: Receive) -> Receive:

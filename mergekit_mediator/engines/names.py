@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Sequence
 
-from mergekit_mediator.errors import MixtureError
+from mergekit_mediator.errors import EngineError, MixtureError
 from mergekit_mediator.serve.mixture import DENSE, DENSE_NAME, Mixture
 
 AUTO = "auto"
@@ -67,6 +67,20 @@ def parse(name: str, experts: Sequence[str], grid: int) -> Mixture | None:
     if near == DENSE:
         raise MixtureError(f"{name!r}: weights are rounded to multiples of 1/{grid}: none is left")
     return near
+
+
+def check_names(experts: Sequence[str]) -> None:
+    """Refuse names of experts that mean something else here.
+
+    Raises:
+        EngineError: an expert that is called `auto` or `dense`.
+    """
+    for name in (AUTO, DENSE_NAME):
+        if name in experts:
+            raise EngineError(
+                f"expert {name!r}: on engines `auto` is routing and `dense` the dense expert: merge "
+                "again with another name for this expert"
+            )
 
 
 def adapter_id(digest: str, name: str) -> int:

@@ -11,7 +11,13 @@ from mergekit_mediator.engines.conversation import routables
 from mergekit_mediator.engines.deciders import Decider
 from mergekit_mediator.engines.names import AUTO, name_of, parse, rounded
 from mergekit_mediator.engines.settings import ServiceSettings
-from mergekit_mediator.errors import MixtureError, PromptError, RoutingError
+from mergekit_mediator.errors import (
+    EngineError,
+    MediatorError,
+    MixtureError,
+    PromptError,
+    RoutingError,
+)
 from mergekit_mediator.serve.choice import mixtures_of
 from mergekit_mediator.serve.mixture import DENSE, Mixture
 
@@ -101,38 +107,43 @@ class Service:
         self._blends: OrderedDict[Mixture, int] = OrderedDict()  # with the requests that use each
         self._lock = asyncio.Lock()
 
-    def engine_name(self, found: "Resolved") -> str:
+    def engine_name(self, answer: "Resolved") -> str:
         """The name that the engine has for a mixture."""
-        return self._adapters.engine_name(found.mixture)
+        return self._adapters.engine_name(answer.mixture)
 
     @asynccontextmanager
-    async def resolved(self, model: str, body: Mapping[str, Any]) -> AsyncIterator[Resolved | None]:
+    async def resolved(
+        self, model: str | None, body: Mapping[str, Any]
+    ) -> AsyncIterator[Resolved | None]:
         """The mixture of a request, usable inside the context; None for a model of the engine's own.
 
         Args:
-            model: as the request names it.
+            model: as the request names it; None or empty is the dense expert, which engines take it for.
             body: of the request, whose prompt is routed for `auto`.
 
         Raises:
             RequestError: an unknown expert, weights that are no mixture, a request that cannot be routed
-                or is refused, or more blends at once than may be alive.
+                or is refused, more blends at once than may be alive, or an adapter that the engine
+                cannot be given.
         """
-        found = await self._resolve(model, body)
-        if found is None or (len(found.mixture.weights) < 2 and found.mixture.total in (0.0, 1.0)):
-            if found is not None:
-                await self._adapters.add(found.mixture)
-            yield found
-            return
-        found = await self._begin(found, model == AUTO)
-        try:
-            yield found
-        finally:
-            self._blends[found.mixture] = max(0, self._blends.get(found.mixture, 1) - 1)
+        answer = await self._resolve(model, body)
+        if answer is None:
+            yield None
+        elif answer.mixture.is_dense or answer.mixture.alone:
+            await self._add(answer.mixture)
+            yield answer
+        else:
+            answer = await self._begin(answer, model == AUTO)
+            try:
+                yield answer
+            finally:
+                if answer.mixture in self._blends:
+                    self._blends[answer.mixture] -= 1
 
-    async def _resolve(self, model: str, body: Mapping[str, Any]) -> Resolved | None:
+    async def _resolve(self, model: str | None, body: Mapping[str, Any]) -> Resolved | None:
         if model == AUTO:
             return await self._route(body)
-        if model in self._adapters.dense_names:
+        if not model or model in self._adapters.dense_names:
             return Resolved(name_of(DENSE), DENSE)
         try:
             mixture = parse(model, self.experts, self.settings.grid)
@@ -146,6 +157,12 @@ class Service:
             ) from error
         return None if mixture is None else Resolved(name_of(mixture), mixture)
 
+    async def _add(self, mixture: Mixture) -> None:
+        try:
+            await self._adapters.add(mixture)
+        except MediatorError as error:
+            raise RequestError(str(error), 503, "ServiceUnavailableError", "model") from error
+
     async def _route(self, body: Mapping[str, Any]) -> Resolved:
         try:
             prompts = routables(body)
@@ -155,6 +172,8 @@ class Service:
             ).mean(dim=0)
         except (PromptError, RoutingError) as error:
             raise RequestError(str(error), 400, "BadRequestError", "messages") from error
+        except EngineError as error:
+            raise RequestError(str(error), 503, "ServiceUnavailableError") from error
         mixture = rounded(Mixture.of_row(weights.tolist(), self.experts), self.settings.grid)
         figures = {"entropy": round(float(decision.entropy.mean()), 4)}
         ood = float(decision.ood.mean())
@@ -162,31 +181,41 @@ class Service:
             figures["ood"] = round(ood, 4)
         return Resolved(name_of(mixture), mixture, figures)
 
-    async def _begin(self, found: Resolved, routed: bool) -> Resolved:
-        """Count a request that uses a blend, after making room for the blend."""
-        async with self._lock:
-            if found.mixture not in self._blends:
-                while len(self._blends) >= max(1, self.settings.blends):
-                    idle = next((m for m, users in self._blends.items() if not users), None)
-                    if idle is None:
-                        if not routed:
-                            raise RequestError(
-                                f"{len(self._blends)} blends are in use, and no more may be alive "
-                                "(MEDIATOR_BLENDS): try again later",
-                                429,
-                                "RateLimitError",
-                                "model",
-                            )
-                        return await self._likeliest(found)
-                    del self._blends[idle]
-                    await self._adapters.remove(idle)
-                await self._adapters.add(found.mixture)
-            self._blends[found.mixture] = self._blends.get(found.mixture, 0) + 1
-            self._blends.move_to_end(found.mixture)
-            return found
+    async def _begin(self, answer: Resolved, routed: bool) -> Resolved:
+        """Count a request that uses a blend, after making room for the blend.
 
-    async def _likeliest(self, found: Resolved) -> Resolved:
-        name = max(found.mixture.weights, key=lambda pair: pair[1])[0]
+        A routed request whose blend the engine cannot be given is answered by its likeliest expert.
+        """
+        async with self._lock:
+            try:
+                if answer.mixture not in self._blends:
+                    await self._make_room()
+                await self._add(answer.mixture)
+            except RequestError:
+                if not routed:
+                    raise
+                return await self._likeliest(answer)
+            self._blends[answer.mixture] = self._blends.get(answer.mixture, 0) + 1
+            self._blends.move_to_end(answer.mixture)
+            return answer
+
+    async def _make_room(self) -> None:
+        """Let the least recently used blends leave, as far as one more needs it."""
+        while len(self._blends) >= max(1, self.settings.blends):
+            idle = next((blend for blend, users in self._blends.items() if not users), None)
+            if idle is None:
+                raise RequestError(
+                    f"{len(self._blends)} blends are in use, and no more may be alive "
+                    "(MEDIATOR_BLENDS): try again later",
+                    429,
+                    "RateLimitError",
+                    "model",
+                )
+            del self._blends[idle]
+            await self._adapters.remove(idle)
+
+    async def _likeliest(self, answer: Resolved) -> Resolved:
+        name = max(answer.mixture.weights, key=lambda pair: pair[1])[0]
         alone = Mixture.of(name, self.experts)
-        await self._adapters.add(alone)
-        return Resolved(name, alone, found.figures)
+        await self._add(alone)
+        return Resolved(name, alone, answer.figures)

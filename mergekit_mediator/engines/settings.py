@@ -30,6 +30,7 @@ class ServiceSettings(BaseModel):
         blends: at most so many blends are alive.
         say: where a response says what was decided: `header`, `body`, both or none.
         cache: the folder for exported adapters.
+        rank: of exported adapters; None is the largest that the engine takes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +46,7 @@ class ServiceSettings(BaseModel):
     blends: Annotated[int, Field(ge=0)] = 16
     say: tuple[Say, ...] = ("header", "body")
     cache: Path = Field(default_factory=_cache_directory)
+    rank: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("say", mode="before")
     @classmethod

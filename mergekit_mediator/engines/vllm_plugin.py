@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from mergekit_mediator.engines.adapter_store import AdapterStore
 from mergekit_mediator.engines.deciders import choose_decider
 from mergekit_mediator.engines.middleware import RouteRequests, Scope
-from mergekit_mediator.engines.names import AUTO, adapter_id, name_of
+from mergekit_mediator.engines.names import AUTO, adapter_id, check_names, name_of
 from mergekit_mediator.engines.service import Service
 from mergekit_mediator.engines.settings import ServiceSettings
-from mergekit_mediator.errors import EngineError, MediatorError
+from mergekit_mediator.errors import EngineError, MediatorError, first_line
 from mergekit_mediator.models.loading import local_directory
 from mergekit_mediator.serve.mixture import DENSE, Mixture
 from mergekit_mediator.store.manifest import read_manifest, verify_files
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
 
 VERSIONS = (0, 32)
+# Blends stay on disk for this many servers that share the cache.
+_SERVERS_OF_A_MACHINE = 4
 _LOG = logging.getLogger("vllm.mediator")
 
 
@@ -78,12 +80,17 @@ async def start(engine_client: Any, state: "State") -> Service:
     settings = ServiceSettings.from_environment()
     root = await asyncio.to_thread(_root, config.model, config.revision)
     manifest = read_manifest(root)
-    store = AdapterStore(root, lora.max_lora_rank, settings.cache)
+    check_names(manifest.expert_names)
+    most_blends = _SERVERS_OF_A_MACHINE * settings.blends
+    store = AdapterStore(root, _rank(settings, lora.max_lora_rank), settings.cache, most_blends)
     adapters = EngineAdapters(engine_client, state.openai_serving_models, store)
-    decider = await asyncio.to_thread(choose_decider, root, manifest, settings.router)
     for name in store.names:
         await adapters.add(Mixture.of(name, store.names))
+        lost = store.lost(name)
+        if lost:
+            _LOG.warning("expert %s: %s", name, lost)
     await adapters.add(DENSE)
+    decider = await asyncio.to_thread(choose_decider, root, manifest, settings.router)
     _LOG.info("experts %s; routed by %s", ", ".join(store.names), decider.name)
     return Service(store.names, decider, adapters, settings)
 
@@ -102,20 +109,29 @@ class EngineAdapters:
         self._lock = asyncio.Lock()
 
     async def add(self, mixture: Mixture) -> None:
-        """Load a mixture's adapter, once."""
+        """Load a mixture's adapter, once.
+
+        Raises:
+            ExportError: the adapter cannot be written.
+            EngineError: the engine refuses it.
+        """
         from vllm.lora.request import LoRARequest
 
         name = name_of(mixture)
         if mixture.is_dense and not self.dense_is_adapter:
             return
-        if name in self._models.lora_requests:
+        if name in self._models.lora_requests and self._store.has(mixture):
             return
         async with self._lock:
+            # another server may have deleted the files, which the engine reads again when it needs them
+            path = await asyncio.to_thread(self._store.path, mixture)
             if name in self._models.lora_requests:
                 return
-            path = await asyncio.to_thread(self._store.path, mixture)
             request = LoRARequest(name, adapter_id(self._store.digest, name), str(path))
-            await self._engine.add_lora(request)
+            try:
+                await self._engine.add_lora(request)
+            except Exception as error:  # the engine sends no other type
+                raise EngineError(f"{path}: vLLM refuses it: {first_line(error)}") from error
             self._models.lora_requests[name] = request
 
     def engine_name(self, mixture: Mixture) -> str:
@@ -134,11 +150,10 @@ class EngineAdapters:
         return frozenset(path.name for path in self._models.base_model_paths)
 
     async def remove(self, mixture: Mixture) -> None:
-        """Take a blend out of the engine, and its files off the disk."""
+        """Take a blend out of the engine."""
         request = self._models.lora_requests.pop(name_of(mixture), None)
         if request is not None:
             await self._engine.remove_lora(request.lora_int_id)
-            await asyncio.to_thread(self._store.remove, mixture)
 
 
 async def _service_of(scope: Scope) -> Service | None:
@@ -151,6 +166,21 @@ def _root(model: str, revision: str | None) -> Path:
     return root
 
 
+def _rank(settings: ServiceSettings, largest: int) -> int:
+    """The rank to export experts with.
+
+    Raises:
+        EngineError: a rank that the engine does not take.
+    """
+    rank = settings.rank or largest
+    if rank > largest:
+        raise EngineError(
+            f"MEDIATOR_RANK: at most {largest} required, which the engine was started with, got {rank}: "
+            f"start vLLM with --max-lora-rank {rank}"
+        )
+    return rank
+
+
 def _is_cpu() -> bool:
     from vllm.platforms import current_platform
 
@@ -160,8 +190,7 @@ def _is_cpu() -> bool:
 def _check_version() -> None:
     import vllm
 
-    found = tuple(vllm.__version_tuple__[:2])
-    if found != VERSIONS:
+    if tuple(vllm.__version_tuple__[:2]) != VERSIONS:
         known = ".".join(map(str, VERSIONS))
         raise EngineError(
             f"vLLM {known} required, got {vllm.__version__}: install vllm=={known}.*, or serve with "

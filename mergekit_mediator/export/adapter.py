@@ -2,20 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_mediator.errors import ExportError
+from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.low_rank import LowRank, side_by_side
 from mergekit_mediator.models.modules import Kind
 
 _PREFIX = "base_model.model."
+# What the file says of the adapter besides its tensors: squares by module, and what was dropped.
+_ABOUT = "mergekit_mediator"
 _NAMES = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 
@@ -53,10 +55,21 @@ class Adapter:
         return max((factors.low_rank.rank for factors in self.modules.values()), default=0)
 
     @property
+    def squared_norm(self) -> float:
+        """The squared norm of the change that the modules stand for."""
+        return sum(factors.low_rank.squared_norm for factors in self.modules.values())
+
+    @property
     def squared_error(self) -> float:
         """The part of the squared change that is lost in the modules, in [0, 1]."""
-        norm = sum(f.low_rank.squared_norm for f in self.modules.values())
-        return sum(f.low_rank.squared_error for f in self.modules.values()) / norm if norm else 0.0
+        error = sum(factors.low_rank.squared_error for factors in self.modules.values())
+        return error / self.squared_norm if self.squared_norm else 0.0
+
+    def of_one_rank(self) -> "Adapter":
+        """The same change with every module of the largest rank, for engines that know one rank only."""
+        rank = self.rank
+        padded = {m: replace(f, low_rank=f.low_rank.padded(rank)) for m, f in self.modules.items()}
+        return replace(self, modules=padded)
 
 
 def blend(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:
@@ -71,12 +84,12 @@ def blend(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:
         for module, factors in adapter.modules.items():
             by_module.setdefault(module, []).append((weight, factors))
     modules = {}
-    for module, found in by_module.items():
-        left, right = side_by_side([(w, f.low_rank.left, f.low_rank.right) for w, f in found])
+    for module, terms in by_module.items():
+        left, right = side_by_side([(w, f.low_rank.left, f.low_rank.right) for w, f in terms])
         norm = float(
             ((left.double().T @ left.double()) * (right.double().T @ right.double())).sum()
         )
-        modules[module] = Factors(found[0][1].kind, LowRank(left, right, norm, 0.0).cut(rank))
+        modules[module] = Factors(terms[0][1].kind, LowRank(left, right, norm, 0.0).cut(rank))
     dropped = dict.fromkeys(name for _, adapter in parts for name in adapter.dropped)
     return Adapter(modules, tuple(dropped), sum(w * w * a.dropped_energy for w, a in parts))
 
@@ -94,13 +107,14 @@ def write_peft(
         config: more fields of the configuration.
 
     Raises:
-        ExportError: the adapter changes no module.
+        ExportError: the adapter changes no module, or the directory cannot be written.
     """
     if not adapter.modules:
         raise ExportError(f"{out}: nothing to write: no module is changed that an adapter can hold")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for module, factors in adapter.modules.items():
+    modules = adapter.modules.items()
+    for module, factors in modules:
         first, second = _NAMES.get(factors.kind, ("lora_A", "lora_B"))
         suffix = "" if factors.kind == "embedding" else ".weight"
         a, b = _as_peft(factors)
@@ -124,10 +138,16 @@ def write_peft(
         "inference_mode": True,
         **config,
     }
-    out.mkdir(parents=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    squares = {m: [f.low_rank.squared_norm, f.low_rank.squared_error] for m, f in modules}
+    about = {"squares": squares, "dropped": adapter.dropped, "energy": adapter.dropped_energy}
+    metadata = {"format": "pt", _ABOUT: json.dumps(about)}
+    try:
+        out.mkdir(parents=True)
+        save_file(tensors, out / "adapter_model.safetensors", metadata=metadata)
+        (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -138,18 +158,22 @@ def read_peft(folder: Path) -> Adapter:
     """
     path = folder / "adapter_model.safetensors"
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads(file.metadata()[_ABOUT])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ExportError(f"{path}: cannot be read: {error}") from error
     modules = {}
-    for name, a in tensors.items():
-        module, marker, end = name.removeprefix(_PREFIX).partition(".lora_")
-        if marker and end in ("A.weight", "embedding_A"):
-            kind: Kind = "embedding" if end == "embedding_A" else "linear"
-            b = tensors[name.replace("_A", "_B")]
-            left, right = (a.T, b) if kind == "embedding" else (b, a.T)
-            modules[module] = Factors(kind, LowRank(left.float(), right.float(), 0.0, 0.0))
-    return Adapter(modules)
+    for module, (norm, squared_error) in about["squares"].items():
+        kind: Kind = "linear"
+        start = f"{_PREFIX}{module}.lora_"
+        if f"{start}A.weight" in tensors:
+            left, right = tensors[f"{start}B.weight"], tensors[f"{start}A.weight"].T
+        else:
+            kind = "embedding"
+            left, right = tensors[f"{start}embedding_A"].T, tensors[f"{start}embedding_B"]
+        modules[module] = Factors(kind, LowRank(left.float(), right.float(), norm, squared_error))
+    return Adapter(modules, tuple(about["dropped"]), about["energy"])
 
 
 def _as_peft(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """A change of a matrix as two thin factors: exact where it is a product of factors, else the nearest one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_mediator.export.experts import Change
 
@@ -40,6 +41,11 @@ class LowRank:
         if rank >= self.rank:
             return self
         return _nearest(self.left, self.right, rank, self.squared_norm, self.squared_error)
+
+    def padded(self, rank: int) -> "LowRank":
+        """The same product, with zeros for components that are missing to a rank."""
+        more = (0, max(0, rank - self.rank))
+        return replace(self, left=pad(self.left, more), right=pad(self.right, more))
 
 
 def low_rank(change: Change, dense: Tensor, rank: int) -> LowRank:

@@ -117,6 +117,22 @@ def test_errors_of_the_application_pass_unchanged_but_for_the_header(service):
     assert headers[b"x-mediator-mixture"] == b"math"
 
 
+def test_a_request_that_names_no_model_is_answered_by_the_dense_expert(service):
+    for asked in ({"prompt": "x"}, {"prompt": "x", "model": ""}, {"prompt": "x", "model": None}):
+        _, headers, body = post(upstream(), asked, service)
+        assert json.loads(body)["asked"]["model"] == "dense"
+        assert headers[b"x-mediator-mixture"] == b"dense"
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read_to_its_end(service, monkeypatch):
+    monkeypatch.setattr("mergekit_mediator.engines.middleware._LARGEST_BODY", 100)
+    app = upstream()
+    status, _, body = post(app, {"model": "auto", "prompt": "x" * 200}, service, parts=2)
+    assert status == 413
+    assert "a body of at most" in json.loads(body)["error"]["message"]
+    assert not hasattr(app, "seen")
+
+
 def test_a_refusal_is_an_error_of_the_openai_form(service):
     status, _, body = post(upstream(), {"model": "law=1", "prompt": "x"}, service)
     assert status == 404
@@ -129,7 +145,7 @@ def test_a_refusal_is_an_error_of_the_openai_form(service):
     "options",
     [
         {"body": {"model": "another", "prompt": "x"}},
-        {"body": {"prompt": "x"}},
+        {"body": {"adapter": "x"}},
         {"body": {"model": 3}},
         {"body": [1, 2]},
         {"body": {"model": "auto"}, "method": "PUT"},

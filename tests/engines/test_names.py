@@ -2,8 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_mediator.engines.names import adapter_id, name_of, parse, rounded
-from mergekit_mediator.errors import MixtureError
+from mergekit_mediator.engines.names import (
+    adapter_id,
+    check_names,
+    name_of,
+    parse,
+    rounded,
+)
+from mergekit_mediator.errors import EngineError, MixtureError
 from mergekit_mediator.serve.mixture import DENSE, Mixture
 
 EXPERTS = ("math", "code", "chat")
@@ -69,3 +75,10 @@ def test_the_number_of_an_adapter_is_the_same_everywhere_and_differs_by_name_and
     assert len(set(numbers)) == 6
     assert all(1 <= number < 2**31 for number in numbers)
     assert adapter_id("a", "math") == 1002998026
+
+
+@pytest.mark.parametrize("name", ["auto", "dense"])
+def test_experts_with_names_that_mean_something_else_are_refused(name):
+    check_names(EXPERTS)
+    with pytest.raises(EngineError, match=f"expert '{name}': .* merge again with another name"):
+        check_names([*EXPERTS, name])

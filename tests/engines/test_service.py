@@ -7,7 +7,7 @@ from fake_engine import EXPERTS, FakeEngine
 
 from mergekit_mediator.engines.service import RequestError
 from mergekit_mediator.engines.settings import ServiceSettings
-from mergekit_mediator.errors import SettingError
+from mergekit_mediator.errors import ExportError, SettingError
 
 
 @pytest.fixture
@@ -93,6 +93,17 @@ def test_requests_that_cannot_be_answered_are_refused_and_the_next_works(
         ask(one, model, {"x": 1} if body == {} else body)
     assert refusal.value.status == status
     assert ask(one, "math").name == "math"
+
+
+def test_an_adapter_that_the_engine_cannot_be_given_is_said_and_the_next_request_works(fake):
+    one = service(fake)
+    fake.error = ExportError("cache: cannot be written: No space left on device")
+    for model in ("math", "math=0.5,code=0.5"):
+        with pytest.raises(RequestError, match="No space left on device") as refusal:
+            ask(one, model)
+        assert refusal.value.status == 503
+    fake.error = None
+    assert ask(one, "math=0.5,code=0.5").name == "math=0.5,code=0.5"
 
 
 def test_blends_beyond_the_limit_leave_the_least_recently_used_first(fake):

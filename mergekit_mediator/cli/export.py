@@ -1,0 +1,94 @@
+"""The command `export`: an artifact's experts as adapters that other tools load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_mediator.cli import tables
+from mergekit_mediator.export.experts import Reference, StoredExperts
+from mergekit_mediator.export.folder import ExportedExpert, export_adapters
+from mergekit_mediator.export.start_commands import (
+    llama_cpp_commands,
+    sglang_command,
+    vllm_command,
+)
+from mergekit_mediator.store.manifest import read_manifest, verify_files
+
+_COMMANDS = {"vllm": vllm_command, "sglang": sglang_command, "llama.cpp": llama_cpp_commands}
+_OF_ONE_RANK = {"sglang", "llama.cpp"}  # they take one rank for all modules of an adapter
+
+
+@click.command()
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "engine",
+    type=click.Choice(["peft", "vllm", "sglang", "llama.cpp"]),
+    default="peft",
+    show_default=True,
+    help="All write PEFT adapters; the others also print the engine's commands.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="The largest rank; an expert of a smaller rank keeps its own.",
+)
+@click.option(
+    "--relative-to",
+    "reference",
+    type=click.Choice(["dense", "base"]),
+    default="dense",
+    show_default=True,
+    help="The model that the adapters are added to: OUT, or the base that it was merged from.",
+)
+@click.option("--expert", "names", multiple=True, help="This expert only; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+def export(
+    out: Path,
+    folder: Path,
+    engine: str,
+    rank: int,
+    reference: Reference,
+    names: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write the experts of the artifact in OUT to FOLDER as LoRA adapters, one folder each.
+
+    An adapter holds what its rank can hold of the changed matrices, and no norm and no bias. The table
+    says what is left out.
+
+    Example: mergekit-mediator export OUT adapters --format vllm --rank 64
+    """
+    verify_files(out, read_manifest(out))
+    experts = StoredExperts(out, reference)
+    exported = export_adapters(experts, folder, rank, names or None, engine in _OF_ONE_RANK)
+    model = experts.manifest.base.source if reference == "base" else str(out)
+    command = _COMMANDS[engine](model, folder, exported) if engine in _COMMANDS else None
+    if as_json:
+        figures: dict[str, Any] = {"experts": [expert.as_json() for expert in exported]}
+        click.echo(json.dumps({**figures, "command": command}, indent=1))
+        return
+    click.echo(_report(exported))
+    if command:
+        click.echo(f"\n{command}")
+
+
+def _report(exported: list[ExportedExpert]) -> str:
+    rows = [
+        [
+            expert.name,
+            str(expert.rank),
+            f"{100 * expert.error:.2f}",
+            str(expert.dropped),
+            f"{100 * expert.dropped_part:.2f}",
+            tables.size(expert.bytes),
+        ]
+        for expert in exported
+    ]
+    header = ["adapter", "rank", "left out by the rank, %", "weights left out", "of the change, %"]
+    return tables.table([*header, "size"], rows)

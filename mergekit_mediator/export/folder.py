@@ -1,0 +1,100 @@
+"""A folder of adapters, one for each expert, and what they hold of the experts."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_mediator.errors import ExportError, first_line
+from mergekit_mediator.export.adapter import Adapter, write_peft
+from mergekit_mediator.export.experts import StoredExperts
+from mergekit_mediator.export.peft_lora import Holdable, to_adapter
+
+
+@dataclass(frozen=True)
+class ExportedExpert:
+    """What an adapter holds of an expert.
+
+    Attributes:
+        name: of the expert, and of the adapter's folder.
+        rank: the largest of the adapter's modules.
+        modules: the names of the changed modules' last parts, such as `q_proj`.
+        error: the part of the modules' squared change that the rank leaves out, in [0, 1].
+        dropped: how many changed weights no adapter holds: norms, biases, weights without a module.
+        dropped_part: their part of the whole squared change, in [0, 1].
+        bytes: of the adapter's files.
+    """
+
+    name: str
+    rank: int
+    modules: tuple[str, ...]
+    error: float
+    dropped: int
+    dropped_part: float
+    bytes: int
+
+    @classmethod
+    def of(cls, name: str, adapter: Adapter, folder: Path) -> "ExportedExpert":
+        """The summary of an adapter that was written to a folder."""
+        whole = adapter.squared_norm + adapter.dropped_energy
+        return cls(
+            name,
+            adapter.rank,
+            tuple(sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})),
+            adapter.squared_error,
+            len(adapter.dropped),
+            adapter.dropped_energy / whole if whole else 0.0,
+            sum(path.stat().st_size for path in folder.iterdir()),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The attributes by name."""
+        return asdict(self)
+
+
+def export_adapters(
+    experts: StoredExperts,
+    out: Path,
+    rank: int,
+    names: Sequence[str] | None = None,
+    one_rank: bool = False,
+) -> list[ExportedExpert]:
+    """Write an adapter for each expert to a new folder, which appears when all are there.
+
+    Args:
+        experts: of an artifact whose files are verified.
+        out: the folder; it must be absent or empty.
+        rank: the largest of any module.
+        names: these experts only.
+        one_rank: give every module of an adapter the same rank.
+
+    Raises:
+        ExportError: the folder is not empty or cannot be written, an unknown expert, a rank that is not
+            positive, or an expert that changes no module.
+    """
+    holdable = Holdable.of(experts.root)
+    base = experts.manifest.base.source if experts.reference == "base" else str(experts.root)
+    dtype = experts.dense.weight(experts.weights[0]).dtype
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ExportError(f"{out}: is not empty: choose another folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
+    try:
+        exported = []
+        for name in experts.names if names is None else names:
+            adapter = to_adapter(experts, {name: 1.0}, rank, holdable)
+            written = adapter.of_one_rank() if one_rank else adapter
+            write_peft(written, partial / name, base, dtype)
+            exported.append(ExportedExpert.of(name, adapter, partial / name))
+        partial.chmod(0o755)
+        partial.rename(out)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return exported
