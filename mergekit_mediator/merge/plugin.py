@@ -9,10 +9,12 @@ from typing import Any
 import click
 
 from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.merge.task_vectors import checking_and_measuring
+from mergekit_mediator.methods.data_free import DATA_FREE
 from mergekit_mediator.methods.mediator import METHOD, Mediator
 from mergekit_mediator.methods.mediator_dense import MediatorDense
 
-_METHODS = (Mediator, MediatorDense)
+_METHODS: tuple[type[Any], ...] = (Mediator, MediatorDense, *DATA_FREE)
 
 
 def register_methods(merge_methods: ModuleType) -> None:
@@ -26,12 +28,13 @@ def register_methods(merge_methods: ModuleType) -> None:
 def take_over_run_merge(merge: Any) -> None:
     """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package.
 
-    Its planner leaves rounding to `mediator_dense`. All other methods work as before.
+    Its planner leaves rounding to `mediator_dense`, and checks and measures for this package's other methods.
+    All other methods work as before.
     """
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):
         return
-    merge.MergePlanner = _without_rounding(merge.MergePlanner)
+    merge.MergePlanner = checking_and_measuring(_without_rounding(merge.MergePlanner))
 
     @functools.wraps(stock)
     def run_merge(
