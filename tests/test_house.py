@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"errors", "remote_code", "delta", "store", "models", "route", "share"},
     "evaluate": {"errors", "models", "methods", "merge", "serve"},
     "share": {"errors", "store", "models"},
-    "export": {"errors", "delta", "store", "models"},
+    "export": {"errors", "remote_code", "delta", "store", "models"},
     "engines": {"errors", "models", "store", "route", "serve", "export"},
     "remote": {"serve"},
     "_autoload": {"merge"},

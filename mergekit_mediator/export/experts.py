@@ -1,6 +1,6 @@
 """The change that a mixture makes to each weight of the checkpoint that is served."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -102,14 +102,22 @@ class StoredExperts:
         Raises:
             ExportError: an unknown expert.
         """
-        for name in mixture:
-            if name not in self._files:
-                known = ", ".join(self._files)
-                raise ExportError(f"unknown expert {name!r}; this artifact has {known}")
+        self.check_names(mixture)
         for weight in self.weights:
             change = self.change(weight, mixture)
             if change.parts:
                 yield change
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse names that no expert has.
+
+        Raises:
+            ExportError: an expert is unknown.
+        """
+        for name in names:
+            if name not in self._files:
+                experts = ", ".join(self._files)
+                raise ExportError(f"unknown expert {name!r}; this artifact has {experts}")
 
     def change(self, weight: str, mixture: Mapping[str, float]) -> Change:
         """The change of one weight; without parts where the mixture leaves it as it is."""

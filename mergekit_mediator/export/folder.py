@@ -1,15 +1,13 @@
 """A folder of adapters, one for each expert, and what they hold of the experts."""
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.adapter import Adapter, write_peft
 from mergekit_mediator.export.experts import StoredExperts
+from mergekit_mediator.export.new_folder import new_folder
 from mergekit_mediator.export.peft_lora import Holdable, to_adapter
 
 
@@ -77,24 +75,11 @@ def export_adapters(
     holdable = Holdable.of(experts.root)
     base = experts.manifest.base.source if experts.reference == "base" else str(experts.root)
     dtype = experts.dense.weight(experts.weights[0]).dtype
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ExportError(f"{out}: is not empty: choose another folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
-    try:
-        exported = []
+    exported = []
+    with new_folder(out) as folder:
         for name in experts.names if names is None else names:
             adapter = to_adapter(experts, {name: 1.0}, rank, holdable)
             written = adapter.of_one_rank() if one_rank else adapter
-            write_peft(written, partial / name, base, dtype)
-            exported.append(ExportedExpert.of(name, adapter, partial / name))
-        partial.chmod(0o755)
-        partial.rename(out)
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_peft(written, folder / name, base, dtype)
+            exported.append(ExportedExpert.of(name, adapter, folder / name))
     return exported
