@@ -17,6 +17,7 @@ from mergekit_mediator.errors import (
     MixtureError,
     PromptError,
     RoutingError,
+    SettingError,
 )
 from mergekit_mediator.serve.choice import mixtures_of
 from mergekit_mediator.serve.mixture import DENSE, Mixture
@@ -101,10 +102,24 @@ class Service:
             decider: routes prompts.
             adapters: of the engine.
             settings: of the service.
+
+        Raises:
+            MixtureError: the fallback is no expert.
+            SettingError: an action for requests out of distribution, and a router that does not know them.
         """
         self.experts, self.settings = experts, settings
         self._decider, self._adapters = decider, adapters
         self._answering = settings.answering()
+        self._fallback = (
+            None if settings.fallback is None else Mixture.of(settings.fallback, experts)
+        )
+        knows_far = settings.ood_threshold is not None or decider.thresholds[1] is not None
+        if settings.ood_action != "blend" and not knows_far:
+            raise SettingError(
+                f"MEDIATOR_OOD_ACTION: {settings.ood_action} needs a router that knows what is out of "
+                f"distribution, and {decider.name} does not: run `mergekit-mediator calibrate`, or set "
+                "MEDIATOR_OOD_THRESHOLD"
+            )
         self._blends: OrderedDict[Mixture, int] = OrderedDict()  # with the requests that use each
         self._lock = asyncio.Lock()
 
@@ -167,6 +182,11 @@ class Service:
     async def _route(self, body: Mapping[str, Any]) -> Resolved:
         try:
             prompts = routables(body)
+        except PromptError as error:
+            if self._fallback is not None:
+                return Resolved(name_of(self._fallback), self._fallback)
+            raise RequestError(str(error), 400, "BadRequestError", "messages") from error
+        try:
             decision = await self._decider.decide(prompts, self._answering.route_on)
             weights = mixtures_of(
                 decision, self._answering, self._decider.thresholds, self.experts
