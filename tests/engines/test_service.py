@@ -7,7 +7,7 @@ from fake_engine import EXPERTS, FakeEngine
 
 from mergekit_mediator.engines.service import RequestError
 from mergekit_mediator.engines.settings import ServiceSettings
-from mergekit_mediator.errors import ExportError, SettingError
+from mergekit_mediator.errors import ExportError, MixtureError, SettingError
 
 
 @pytest.fixture
@@ -69,6 +69,20 @@ def test_far_requests_get_the_action_that_is_set(fake):
     assert refusal.value.status == 400
     assert refusal.value.body()["error"]["type"] == "BadRequestError"
     assert ask(service(fake, ood_action="blend"), "auto").name == "dense"  # too far for any expert
+
+
+def test_a_request_without_text_gets_the_fallback_if_there_is_one(fake):
+    assert ask(service(fake, fallback="chat"), "auto", {"prompt": " "}).name == "chat"
+    assert ask(service(fake, fallback="dense"), "auto", {"input": []}).name == "dense"
+
+
+def test_settings_that_no_request_could_be_answered_with_are_refused_at_the_start(fake):
+    with pytest.raises(MixtureError, match="unknown expert 'law'"):
+        service(fake, fallback="law")
+    fake.thresholds = (0.5, None)
+    with pytest.raises(SettingError, match=r"refuse needs a router that knows .*fake does not"):
+        service(fake, ood_action="refuse")
+    assert ask(service(fake, ood_action="refuse", ood_threshold=1.0), "auto").name == "math"
 
 
 def test_a_router_without_a_distance_says_none(fake):
