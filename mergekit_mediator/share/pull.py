@@ -163,6 +163,7 @@ def fetch_manifest(source: str | Path, revision: str | None = None) -> Manifest:
 def _fetch(
     name: str, revision: str | None, files: Sequence[str], options: Mapping[str, Any]
 ) -> Path:
+    """Fetch files of a repository into the cache; return the cache's directory of the commit."""
     with failures(name, revision, [file for file in files if file != MANIFEST]):
         patterns = [escape(file) for file in files]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
