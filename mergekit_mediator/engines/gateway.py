@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Literal
+from urllib.parse import quote
 
 import httpx
 from fastapi import FastAPI, Request
@@ -151,6 +152,8 @@ def gateway_app(
     @app.post("/v1/{path:path}")
     async def forward(request: Request, path: str) -> Response:
         try:
+            if ".." in path.split("/"):  # engines protect paths below /v1 alone by their API key
+                raise RequestError("the path leads out of /v1", 404, "NotFoundError")
             body = await read_body(request.receive, LARGEST_BODY)
             if body is None:
                 limit = f"a body of at most {LARGEST_BODY >> 20} MiB is required, got a larger one"
@@ -189,7 +192,7 @@ async def _forwarded(
         if attempt:
             retries.inc()
         query = f"?{request.url.query}" if request.url.query else ""
-        url = f"{replica.url}/v1/{path}{query}"
+        url = f"{replica.url}/v1/{quote(path)}{query}"
         forwarded = client.build_request("POST", url, headers=headers, content=body)
         with replica.answering():  # until its answer begins; a stream counts itself
             try:

@@ -82,7 +82,7 @@ class ServiceSettings(BaseModel):
             if first["type"] == "extra_forbidden":
                 names = ", ".join(_PREFIX + field.upper() for field in cls.model_fields)
                 raise SettingError(
-                    f"{name}: there is no such setting: choose of {names}"
+                    f"{name}: there is no such setting: the settings are {names}"
                 ) from error
             raise SettingError(f"{name}: {first['msg']}, got {first['input']!r}") from error
         settings.answering()  # refuses a wrong value at the start, before the first request

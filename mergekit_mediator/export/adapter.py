@@ -165,19 +165,30 @@ def read_peft(folder: Path) -> Adapter:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads(file.metadata()[_ABOUT])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read: {error}") from error
-    modules = {}
-    for module, (norm, squared_error) in about["squares"].items():
-        kind: Kind = "linear"
-        start = f"{_PREFIX}{module}.lora_"
-        if f"{start}A.weight" in tensors:
-            left, right = tensors[f"{start}B.weight"], tensors[f"{start}A.weight"].T
-        else:
-            kind = "embedding"
-            left, right = tensors[f"{start}embedding_A"].T, tensors[f"{start}embedding_B"]
-        modules[module] = Factors(kind, LowRank(left.float(), right.float(), norm, squared_error))
-    return Adapter(modules, tuple(about["dropped"]), about["energy"])
+        modules = {
+            module: _from_peft(module, tensors, norm, error)
+            for module, (norm, error) in about["squares"].items()
+        }
+        return Adapter(modules, tuple(about["dropped"]), about["energy"])
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{path}: cannot be read as an adapter of mergekit-mediator: {first_line(error)}: delete the "
+            "folder, and it is written again"
+        ) from error
+
+
+def _from_peft(
+    module: str, tensors: Mapping[str, Tensor], squared_norm: float, squared_error: float
+) -> Factors:
+    """Read a module's factors from PEFT's tensors; a transposed matrix comes back as a linear one."""
+    kind: Kind = "linear"
+    start = f"{_PREFIX}{module}.lora_"
+    if f"{start}A.weight" in tensors:
+        left, right = tensors[f"{start}B.weight"], tensors[f"{start}A.weight"].T
+    else:
+        kind = "embedding"
+        left, right = tensors[f"{start}embedding_A"].T, tensors[f"{start}embedding_B"]
+    return Factors(kind, LowRank(left.float(), right.float(), squared_norm, squared_error))
 
 
 def _as_peft(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import pytest
 from fake_engine import EXPERTS, FakeEngine
 from fake_upstream import FakeUpstream
 from local_servers import running
+from starlette.responses import Response
+from starlette.routing import Route
 
 from mergekit_mediator.engines import gateway
 from mergekit_mediator.engines.gateway import gateway_app
@@ -137,6 +139,34 @@ def test_a_body_that_is_no_json_is_forwarded_as_it_is_and_the_next_request_works
     response = httpx.post(f"{cluster.address}/v1/completions", content=body)
     assert response.status_code == 500  # the engine's own answer
     assert cluster.text().choices
+
+
+@pytest.mark.parametrize("path", ["%2e%2e/admin", "x/%2e%2e/%2e%2e/admin", "..%2Fadmin"])
+def test_no_path_leads_out_of_the_api_of_an_engine(cluster, path):
+    asked = []
+
+    async def admin(request):
+        asked.append(request.url.path)
+        return Response()
+
+    for upstream in cluster.upstreams:
+        upstream.app.router.routes.append(Route("/admin", admin, methods=["POST"]))
+    response = httpx.post(f"{cluster.address}/v1/{path}", json={})
+    assert (response.status_code, asked) == (404, [])
+    assert response.json()["error"]["message"] == "the path leads out of /v1"
+
+
+def test_a_path_reaches_the_engine_as_it_came(cluster):
+    asked = []
+
+    async def answer(request):
+        asked.append(request.url.path)
+        return Response()
+
+    for upstream in cluster.upstreams:
+        upstream.app.router.routes.insert(0, Route("/v1/a?b", answer, methods=["POST"]))
+    httpx.post(f"{cluster.address}/v1/a%3Fb", json={"model": "math"})
+    assert asked == ["/v1/a%3Fb"]
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:y"])
