@@ -80,7 +80,7 @@ def _prompts(prompt: Any) -> list[Routable]:
 
 
 def _text(text: str, where: str) -> str:
-    """Refuse a text that routing cannot read."""
+    """Return a text, and refuse one that routing cannot read."""
     if not text.strip():
         raise PromptError(f"{where}: no text to route by: name a model instead of `auto`")
     try:

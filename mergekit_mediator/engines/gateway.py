@@ -6,32 +6,28 @@ the first byte of its answer, another engine answers. If it fails later, the cli
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Literal
-from urllib.parse import quote
 
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 
 from mergekit_mediator.engines.bodies import LARGEST_BODY, json_object, read_body
 from mergekit_mediator.engines.conversation import routables
 from mergekit_mediator.engines.deciders import Decider
+from mergekit_mediator.engines.forward import forward_request
 from mergekit_mediator.engines.middleware import RouteRequests, Scope
 from mergekit_mediator.engines.names import AUTO, check_names, name_of
-from mergekit_mediator.engines.replicas import Replica, Replicas
+from mergekit_mediator.engines.replicas import Replicas
 from mergekit_mediator.engines.service import RequestError, Service
 from mergekit_mediator.engines.settings import ServiceSettings
 from mergekit_mediator.errors import EngineError, PromptError
 from mergekit_mediator.serve.mixture import DENSE_NAME, Mixture
 
 Affinity = Literal["conversation", "adapter"]
-# Headers that belong to one connection, and headers that the HTTP libraries write themselves.
-_OF_CONNECTIONS = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer"}
-_OF_LIBRARIES = {"host", "content-length", "accept-encoding", "content-encoding", "date", "server"}
-_AWAY = {502, 503, 504}  # the statuses of proxies without an engine, and of engines that start
 _SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
@@ -160,7 +156,7 @@ def gateway_app(
                 raise RequestError(limit, 413, "BadRequestError")
             model, conversation = _about(body)
             order = replicas.order(model, model if affinity == "adapter" else conversation)
-            response = await _forwarded(client, order, request, path, body, retries)
+            response = await forward_request(client, order, request, path, body, retries)
         except RequestError as error:
             response = JSONResponse(error.body(), error.status)
         requests.labels(str(response.status_code)).inc()
@@ -171,68 +167,6 @@ def gateway_app(
 
     app.add_middleware(RouteRequests, service=service_of)
     return app
-
-
-async def _forwarded(
-    client: httpx.AsyncClient,
-    order: list[Replica],
-    request: Request,
-    path: str,
-    body: bytes,
-    retries: Counter,
-) -> Response:
-    """Return the answer of the first engine that begins one.
-
-    Raises:
-        RequestError: no engine answers.
-    """
-    headers = _passed(request.headers)
-    reason = "there is no engine"
-    for attempt, replica in enumerate(order):
-        if attempt:
-            retries.inc()
-        query = f"?{request.url.query}" if request.url.query else ""
-        url = f"{replica.url}/v1/{quote(path)}{query}"
-        forwarded = client.build_request("POST", url, headers=headers, content=body)
-        with replica.answering():  # until its answer begins; a stream counts itself
-            try:
-                answer = await client.send(forwarded, stream=True)
-                if answer.status_code in _AWAY:
-                    await answer.aread()
-                    await answer.aclose()
-                    reason = f"{replica.url} answers with status {answer.status_code}"
-                    continue
-                return await _begun(answer, replica)
-            except httpx.TransportError as error:
-                replica.alive = False
-                reason = f"{replica.url}: {type(error).__name__}: {error}"
-    raise RequestError(f"no engine answers: {reason}", 503, "ServiceUnavailableError")
-
-
-async def _begun(answer: httpx.Response, replica: Replica) -> Response:
-    """Wait for the first bytes of a stream, or for the whole of any other answer.
-
-    Raises:
-        httpx.TransportError: the engine fails before.
-    """
-    headers = _passed(answer.headers)
-    if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-        content = await answer.aread()
-        await answer.aclose()
-        return Response(content, answer.status_code, headers)
-    parts = answer.aiter_bytes()
-    first = await anext(parts, b"")
-
-    async def stream() -> AsyncIterator[bytes]:
-        with replica.answering():
-            try:
-                yield first
-                async for part in parts:
-                    yield part
-            finally:
-                await answer.aclose()
-
-    return StreamingResponse(stream(), answer.status_code, headers)
 
 
 def _about(body: bytes) -> tuple[str, str]:
@@ -246,12 +180,6 @@ def _about(body: bytes) -> tuple[str, str]:
         model = str(fields.get("model", ""))
         opening = repr(routables(fields)[0]).encode()
     return model, hashlib.sha256(opening).hexdigest()
-
-
-def _passed(headers: Mapping[str, str]) -> dict[str, str]:
-    """Select the headers that pass through the gateway."""
-    blocked = _OF_CONNECTIONS | _OF_LIBRARIES
-    return {name: value for name, value in headers.items() if name.lower() not in blocked}
 
 
 def _check_template(template: str) -> None:

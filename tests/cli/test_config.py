@@ -104,7 +104,7 @@ def test_no_file_has_references_that_people_must_resolve(artifact, tool):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compose", "nowhere/at-all"], "neither a directory nor a repository"),
+        (["compose", "nowhere/at-all"], "is not in the cache, and the Hub cannot be reached"),
         (["nomad", "OUT"], "'nomad' is not one of"),
         (["vllm", "{artifact}", "--rank", "1000"], "vLLM takes at most 512"),
     ],

@@ -160,13 +160,14 @@ def test_a_path_reaches_the_engine_as_it_came(cluster):
     asked = []
 
     async def answer(request):
-        asked.append(request.url.path)
+        asked.append((request.scope["path"], request.scope["query_string"]))
         return Response()
 
     for upstream in cluster.upstreams:
         upstream.app.router.routes.insert(0, Route("/v1/a?b", answer, methods=["POST"]))
-    httpx.post(f"{cluster.address}/v1/a%3Fb", json={"model": "math"})
-    assert asked == ["/v1/a%3Fb"]
+    for query in ("", "?c=1"):
+        httpx.post(f"{cluster.address}/v1/a%3Fb{query}", json={"model": "math"})
+    assert asked == [("/v1/a?b", b""), ("/v1/a?b", b"c=1")]
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:y"])

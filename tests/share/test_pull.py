@@ -217,5 +217,5 @@ def test_the_stock_class_with_remote_code_fetches_what_it_needs(pushed):
 
 def experts_fetched(hub):
     """The experts whose files were downloaded, in order."""
-    found = [re.fullmatch(r"mediator/experts/(\w+)\.safetensors", name) for name in hub.fetched()]
-    return [match[1] for match in found if match]
+    matches = [re.fullmatch(r"mediator/experts/(\w+)\.safetensors", name) for name in hub.fetched()]
+    return [match[1] for match in matches if match]
