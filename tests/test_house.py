@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"errors", "models", "methods", "merge", "serve"},
     "share": {"errors", "store", "models"},
     "export": {"errors", "remote_code", "delta", "store", "models"},
-    "engines": {"errors", "models", "store", "route", "serve", "export"},
+    "engines": {"errors", "models", "store", "route", "serve", "share", "export"},
     "remote": {"serve"},
     "_autoload": {"merge"},
     "_build": set(),

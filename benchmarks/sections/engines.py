@@ -2,6 +2,9 @@
 
 from sections.markdown import load, table
 
+# Of the simulated clusters, those on the page: requests a second and engines.
+SHOWN = ((100, 4), (100, 32), (1000, 32))
+
 
 def serving() -> str:
     """Answers, throughput and latency on a real vLLM."""
@@ -51,6 +54,8 @@ def replicas() -> str:
     keys = ("adapters_per_replica", "card_misses", "disk_loads", "turns_kept", "added_p99_s")
     rows = []
     for row in figures["rows"]:
+        if (row["rate"], row["replicas"]) not in SHOWN:
+            continue
         first, *parts, last = (row[key] for key in keys)
         cells = [f"{first:.0f}", *(f"{100 * part:.1f}" for part in parts), f"{1000 * last:.0f}"]
         about = [str(row[key]) for key in ("experts", "rate", "replicas", "policy")]

@@ -1,4 +1,4 @@
-"""The command `export`: an artifact's experts as adapters that other tools load."""
+"""The command `export`: write an artifact's experts as adapters that other tools load."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mergekit_mediator.cli import tables
+from mergekit_mediator.cli import options, tables
 from mergekit_mediator.export.experts import Reference, StoredExperts
 from mergekit_mediator.export.folder import ExportedExpert, export_adapters
 from mergekit_mediator.export.start_commands import (
@@ -17,11 +17,11 @@ from mergekit_mediator.export.start_commands import (
 from mergekit_mediator.store.manifest import read_manifest, verify_files
 
 _COMMANDS = {"vllm": vllm_command, "sglang": sglang_command, "llama.cpp": llama_cpp_commands}
-_OF_ONE_RANK = {"sglang", "llama.cpp"}  # they take one rank for all modules of an adapter
+_OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all modules of an adapter
 
 
 @click.command()
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=options.directory)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -29,14 +29,14 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # they take one rank for all modules of 
     type=click.Choice(["peft", "vllm", "sglang", "llama.cpp"]),
     default="peft",
     show_default=True,
-    help="All write PEFT adapters; the others also print the engine's commands.",
+    help="The tool that loads the adapters; for an engine, its commands are printed too.",
 )
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="The largest rank; an expert of a smaller rank keeps its own.",
+    help="The largest rank of an adapter; an expert of a smaller rank keeps its own rank.",
 )
 @click.option(
     "--relative-to",
@@ -46,8 +46,8 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # they take one rank for all modules of 
     show_default=True,
     help="The model that the adapters are added to: OUT, or the base that it was merged from.",
 )
-@click.option("--expert", "names", multiple=True, help="This expert only; may be repeated.")
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@click.option("--expert", "names", multiple=True, help="Export this expert only; may be repeated.")
+@options.as_json
 def export(
     out: Path,
     folder: Path,
@@ -59,8 +59,8 @@ def export(
 ) -> None:
     """Write the experts of the artifact in OUT to FOLDER as LoRA adapters, one folder each.
 
-    An adapter holds what its rank can hold of the changed matrices, and no norm and no bias. The table
-    says what is left out.
+    An adapter holds the changed matrices as far as its rank allows, and neither norms nor biases. The table
+    shows how much of each expert is left out.
 
     Example: mergekit-mediator export OUT adapters --format vllm --rank 64
     """
@@ -79,6 +79,7 @@ def export(
 
 
 def _report(exported: list[ExportedExpert]) -> str:
+    """Make the table of the adapters."""
     rows = [
         [
             expert.name,

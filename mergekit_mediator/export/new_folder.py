@@ -21,7 +21,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ExportError(f"{out}: is not empty: choose another folder")
+            raise ExportError(
+                f"{out}: an empty folder is required, it is not empty: choose another folder"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:

@@ -83,6 +83,11 @@ def test_the_start_command_of_an_engine_names_rank_modules_and_adapters(out, tmp
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["code"]
 
 
+def test_an_expert_that_is_named_twice_is_exported_once(out, tmp_path):
+    told = figures("export", out, tmp_path / "a", "--expert", "code", "--expert", "code")
+    assert [expert["name"] for expert in told["experts"]] == ["code"]
+
+
 def test_llama_cpp_is_told_to_convert_and_to_start_with_all_adapters_off(out, tmp_path):
     folder = tmp_path / "adapters"
     command = figures("export", out, folder, "--format", "llama.cpp")["command"]

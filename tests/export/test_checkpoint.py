@@ -71,6 +71,8 @@ def test_a_folder_that_is_not_empty_is_refused(family, merged, tmp_path):
     experts = StoredExperts(merged(family.config(route="all", density=0.3)))
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match="plain: is not empty: choose another folder"):
+    with pytest.raises(
+        ExportError, match="plain: an empty folder is required, it is not empty: choose"
+    ):
         export_checkpoint(experts, {"math": 1.0}, tmp_path / "plain")
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["notes.txt"]
