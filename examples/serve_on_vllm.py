@@ -27,10 +27,13 @@ def main() -> None:
     parser.add_argument("--vllm", default="vllm", help="the command of vLLM")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument(
+        "--max-model-len", type=int, default=1024, help="prompt and answer, in tokens"
+    )
     arguments = parser.parse_args()
 
     prompts = arguments.prompts or prompts_of_the_demo()
-    with served(arguments.vllm, arguments.artifact, arguments.port) as address:
+    with served(arguments) as address:
         client = openai.OpenAI(base_url=address, api_key="none")
         print("models:  ", ", ".join(model.id for model in client.models.list()), "\n")
         for prompt in prompts:
@@ -54,12 +57,14 @@ def prompts_of_the_demo() -> list[str]:
 
 
 @contextmanager
-def served(vllm: str, artifact: str, port: int) -> Iterator[str]:
+def served(arguments: argparse.Namespace) -> Iterator[str]:
     """A vLLM server of an artifact; gives the address of its OpenAI routes."""
-    command = [vllm, "serve", artifact, "--port", str(port), "--host", "127.0.0.1"]
+    port = arguments.port
+    command = [arguments.vllm, "serve", arguments.artifact, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", str(arguments.max_model_len)]
     command += ["--enable-lora", "--max-loras", "6", "--max-lora-rank", "64"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "VLLM_PLUGINS": "mediator"}
-    server = subprocess.Popen([*command, "--max-model-len", "1024"], env=environment)
+    server = subprocess.Popen(command, env=environment)
     try:
         while not answers(f"http://127.0.0.1:{port}/health"):
             if server.poll() is not None:
