@@ -111,7 +111,7 @@ def adapters_for(
 
     adapters: dict[ModelReference, Mapping[str, Factors]] = {}
     for model in inputs.experts:
-        factors = read_adapter(_directory(model), base)
+        factors = read_adapter(adapter_directory(model), base)
         names = {w.names[model].name for w in weights if not w.is_aligned}
         if factors is None or not names.issuperset(factors):
             return {}
@@ -119,7 +119,8 @@ def adapters_for(
     return adapters
 
 
-def _directory(model: ModelReference) -> Path:
+def adapter_directory(model: ModelReference) -> Path:
+    """Where the files of a model's adapter are on this machine; downloads them as needed."""
     path = Path(model.lora.path)
     if path.is_dir():
         return path

@@ -11,7 +11,7 @@ from mergekit_mediator.merge.parameters import check_known, shared_parameters, s
 
 
 def check_parameters(config: MergeConfiguration, spec: MergeMethodSpec) -> None:
-    """Refuse what mergekit would pass over, or refuse in many lines.
+    """Refuse parameters that mergekit would pass over, or refuse in many lines.
 
     Args:
         config: of a merge with this method.
@@ -20,7 +20,7 @@ def check_parameters(config: MergeConfiguration, spec: MergeMethodSpec) -> None:
     Raises:
         ConfigError: no base model, an unknown or misplaced parameter, or one with a value that it cannot have.
     """
-    if config.base_model is None:
+    if config.base_model is None and not any(s.base_model for s in config.slices or ()):
         raise ConfigError(f"base_model: required by merge_method: {spec.name}, but not given")
     known = {parameter.name: parameter for parameter in spec.parameters}
     for where, parameters in shared_parameters(config):

@@ -11,6 +11,7 @@ import click
 from mergekit_mediator.errors import MediatorError
 from mergekit_mediator.merge.task_vectors import checking_and_measuring
 from mergekit_mediator.methods.data_free import DATA_FREE
+from mergekit_mediator.methods.lora_lego import METHOD as LORA_LEGO
 from mergekit_mediator.methods.mediator import METHOD, Mediator
 from mergekit_mediator.methods.mediator_dense import MediatorDense
 
@@ -28,8 +29,8 @@ def register_methods(merge_methods: ModuleType) -> None:
 def take_over_run_merge(merge: Any) -> None:
     """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package.
 
-    Its planner leaves rounding to `mediator_dense`, and checks and measures for this package's other methods.
-    All other methods work as before.
+        `lora_lego` is handed over, too. mergekit's planner leaves rounding to `mediator_dense`, and checks and measures
+    for this package's other methods. mergekit's own methods work as before.
     """
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):
@@ -46,6 +47,10 @@ def take_over_run_merge(merge: Any) -> None:
                 from mergekit_mediator.merge.run import run
 
                 run(merge_config, out_path, options, config_source)
+            elif merge_config.merge_method == LORA_LEGO:
+                from mergekit_mediator.merge.lora_lego import run as run_lora_lego
+
+                run_lora_lego(merge_config, out_path)
             else:
                 stock(merge_config, out_path, options=options, config_source=config_source)
         except MediatorError as error:

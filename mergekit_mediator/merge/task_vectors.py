@@ -1,4 +1,4 @@
-"""mergekit's planner for this package's methods of task vectors: parameters are checked, figures are measured."""
+"""A planner for this package's methods of task vectors: it checks parameters and measures figures."""
 
 import functools
 import tempfile
@@ -31,7 +31,7 @@ from mergekit_mediator.methods.whole_model import FIGURES, WholeModelMethod
 
 
 def checking_and_measuring(stock: Any) -> Any:
-    """Mergekit's planner, which checks the parameters of `TaskVectorMethod` and measures for `WholeModelMethod`.
+    """Let mergekit's planner check the parameters of a `TaskVectorMethod`, and measure for a `WholeModelMethod`.
 
     Args:
         stock: the class `MergePlanner`.
@@ -93,7 +93,6 @@ class _OnDisk:
         self.scratch: MutableMapping[str, Tensor] | None = _Scratch()
 
     def __iter__(self) -> Iterator[tuple[ModelWeight, Mapping[str, Any]]]:
-        LoaderCache().flush_all()
         for task in tqdm(
             self._tasks, desc=f"measure for {self._method}", disable=self._options.quiet
         ):
@@ -104,6 +103,7 @@ class _OnDisk:
                 del group  # the task vectors are all that is needed from here on
                 yield weight, parameters
                 del weight
+        LoaderCache().flush_all()  # mapped files stay in memory as far as they were read
 
     def _load(self, task: ExecuteMergeMethodTask) -> TensorGroup | None:
         """The tensors of one weight; None of a buffer, or of no values.

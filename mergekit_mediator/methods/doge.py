@@ -1,6 +1,6 @@
 """`doge`: task vectors that share one change, which makes them interfere least outside their common directions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_mediator.methods.order_statistics import flat_chunks, order_statistics
-from mergekit_mediator.methods.singular import leading_triples
+from mergekit_mediator.methods.singular import leading_triples, row_blocks
 from mergekit_mediator.methods.task_vector_method import (
     Fraction,
     ModelWeight,
@@ -69,7 +69,8 @@ class Doge(WholeModelMethod):
         change = shared_change(taus, factors, common_subspace(taus, parameters["subspace"]))
         merged = torch.zeros_like(change)
         for tau, factor, limit in zip(taus, factors, limits, strict=True):
-            merged.add_((tau + change).mul_(tau.abs() >= limit).mul_(factor))
+            kept = tau.abs().ge_(limit).mul_(factor)
+            merged.addcmul_(tau, kept).addcmul_(change, kept)
         return merged
 
 
@@ -105,28 +106,37 @@ def shared_change(taus: Tensor, factors: Tensor, subspace: Tensor) -> Tensor:
     Returns:
         `[m, n]` float32.
     """
-    total = torch.einsum("t,tmn->mn", factors, taus)
-    rows = torch.einsum("tmn,smn->mts", taus, taus)
-    wanted = rows.diagonal(dim1=1, dim2=2) - torch.einsum("tmn,mn->mt", taus, total)
+    blocks = row_blocks(taus.shape[1])
     scale = float(factors.sum())
-    ridge = _RIDGE * float(rows.diagonal(dim1=1, dim2=2).mean()) * scale**2
+    rows, wanted = [], []
+    for block in blocks:
+        part = taus[:, block].transpose(0, 1)
+        inner = part @ part.mT
+        rows.append(inner)
+        wanted.append(inner.diagonal(dim1=1, dim2=2) - inner @ factors)
+    systems = torch.cat(rows).mul_(scale**2)
+    ridge = _RIDGE * float(systems.diagonal(dim1=1, dim2=2).mean())
+    delta = torch.zeros_like(taus[0])
     if not ridge:
-        return torch.zeros_like(total)
+        return delta
 
     def change(answer: Tensor) -> Tensor:
-        delta = torch.einsum("mt,tmn->mn", answer, taus).mul_(scale)
+        for block in blocks:
+            delta[block] = torch.einsum("mt,tmn->mn", answer[block] * scale, taus[:, block])
         return delta.sub_(subspace @ (subspace.mT @ delta))
 
     def apply(answer: Tensor) -> Tensor:
-        return scale * torch.einsum("tmn,mn->mt", taus, change(answer)) + ridge * answer
+        change(answer)
+        sides = [torch.einsum("tmn,mn->mt", taus[:, block], delta[block]) for block in blocks]
+        return torch.cat(sides).mul_(scale).add_(answer, alpha=ridge)
 
-    blocks = rows * scale**2
-    blocks.diagonal(dim1=1, dim2=2).add_(ridge)
-    inverse = torch.linalg.inv(blocks)
-    return change(_conjugate_gradients(apply, wanted, inverse))
+    systems.diagonal(dim1=1, dim2=2).add_(ridge)
+    return change(_conjugate_gradients(apply, torch.cat(wanted), torch.linalg.inv(systems)))
 
 
-def _conjugate_gradients(apply: Any, wanted: Tensor, inverse: Tensor) -> Tensor:
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], wanted: Tensor, inverse: Tensor
+) -> Tensor:
     """Solve a positive definite system with small blocks as its preconditioner.
 
     Args:

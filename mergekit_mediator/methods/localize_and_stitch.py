@@ -43,8 +43,8 @@ class LocalizeAndStitch(WholeModelMethod):
     def combine(self, weight: ModelWeight, parameters: Mapping[str, Any]) -> Tensor:
         """See the class."""
         limits = parameters[FIGURES].to(weight.taus.device)
-        merged = [
-            (part * (kept := part.abs() > limits)).sum(dim=0) / kept.sum(dim=0).clamp(min=1)
-            for part in flat_chunks(weight.taus)
-        ]
-        return torch.cat(merged).view(weight.base.shape)
+        merged = torch.empty_like(weight.taus[0])
+        for out, part in zip(flat_chunks(merged[None]), flat_chunks(weight.taus), strict=True):
+            kept = part.abs() > limits
+            torch.div((part * kept).sum(dim=0), kept.sum(dim=0).clamp(min=1), out=out[0])
+        return merged

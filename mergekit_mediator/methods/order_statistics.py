@@ -68,6 +68,6 @@ def _value(keys: Tensor) -> Tensor:
 
 
 def _histogram(digits: Tensor) -> Tensor:
-    """How often each digit occurs in each row, `[rows, 65536]` int64."""
+    """Count how often each digit occurs in each row, `[rows, 65536]` int64."""
     rows = torch.arange(len(digits), device=digits.device, dtype=digits.dtype)[:, None] * _HALF
     return torch.bincount((digits + rows).flatten(), minlength=len(digits) * _HALF).view(-1, _HALF)

@@ -79,23 +79,23 @@ class Pcb(WholeModelMethod):
     def combine(self, weight: ModelWeight, parameters: Mapping[str, Any]) -> Tensor:
         """See the class."""
         limits = parameters[FIGURES].to(weight.taus.device)
-        merged = []
-        for part in flat_chunks(weight.taus):
+        merged = torch.empty_like(weight.taus[0])
+        for out, part in zip(flat_chunks(merged[None]), flat_chunks(weight.taus), strict=True):
             score = scores(part, limits.least, limits.most)
             above = (score - limits.threshold).clamp_(min=0)
             share = above / (limits.best - limits.threshold).clamp(min=_TINY)
             clamped = part.sign() * part.abs().clamp(limits.least, limits.most)
-            merged.append((clamped * share).sum(dim=0) / share.sum(dim=0).clamp(min=1e-12))
-        return torch.cat(merged).view(weight.base.shape)
+            torch.div((clamped * share).sum(dim=0), share.sum(dim=0).clamp(min=1e-12), out=out[0])
+        return merged
 
 
 def scores(taus: Tensor, least: Tensor, most: Tensor) -> Tensor:
-    """Score each parameter by its weight for each expert and for all together.
+    """Score how much each parameter matters to each expert, and to all.
 
     Args:
         taus: `[experts, n]` float32.
-        least: the lower limit of magnitudes, `[experts, 1]`.
-        most: the upper limit of magnitudes, `[experts, 1]`.
+        least: the limit of magnitudes from below, `[experts, 1]`.
+        most: the limit from above, `[experts, 1]`.
 
     Returns:
         `[experts, n]` float32.

@@ -46,8 +46,7 @@ class RTsvm(TaskVectorMethod):
         parts = (densities.double() / total * side).tolist()
         # the small addend: equal shares of a side must not be cut by rounding
         ranks = [max(1, int(part + 1e-6)) for part in parts]
-        reweighted = weight.taus * (tails / tails.mean())[:, None, None]
-        return orthogonal_sum(reweighted, ranks)
+        return orthogonal_sum(weight.taus, ranks, tails / tails.mean())
 
 
 def tail(tau: Tensor, deviations: float) -> Tensor:

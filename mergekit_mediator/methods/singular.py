@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# Of the largest eigenvalue: what lies below it is rounding, and counts as no direction at all.
-_NOTHING = 1e-12
+# So many rows are worked on at once: embeddings have many, and copies in float64 take memory.
+_ROWS = 4096
 
 
 def wide(matrix: Tensor) -> Tensor:
@@ -29,15 +29,13 @@ def leading_triples(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] < matrix.shape[1]:
         right, values, left = leading_triples(matrix.mT, rank)
         return left, values, right
-    taller = wide(matrix)
-    squares, vectors = torch.linalg.eigh(taller.mT @ taller)
+    squares, vectors = torch.linalg.eigh(gram(matrix))
     vectors = vectors[:, -rank:].flip(1)
-    left = taller @ vectors
+    left = times(matrix, vectors)
     values = left.norm(dim=0)
-    present = squares[-rank:].flip(0) > _NOTHING * squares[-1].clamp(min=0)
-    left = left * torch.where(present, 1 / values, torch.zeros_like(values))
-    values = torch.where(present, values, torch.zeros_like(values))
-    return left.to(torch.float32), values.to(torch.float32), vectors.to(torch.float32)
+    present = _present(squares)[-rank:].flip(0)
+    left.mul_(torch.where(present, 1 / values, torch.zeros_like(values)))
+    return left, values * present, vectors.to(torch.float32)
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -51,9 +49,50 @@ def orthonormal(matrix: Tensor) -> Tensor:
     Returns:
         `[m, n]` float32.
     """
-    columns = wide(matrix)
-    squares, vectors = torch.linalg.eigh(columns.mT @ columns)
-    present = squares > _NOTHING * squares[-1].clamp(min=0)
+    squares, vectors = torch.linalg.eigh(gram(matrix))
+    present = _present(squares)
     inverse = torch.where(present, squares, torch.ones_like(squares)).rsqrt() * present
-    polar: Tensor = columns @ ((vectors * inverse) @ vectors.mT)
-    return polar.to(torch.float32)
+    return times(matrix, (vectors * inverse) @ vectors.mT)
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """XᵀX.
+
+    Args:
+        matrix: `[m, n]` float32.
+
+    Returns:
+        `[n, n]`, in the dtype of `wide`.
+    """
+    total = wide(matrix.new_zeros(matrix.shape[1], matrix.shape[1]))
+    for rows in row_blocks(len(matrix)):
+        wider = wide(matrix[rows])
+        total.addmm_(wider.mT, wider)
+    return total
+
+
+def times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """A product that is rounded once.
+
+    Args:
+        matrix: `[m, n]` float32.
+        factor: `[n, k]`, in the dtype of `wide`.
+
+    Returns:
+        `[m, k]` float32.
+    """
+    product = matrix.new_empty(matrix.shape[0], factor.shape[1])
+    for rows in row_blocks(len(matrix)):
+        product[rows] = wide(matrix[rows]) @ factor
+    return product
+
+
+def _present(squares: Tensor) -> Tensor:
+    """Tell which ascending eigenvalues of a Gram matrix are more than rounding."""
+    rounding = 10 * len(squares) * torch.finfo(squares.dtype).eps
+    return squares > squares[-1].clamp(min=0) * rounding
+
+
+def row_blocks(count: int) -> list[slice]:
+    """Slices that cover so many rows, each few enough to be copied."""
+    return [slice(first, first + _ROWS) for first in range(0, count, _ROWS)]

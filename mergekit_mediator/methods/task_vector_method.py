@@ -1,4 +1,4 @@
-"""The common part of methods of task vectors: the base model plus λ times one merged task vector, in float32."""
+"""The base class of methods of task vectors: the base model plus λ times one merged task vector, in float32."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ class ModelWeight:
 
 @dataclass(frozen=True)
 class UnreadWeight:
-    """The name, shape and parameters of one weight before it is read.
+    """One weight before it is read.
 
     Attributes:
         name: of the weight.
@@ -111,7 +111,7 @@ class TaskVectorMethod(GroupMergeMethod):  # type: ignore[misc]
             parameters: of this weight, by name.
 
         Returns:
-            The merged task vector `[*shape]` float32.
+            The merged task vector `[*shape]` float32, which the caller may change.
 
         Raises:
             ConfigError: a parameter does not fit this weight.
@@ -143,8 +143,8 @@ class TaskVectorMethod(GroupMergeMethod):  # type: ignore[misc]
             return base
         weight = model_weight(group, parameters)
         merged = weight.taus[0] if len(weight.taus) == 1 else self.combine(weight, parameters)
-        result = base.to(torch.float32).add(merged, alpha=parameters["lambda"])
-        return narrowed(result, base.dtype, weight.name)
+        del weight  # the task vectors are as large as all inputs
+        return narrowed(merged.mul_(parameters["lambda"]).add_(base), base.dtype, name_of(group))
 
 
 def model_weight(group: TensorGroup, parameters: Mapping[str, Any]) -> ModelWeight:

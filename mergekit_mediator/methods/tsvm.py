@@ -45,22 +45,28 @@ class Tsvm(TaskVectorMethod):
         count = len(weight.taus)
         # a checkpoint without headers is read unchecked
         rank = min(side, rank or max(1, side // count))
-        return orthogonal_sum(weight.taus, [rank] * count)
+        return orthogonal_sum(weight.taus, [rank] * count, torch.ones(count))
 
 
-def orthogonal_sum(taus: Tensor, ranks: Sequence[int]) -> Tensor:
+def orthogonal_sum(taus: Tensor, ranks: Sequence[int], factors: Tensor) -> Tensor:
     """U⊥ diag(S) V⊥ᵀ of the leading triples of several matrices.
 
     Args:
         taus: `[experts, m, n]` float32.
         ranks: how many triples of each, from 1 to the smaller side.
+        factors: of the singular values of each, `[experts]`.
 
     Returns:
         `[m, n]` float32.
     """
-    triples = [leading_triples(tau, rank) for tau, rank in zip(taus, ranks, strict=True)]
-    left, values, right = (torch.cat(parts, dim=-1) for parts in zip(*triples, strict=True))
-    return (orthonormal(left) * values) @ orthonormal(right).mT
+    lefts, values, rights = [], [], []
+    for tau, rank, factor in zip(taus, ranks, factors.tolist(), strict=True):
+        left, of_tau, right = leading_triples(tau, rank)
+        lefts.append(left)
+        values.append(of_tau * factor)
+        rights.append(right)
+    outer = orthonormal(torch.cat(lefts, dim=1)).mul_(torch.cat(values))
+    return outer @ orthonormal(torch.cat(rights, dim=1)).mT
 
 
 def check_rank(weight: UnreadWeight) -> None:

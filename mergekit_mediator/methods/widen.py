@@ -57,7 +57,7 @@ class Widen(TaskVectorMethod):
 
 
 def changes_of_columns(base: Tensor, tau: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """How much the magnitude and the direction of each column changed.
+    """Measure how much the magnitude and the direction of each column changed.
 
     Args:
         base: `[m, n]` float32.

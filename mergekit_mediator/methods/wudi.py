@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_mediator.methods.singular import wide
+from mergekit_mediator.methods.singular import gram, row_blocks, wide
 from mergekit_mediator.methods.task_vector_method import (
     ModelWeight,
     TaskVectorMethod,
@@ -42,24 +42,29 @@ def least_interference(taus: Tensor) -> Tensor:
     Returns:
         M `[m, n]` float32; 0 where no task vector has anything.
     """
-    total = wide(torch.zeros_like(taus[0]))
-    grams = total.new_zeros(taus.shape[2], taus.shape[2])
-    for tau in taus:
-        size = float(tau.norm())
-        if size:
-            unit = wide(tau) / size
-            grams.addmm_(unit.mT, unit)
-            total.add_(_times_gram(unit), alpha=size)
-    ridge = _RIDGE * float(grams.diagonal().mean())
+    sizes = taus.flatten(1).norm(dim=1)
+    shares = torch.where(sizes > 0, sizes.square().reciprocal(), torch.zeros_like(sizes)).tolist()
+    tall = taus.shape[1] >= taus.shape[2]
+    total, smaller = wide(taus.new_zeros(taus.shape[2], taus.shape[2])), []
+    for tau, share in zip(taus, shares, strict=True):
+        own = gram(tau).mul_(share)
+        total.add_(own)
+        # τ G is (ττᵀ) τ as well: the smaller of the two Gram matrices is kept
+        smaller.append(own if tall else gram(tau.mT).mul_(share))
+        del own
+    ridge = _RIDGE * float(total.diagonal().mean())
     if not ridge:
-        return taus[0]
-    grams.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(grams)
-    return torch.cholesky_solve(total.mT, factor).mT.to(torch.float32)
-
-
-def _times_gram(matrix: Tensor) -> Tensor:
-    """X XᵀX, by the smaller of the two Gram matrices."""
-    if matrix.shape[0] < matrix.shape[1]:
-        return (matrix @ matrix.mT) @ matrix
-    return matrix @ (matrix.mT @ matrix)
+        return torch.zeros_like(taus[0])
+    total.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(total)
+    del total
+    merged = torch.empty_like(taus[0])
+    for rows in row_blocks(len(merged)):
+        wanted = wide(torch.zeros_like(merged[rows]))
+        for tau, of_expert in zip(taus, smaller, strict=True):
+            if tall:
+                wanted.addmm_(wide(tau[rows]), of_expert)
+            else:
+                wanted.addmm_(of_expert[rows], wide(tau))
+        merged[rows] = torch.cholesky_solve(wanted.mT, factor).mT
+    return merged
