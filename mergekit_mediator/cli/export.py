@@ -1,4 +1,4 @@
-"""The command `export`: write an artifact's experts as adapters that other tools load."""
+"""The command `export`: write an artifact's experts in forms that other tools load."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mergekit_mediator.cli import options, tables
+from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import Reference, StoredExperts
 from mergekit_mediator.export.folder import ExportedExpert, export_adapters
 from mergekit_mediator.export.start_commands import (
@@ -26,10 +27,11 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
 @click.option(
     "--format",
     "engine",
-    type=click.Choice(["peft", "vllm", "sglang", "llama.cpp"]),
+    type=click.Choice(["peft", "vllm", "sglang", "llama.cpp", "checkpoint"]),
     default="peft",
     show_default=True,
-    help="The tool that loads the adapters; for an engine, its commands are printed too.",
+    help="The tool that loads the adapters; for an engine, its commands are printed too. `checkpoint` writes "
+    "one plain model.",
 )
 @click.option(
     "--rank",
@@ -46,7 +48,12 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
     show_default=True,
     help="The model that the adapters are added to: OUT, or the base that it was merged from.",
 )
-@click.option("--expert", "names", multiple=True, help="Export this expert only; may be repeated.")
+@click.option(
+    "--expert",
+    "names",
+    multiple=True,
+    help="Export this expert only; may be repeated. A checkpoint blends NAME=WEIGHT.",
+)
 @options.as_json
 def export(
     out: Path,
@@ -60,12 +67,17 @@ def export(
     """Write the experts of the artifact in OUT to FOLDER as LoRA adapters, one folder each.
 
     An adapter holds the changed matrices as far as its rank allows, and neither norms nor biases. The table
-    shows how much of each expert is left out.
+    shows how much of each expert is left out. A checkpoint holds everything, bit for bit.
 
     Example: mergekit-mediator export OUT adapters --format vllm --rank 64
+
+    Example: mergekit-mediator export OUT math --format checkpoint --expert math
     """
     verify_files(out, read_manifest(out))
     experts = StoredExperts(out, reference)
+    if engine == "checkpoint":
+        _export_checkpoint(experts, folder, options.mixture(names), as_json)
+        return
     exported = export_adapters(experts, folder, rank, names or None, engine in _OF_ONE_RANK)
     model = experts.manifest.base.source if reference == "base" else str(out)
     command = _COMMANDS[engine](model, folder, exported) if engine in _COMMANDS else None
@@ -76,6 +88,21 @@ def export(
     click.echo(_report(exported))
     if command:
         click.echo(f"\n{command}")
+
+
+def _export_checkpoint(
+    experts: StoredExperts, folder: Path, mixture: dict[str, float] | None, as_json: bool
+) -> None:
+    """Write one plain model, and show its size."""
+    if mixture is None:
+        raise click.UsageError(
+            f"--format checkpoint needs --expert NAME: one of {', '.join(experts.names)}"
+        )
+    size = export_checkpoint(experts, mixture, folder)
+    if as_json:
+        click.echo(json.dumps({"mixture": mixture, "bytes": size}, indent=1))
+    else:
+        click.echo(f"{folder}: a plain model of {tables.size(size)}, for any tool")
 
 
 def _report(exported: list[ExportedExpert]) -> str:
