@@ -10,7 +10,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 # All but the files that take longest: they merge many times, tune, draw, or start other processes.
-SLOW := cli/test_curve.py cli/test_plots.py evaluate/test_rivals.py merge/test_budget.py \
+SLOW := cli/test_curve.py cli/test_plots.py cli/test_services.py evaluate/test_rivals.py merge/test_budget.py \
 	merge/test_plugin.py merge/test_run.py merge/test_tuning.py route/test_calibrate.py \
 	serve/test_ways_in.py test_docs.py test_docs_blocks.py test_examples.py test_packaging.py tune
 test-fast: .venv/dev
