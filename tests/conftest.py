@@ -120,3 +120,19 @@ def batch():
     mask[0, :4] = 0
     mask[3, :2] = 0
     return ids, mask
+
+
+@pytest.fixture(scope="session")
+def artifact(make, tmp_path_factory):
+    """A calibrated pico artifact of three adapters. Read only."""
+    import served_pico
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_mediator.merge.run import run
+
+    root = tmp_path_factory.mktemp("artifact")
+    family = make(served_pico.wide_llama, experts=(), dtype=torch.float32)
+    config = MergeConfiguration.model_validate(served_pico.config(family, root))
+    run(config, str(root / "out"), MergeOptions(quiet=True, lora_merge_cache=str(root / "cache")))
+    return served_pico.calibrate(root / "out", root)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from sections import comparison, merging, routing, serving, storing
+from sections import comparison, engines, merging, routing, serving, storing
 from sections.markdown import about
 
 COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
@@ -11,7 +11,8 @@ COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
 RECORDS = (
     *COMPARISONS,
     *("ablations", "blending", "codec", "demo", "layers", "lossless", "merge-cost", "methods"),
-    *("router", "router-many", "router-no-data", "runtime", "scale", "startup"),
+    *("replicas", "router", "router-many", "router-no-data", "runtime", "scale", "serving"),
+    "startup",
 )
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -31,6 +32,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "codec": storing.codec,
     "lossless": storing.lossless,
     "runtime": serving.runtime,
+    "serving": engines.serving,
+    "exported": engines.exported,
+    "replicas": engines.replicas,
     "router": routing.router,
     "router-many": routing.router_many,
     "blending": routing.blending,

@@ -60,7 +60,7 @@ def generate(
         raise click.UsageError("--ood-action fallback and --fallback NAME go together")
     model = MediatorModel.from_pretrained(out, trust_remote_code=trust_remote_code)
     model.policy, model.ood_action, model.fallback = policy, ood_action, fallback
-    mixture = _mixture(experts)
+    mixture = options.mixture(experts)
     results = answer(model, prompts, max_new_tokens, mixture=mixture, router=router)
     if as_json:
         click.echo(json.dumps(results, indent=1))
@@ -69,15 +69,3 @@ def generate(
         weights = ", ".join(f"{name} {p:.2f}" for name, p in result["mixture"].items()) or "dense"
         note = "" if result["entropy"] is None else f", entropy {result['entropy']:.2f} nats"
         click.echo(f"[{weights}{note}] {result['answer']}")
-
-
-def _mixture(texts: tuple[str, ...]) -> dict[str, float] | None:
-    """Read NAME and NAME=WEIGHT texts: weights by expert, or None without any text."""
-    mixture = {}
-    for text in texts:
-        name, _, weight = text.partition("=")
-        try:
-            mixture[name] = float(weight or 1.0)
-        except ValueError as error:
-            raise click.BadParameter(f"NAME or NAME=WEIGHT is required, got {text!r}") from error
-    return mixture or None

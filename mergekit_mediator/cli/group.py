@@ -9,8 +9,12 @@ from mergekit_mediator.errors import MediatorError
 
 _SUMMARIES = {
     "calibrate": "Fit the router of an artifact to example prompts.",
+    "classify": "Serve the experts' probabilities for each text over HTTP.",
+    "config": "Print the files with which engines and routers serve an artifact.",
     "demo": "Merge four skills of a small model and see each prompt routed.",
     "evaluate": "Score an artifact and its rivals on tasks.",
+    "export": "Write experts as LoRA adapters that other tools load.",
+    "gateway": "Route requests to engines that hold the exported experts.",
     "generate": "Answer prompts, each with the experts that it needs.",
     "inspect": "Show experts, conflict, routed layers and sizes.",
     "merge": "Merge models into an artifact.",
@@ -21,8 +25,12 @@ _SUMMARIES = {
 # The module of each command that is not in `main`. Some import libraries that take seconds.
 _MODULES = {
     "calibrate": "calibrate",
+    "classify": "services",
+    "config": "config",
     "demo": "demo",
     "evaluate": "evaluate",
+    "export": "export",
+    "gateway": "services",
     "generate": "generate",
     "merge": "merge",
     "plan": "merge",

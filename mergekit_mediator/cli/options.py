@@ -11,3 +11,15 @@ trust_remote_code = click.option(
     is_flag=True,
     help="Let the models' own code run; read it first.",
 )
+
+
+def mixture(texts: tuple[str, ...]) -> dict[str, float] | None:
+    """Read NAME and NAME=WEIGHT texts: weights by expert, or None without any text."""
+    weights = {}
+    for text in texts:
+        name, _, weight = text.partition("=")
+        try:
+            weights[name] = float(weight or 1.0)
+        except ValueError as error:
+            raise click.BadParameter(f"NAME or NAME=WEIGHT is required, got {text!r}") from error
+    return weights or None

@@ -1,4 +1,4 @@
-"""`push`: an artifact to the Hub."""
+"""The command `push`: send an artifact to the Hub."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from mergekit_mediator.cli.tables import size, table
 @click.argument("out", type=options.directory)
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--revision", help="The branch; it is made where there is none.")
+@click.option("--revision", help="The branch to push to; it is made if there is none.")
 @click.option("--create-pr", is_flag=True, help="Propose a pull request instead of a commit.")
-@click.option("--overwrite", is_flag=True, help="Replace another model that is there.")
-@click.option("--dry-run", is_flag=True, help="Show what would be sent, and send nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace another model in the repository.")
+@click.option("--dry-run", is_flag=True, help="Show the files of a push, and send nothing.")
 @options.as_json
 def push(
     out: Path,
@@ -30,8 +30,8 @@ def push(
 ) -> None:
     """Send the artifact in OUT to the repository REPO on the Hub, in one commit.
 
-    What `verify` refuses is not sent, nor a token, nor a directory of this machine. A push that was
-    interrupted goes on where it was if it is run again.
+    An artifact is refused if it does not verify, or if its texts hold a token or a home directory. Run an
+    interrupted push again: it sends only the rest.
 
     Example: mergekit-mediator push OUT user/name --private
     """

@@ -1,7 +1,7 @@
 """Read the cards of the merged models: licence, languages and datasets."""
 
 from collections.abc import Iterable
-from functools import lru_cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ def license_of(source: str, revision: str | None = None) -> str | None:
     Returns:
         None if there is no card, if the card cannot be read, or if it states no licence.
     """
-    metadata = _metadata(source, revision)
+    try:
+        metadata = _metadata(source, revision)
+    except ValueError as error:
+        tqdm.write(f"warning: {source}: the model card cannot be read: {first_line(error)}")
+        return None
     license = metadata.get("license")
     if license == "other":
         license = metadata.get("license_name", license)
@@ -43,16 +47,20 @@ def stated_by_any(manifest: Manifest, name: str) -> list[str]:
     models: list[BaseEntry | ExpertEntry] = [manifest.base, *manifest.experts]
     for model in models:
         source = model.source.rpartition("+")[2]
-        stated = _metadata(source, model.revision).get(name)
-        stated = [stated] if isinstance(stated, str) else stated
-        if isinstance(stated, list):
-            values |= dict.fromkeys(value for value in stated if isinstance(value, str))
+        with suppress(ValueError):  # `license_of` has warned of it
+            stated = _metadata(source, model.revision).get(name)
+            stated = [stated] if isinstance(stated, str) else stated
+            if isinstance(stated, list):
+                values |= dict.fromkeys(value for value in stated if isinstance(value, str))
     return list(values)
 
 
-@lru_cache(maxsize=256)
 def _metadata(source: str, revision: str | None) -> dict[str, Any]:
-    """The metadata of a card; empty if there is none, or if it cannot be read."""
+    """Read the metadata of a card; empty if there is no card.
+
+    Raises:
+        ValueError: the card cannot be read.
+    """
     try:
         path = Path(source) / "README.md"
         if not Path(source).is_dir():
@@ -60,9 +68,8 @@ def _metadata(source: str, revision: str | None) -> dict[str, Any]:
         return dict(metadata_load(path) or {})
     except (OSError, HfHubHTTPError, HFValidationError):
         return {}
-    except (ValueError, yaml.YAMLError) as error:
-        tqdm.write(f"warning: {source}: the model card cannot be read: {first_line(error)}")
-        return {}
+    except yaml.YAMLError as error:
+        raise ValueError(first_line(error)) from error
 
 
 def disagreement(licenses: Iterable[str | None]) -> str | None:

@@ -31,8 +31,8 @@ def register_methods(merge_methods: ModuleType) -> None:
 def take_over_run_merge(merge: Any) -> None:
     """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package.
 
-    `twin_merging` and `lora_lego` are handed over, too. mergekit's planner leaves rounding to `mediator_dense`, and checks and measures
-    for this package's other methods. mergekit's own methods work as before.
+    `twin_merging` and `lora_lego` are handed over, too. mergekit's planner leaves rounding to `mediator_dense`, and
+    checks and measures for this package's other methods. mergekit's own methods work as before.
     """
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):

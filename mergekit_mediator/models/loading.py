@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -176,26 +174,6 @@ def _trusted(config: Any, trust_remote_code: bool) -> bool:
 
 def _unloadable(source: str | Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{source}: cannot be loaded: {first_line(error)}")
-
-
-def local_directory(source: str | Path, revision: str | None) -> Path:
-    """Return the directory of an artifact, and download the artifact first if it is on the Hub.
-
-    Args:
-        source: a directory, or a repository's name on the Hub.
-        revision: a branch, tag or commit of the repository; None for its main branch.
-
-    Raises:
-        ArtifactError: no directory and no repository has that name, or the download failed.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(str(source), revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ArtifactError(
-            f"{source}: a directory or a repository on the Hub required: {first_line(error)}"
-        ) from error
 
 
 def load_tokenizer(root: Path, trust_remote_code: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Artifacts on the Hugging Face Hub: what is sent there, and what is fetched from there.
+"""Artifacts on the Hugging Face Hub: the room sends their files there, and fetches files from there.
 
-It needs no mergekit.
+The room needs no mergekit.
 """

@@ -35,16 +35,17 @@ def failures(repo: str, revision: str | None = None, files: Sequence[str] = ()) 
     try:
         yield
     except Exception as raised:
-        # a RuntimeError is what huggingface_hub makes of a failure while a large file is sent
+        # huggingface_hub raises a RuntimeError from each failure while a large file is sent.
         error = raised.__cause__ if isinstance(raised, RuntimeError) else raised
         if not isinstance(error, _FAILURES):
             raise
         at = f"{repo}@{revision}" if revision else repo
         at = f"{at}: {files[0]}" if len(files) == 1 else at
-        raise ShareError(f"{at}: {_said(error)}") from error
+        raise ShareError(f"{at}: {_text(error)}") from error
 
 
-def _said(error: Exception) -> str:
+def _text(error: Exception) -> str:
+    """Tell a failure in one line, with what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = str(getattr(error, "server_message", None) or "").strip() or first_line(error)
     if isinstance(error, GatedRepoError):

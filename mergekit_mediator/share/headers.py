@@ -14,27 +14,27 @@ from mergekit_mediator.share.pull import Repository
 from mergekit_mediator.store.expert_header import DESCRIPTIONS
 from mergekit_mediator.store.manifest import EXPERTS, MANIFEST
 
-# Most headers are read with the first request.
+# The bytes of the first request, which holds most headers.
 _FIRST = 1 << 16
-_LARGEST = 100 << 20  # as in safetensors
+_LARGEST = 100 << 20  # the limit of safetensors
 
 
 @contextmanager
 def fetched_headers(name: str, revision: str | None = None) -> Iterator[Path]:
     """Fetch the manifest of a repository, and headers and descriptions of its experts' files.
 
-    The experts' files have holes in the place of the rest. All of it is gone after the context.
+    The experts' files have holes in the place of their values. The files are deleted after the context.
 
     Args:
         name: `USER/NAME`.
         revision: the repository's branch, tag or commit.
 
     Yields:
-        A directory.
+        The directory of the files.
 
     Raises:
         ShareError: the repository cannot be read.
-        ArtifactError: it holds no artifact, or a file in an expert's place holds none.
+        ArtifactError: the repository holds no artifact, or the file of an expert is malformed.
     """
     repository = Repository.at(name, revision)
     with tempfile.TemporaryDirectory() as folder:

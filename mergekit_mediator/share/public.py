@@ -1,4 +1,4 @@
-"""The files of an artifact for other people: without paths and secrets of this machine."""
+"""The files of an artifact for other people, without paths and secrets of this machine."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from mergekit_mediator.store.manifest import (
     manifest_text,
 )
 
-# Texts that people or programs write. A vocabulary may hold such strings as words.
+# The texts that are searched for secrets. A vocabulary is not searched: it may hold such strings as words.
 _LARGEST_TEXT = 1 << 20
 _TEXTS = (".json", ".md", ".yml", ".yaml", ".jinja", ".py", ".txt")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
@@ -44,19 +44,20 @@ def public_files(root: Path, manifest: Manifest) -> dict[str, Path | bytes]:
     if (root / CARD).is_file():
         files[CARD] = root / CARD
     sources = [manifest.base.source, *(expert.source for expert in manifest.experts)]
-    named = dict(manifest.files)
+    digests = dict(manifest.files)
     if CONFIG_SOURCE in files:
         text = (root / CONFIG_SOURCE).read_text(encoding="utf-8")
         sources += _local_paths(yaml.safe_load(text))
         public = without_directories(text, sources).encode()
-        files[CONFIG_SOURCE], named[CONFIG_SOURCE] = public, digest_of(public)
-    files[MANIFEST] = manifest_text(_public(manifest, named)).encode()
+        files[CONFIG_SOURCE], digests[CONFIG_SOURCE] = public, digest_of(public)
+    files[MANIFEST] = manifest_text(_public(manifest, digests)).encode()
     for name, content in files.items():
         _check(root, name, content)
     return files
 
 
 def _public(manifest: Manifest, files: Mapping[str, FileDigest]) -> Manifest:
+    """Replace the directories in a manifest by their last components, and its digests by these."""
     base = manifest.base.model_copy(update={"source": public_name(manifest.base.source)})
     experts = tuple(
         expert.model_copy(update={"source": public_name(expert.source)})
@@ -78,7 +79,11 @@ def _local_paths(value: Any) -> list[str]:
 
 
 def _check(root: Path, name: str, content: Path | bytes) -> None:
-    """Refuse a text that holds a token, or names a home directory."""
+    """Refuse a text that holds a token, or names a home directory.
+
+    Raises:
+        ShareError: there is such a line; the error names the first one.
+    """
     if not name.endswith(_TEXTS) or Path(name).name in _VOCABULARIES:
         return
     if isinstance(content, Path):

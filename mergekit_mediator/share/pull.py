@@ -123,9 +123,47 @@ def find_artifact(
     )
 
 
+def fetch_artifact(source: str | Path, revision: str | None = None) -> tuple[Path, Manifest]:
+    """Find an artifact with the files of all experts, and check every digest.
+
+    Args:
+        source: a directory, or the name of a repository on the Hub.
+        revision: the repository's branch, tag or commit.
+
+    Returns:
+        The directory and the manifest.
+
+    Raises:
+        ArtifactError: there is no artifact, or a file is missing or altered.
+        ShareError: the repository cannot be read.
+    """
+    root, manifest, fetch = find_artifact(source, revision)
+    if fetch is not None:
+        for expert in manifest.experts:
+            fetch(f"mediator/{expert.file}")
+    return root, manifest
+
+
+def fetch_manifest(source: str | Path, revision: str | None = None) -> Manifest:
+    """Read the manifest of an artifact in a directory; or on the Hub, and fetch no other file.
+
+    Args:
+        source: a directory, or the name of a repository on the Hub.
+        revision: the repository's branch, tag or commit.
+
+    Raises:
+        ArtifactError: there is no artifact.
+        ShareError: the repository cannot be read.
+    """
+    if Path(source).is_dir():
+        return read_manifest(Path(source))
+    return Repository.at(str(source), revision).manifest
+
+
 def _fetch(
     name: str, revision: str | None, files: Sequence[str], options: Mapping[str, Any]
 ) -> Path:
+    """Fetch files of a repository into the cache; return the cache's directory of the commit."""
     with failures(name, revision, [file for file in files if file != MANIFEST]):
         patterns = [escape(file) for file in files]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))

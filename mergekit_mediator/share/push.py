@@ -105,19 +105,19 @@ def _check_owner(repo: str, commit: str | None, present: list[str], manifest: Ma
     """Refuse a repository that holds another model.
 
     Raises:
-        ShareError: it holds an artifact of another base, or a model that is no artifact.
+        ShareError: the repository holds an artifact of another base, or a model that is no artifact.
     """
     models = [name for name in present if is_of_a_model(name) or name == MANIFEST]
     if not models:
         return
-    what = f"a model ({models[0]})"
+    content = f"a model ({models[0]})"
     if MANIFEST in present:
         try:
-            theirs = Repository.at(repo, commit).manifest
+            present_base = Repository.at(repo, commit).manifest.base
         except ArtifactError:
-            what = "an artifact that cannot be read"
+            content = "an artifact that cannot be read"
         else:
-            if theirs.base.files == manifest.base.files:
+            if present_base.files == manifest.base.files:
                 return
-            what = f"an artifact of another base, {theirs.base.source}"
-    raise ShareError(f"{repo}: already holds {what}: choose another repository, or --overwrite")
+            content = f"an artifact of another base, {present_base.source}"
+    raise ShareError(f"{repo}: already holds {content}: choose another repository, or --overwrite")

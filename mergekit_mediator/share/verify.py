@@ -47,8 +47,8 @@ def verify_repository(name: str, revision: str | None = None) -> Manifest:
                 f"{stored.sha256[:12]}…: the file was altered after the merge"
             )
     for path in present:
-        named = path in manifest.files or is_router_left_behind(path, manifest)
-        if is_loaded(path) and not named:
+        is_expected = path in manifest.files or is_router_left_behind(path, manifest)
+        if is_loaded(path) and not is_expected:
             raise ArtifactError(
                 f"{name}: {path}: the manifest does not name it, but loading would read it: remove it"
             )

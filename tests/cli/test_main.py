@@ -11,7 +11,8 @@ from mergekit_mediator.cli.main import main
 from mergekit_mediator.route.decision import OodAction, Policy
 from mergekit_mediator.store.manifest import read_manifest
 
-COMMANDS = ["calibrate", "demo", "evaluate", "generate", "inspect", "merge", "plan", "verify"]
+COMMANDS = ["calibrate", "classify", "config", "demo", "evaluate", "export", "gateway", "generate"]
+COMMANDS += ["inspect", "merge", "plan", "verify"]
 
 
 @pytest.fixture(scope="module")

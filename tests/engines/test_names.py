@@ -1,9 +1,17 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_mediator.engines.names import adapter_id, name_of, parse, rounded
-from mergekit_mediator.errors import MixtureError
+from mergekit_mediator.engines.names import (
+    adapter_id,
+    check_names,
+    name_of,
+    parse,
+    rounded,
+)
+from mergekit_mediator.errors import EngineError, MixtureError
 from mergekit_mediator.serve.mixture import DENSE, Mixture
 
 EXPERTS = ("math", "code", "chat")
@@ -41,6 +49,13 @@ def test_names_of_clients_become_mixtures_in_the_order_of_the_artifact(name, exp
     assert parse(name, EXPERTS, 8) == Mixture(expected)
 
 
+def test_a_long_name_is_refused_at_once():
+    began = time.monotonic()
+    with pytest.raises(MixtureError, match="are required"):
+        parse(" " * 3000 + ",math=1", EXPERTS, 8)
+    assert time.monotonic() - began < 1
+
+
 @pytest.mark.parametrize("name", ["gpt-4", "", "org/model", "auto"])
 def test_names_of_another_form_are_the_engine_s_own(name):
     assert parse(name, EXPERTS, 8) is None
@@ -50,12 +65,12 @@ def test_names_of_another_form_are_the_engine_s_own(name):
     ("name", "message"),
     [
         ("law=1", "unknown expert 'law'; this model has math, code, chat"),
-        ("math=x", "'math=x': weight of 'math' is no number: 'x'"),
-        ("math=", "weight of 'math' is no number: ''"),
+        ("math=x", "'math=x': the weight of 'math' must be a number, got 'x'"),
+        ("math=", "the weight of 'math' must be a number, got ''"),
         ("math=-1,code=2", "weight must be finite and at least 0"),
         ("math=nan", "weight must be finite"),
-        ("math=0.5,code", "weights such as math=0.5,code=0.5 required"),
-        ("math=0.01", "rounded to multiples of 1/8: none is left"),
+        ("math=0.5,code", "an expert's name or weights such as math=0.5,code=0.5 are required"),
+        ("math=0.01", "a weight of at least 0.0625 is required, because"),
     ],
 )
 def test_names_that_are_no_mixture_are_refused(name, message):
@@ -69,3 +84,10 @@ def test_the_number_of_an_adapter_is_the_same_everywhere_and_differs_by_name_and
     assert len(set(numbers)) == 6
     assert all(1 <= number < 2**31 for number in numbers)
     assert adapter_id("a", "math") == 1002998026
+
+
+@pytest.mark.parametrize("name", ["auto", "dense"])
+def test_experts_with_names_that_mean_something_else_are_refused(name):
+    check_names(EXPERTS)
+    with pytest.raises(EngineError, match=f"expert '{name}': .* merge again with another name"):
+        check_names([*EXPERTS, name])

@@ -19,6 +19,7 @@ class FakeEngine:
 
     def __init__(self):
         self.loaded, self.log, self.scores, self.ood = set(), [], [9.0, 0.0, 0.0], 0.0
+        self.error = None  # raised instead of taking an adapter
 
     async def decide(self, prompts, route_on):
         scores = torch.tensor([self.scores] * len(prompts))
@@ -26,6 +27,8 @@ class FakeEngine:
 
     async def add(self, mixture):
         await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
         if name_of(mixture) not in self.loaded:
             self.log.append(f"+{name_of(mixture)}")
         self.loaded.add(name_of(mixture))

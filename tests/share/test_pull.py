@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.errors import ArtifactError, MixtureError, ShareError
-from mergekit_mediator.share.pull import Repository
+from mergekit_mediator.share.pull import Repository, fetch_artifact
 from mergekit_mediator.share.push import prepare, push
 from mergekit_mediator.store.manifest import MANIFEST
 
@@ -44,6 +44,23 @@ def test_nothing_that_an_invalid_manifest_names_is_fetched(pushed):
     hub.commit({**hub.files(), MANIFEST: text})
     with pytest.raises(ArtifactError, match="is not a path inside the artifact"):
         Repository.at("me/merged")
+    assert pushed.fetched() == [MANIFEST]
+
+
+def test_an_artifact_is_fetched_whole_for_an_engine_and_checked(pushed, artifact):
+    root, manifest = fetch_artifact("me/merged")
+    assert pushed.fetched()[0] == MANIFEST
+    assert all((root / name).is_file() for name in manifest.files)
+    assert fetch_artifact(artifact)[0] == artifact
+    hub, name = pushed.repositories["me/merged"], "mediator/experts/chat.safetensors"
+    hub.commit({**hub.files(), name: hub.files()[name][:-1] + b"?"})
+    with pytest.raises(ArtifactError, match=rf"{name}: SHA-256"):
+        fetch_artifact("me/merged")
+
+
+def test_config_fetches_the_manifest_alone(pushed):
+    result = call("config", "vllm", "me/merged")
+    assert "vllm serve me/merged --enable-lora --max-loras 5" in result.output
     assert pushed.fetched() == [MANIFEST]
 
 
@@ -200,5 +217,5 @@ def test_the_stock_class_with_remote_code_fetches_what_it_needs(pushed):
 
 def experts_fetched(hub):
     """The experts whose files were downloaded, in order."""
-    found = [re.fullmatch(r"mediator/experts/(\w+)\.safetensors", name) for name in hub.fetched()]
-    return [match[1] for match in found if match]
+    matches = [re.fullmatch(r"mediator/experts/(\w+)\.safetensors", name) for name in hub.fetched()]
+    return [match[1] for match in matches if match]

@@ -18,10 +18,10 @@ from mergekit_mediator.store.manifest import (
 
 
 @pytest.fixture
-def own(artifact, tmp_path):
+def copy(artifact, tmp_path):
     """The artifact, to be changed."""
-    shutil.copytree(artifact, tmp_path / "own")
-    return tmp_path / "own"
+    shutil.copytree(artifact, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def restored(hub, root, name="me/merged", revision="main"):
@@ -54,14 +54,14 @@ def test_no_directory_of_this_machine_is_sent(hub, artifact, family):
     assert [e["source"] for e in manifest["experts"]] == ["math", "code", "chat"]
 
 
-def test_files_of_prompts_are_sent_by_their_names(hub, own, tmp_path):
+def test_files_of_prompts_are_sent_by_their_names(hub, copy, tmp_path):
     (tmp_path / "math.jsonl").write_text("")
-    config = own / "mergekit_config.yml"
+    config = copy / "mergekit_config.yml"
     config.write_text(f"prompts: {{math: {tmp_path}/math.jsonl}}\n{config.read_text()}")
-    manifest = read_manifest(own)
+    manifest = read_manifest(copy)
     files = {**manifest.files, config.name: digest(config)}
-    write_manifest(own, manifest.model_copy(update={"files": files}))
-    push(prepare(own), "me/merged")
+    write_manifest(copy, manifest.model_copy(update={"files": files}))
+    push(prepare(copy), "me/merged")
     sent = hub.repositories["me/merged"].files()["mergekit_config.yml"].decode()
     assert sent.startswith("prompts: {math: math.jsonl}\n")
 
@@ -160,10 +160,10 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(pushed, artifact
     assert "new.md" in repository.files()
 
 
-def test_what_does_not_verify_is_not_sent(hub, own):
-    (own / "config.json").write_text("{}")
+def test_what_does_not_verify_is_not_sent(hub, copy):
+    (copy / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"config.json: .* bytes required"):
-        prepare(own)
+        prepare(copy)
     assert hub.requests == []
 
 
@@ -174,10 +174,10 @@ def test_what_does_not_verify_is_not_sent(hub, own):
         ("from /home/ann/models", "README.md: line 1 names a directory of this machine, /home/ann"),
     ],
 )
-def test_secrets_and_home_directories_are_not_sent(own, line, text):
-    (own / "README.md").write_text(line)
+def test_secrets_and_home_directories_are_not_sent(copy, line, text):
+    (copy / "README.md").write_text(line)
     with pytest.raises(ShareError, match=text):
-        prepare(own)
+        prepare(copy)
 
 
 def test_a_name_that_is_none_of_a_repository_is_refused(hub, artifact):

@@ -292,7 +292,7 @@ def test_the_directory_of_the_shell_may_be_the_output(family, tmp_path, monkeypa
 
 
 def test_an_output_without_a_name_is_refused(family):
-    with pytest.raises(OutputError, match="name is empty"):
+    with pytest.raises(OutputError, match="the name of the output directory is empty: give a name"):
         merge(family, "")
 
 

@@ -1,0 +1,171 @@
+import json
+
+import pytest
+import torch
+from adapters import train
+from commands import call, figures
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from mergekit_mediator import MediatorModel
+
+IDS = torch.arange(4, 24)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def adapters(make, tmp_path):
+    """An adapter whose modules have different ranks, and another one."""
+    family = make(dtype=torch.float32)
+    ranks = {"rank_pattern": {"down_proj": 1}, "alpha_pattern": {"down_proj": 2}}
+    train(family.base, tmp_path / "a", 0, r=2)
+    train(family.base, tmp_path / "b", 1, r=3, **ranks)
+    models = [{"model": f"{family.base}+{tmp_path / n}", "parameters": {"expert": n}} for n in "ab"]
+    return {"merge_method": "mediator", "base_model": str(family.base), "models": models}
+
+
+@pytest.fixture(scope="module")
+def out(family, tmp_path_factory):
+    """An artifact of three full fine-tunes, all of whose weights changed."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from mergekit_mediator.merge.run import run
+
+    root = tmp_path_factory.mktemp("export") / "out"
+    settings = family.config(route="all", bits=2.0, reference="base")
+    run(MergeConfiguration.model_validate(settings), str(root), MergeOptions(quiet=True))
+    return root
+
+
+@pytest.mark.parametrize("reference", ["dense", "base"])
+def test_exported_adapters_are_what_peft_adds_to_the_model(
+    out, family, tmp_path, artifact, reference
+):
+    told = figures("export", artifact, tmp_path / "adapters", "--relative-to", reference)
+    assert [expert["name"] for expert in told["experts"]] == ["math", "code", "chat"]
+    assert all(expert["error"] == expert["dropped"] == 0 for expert in told["experts"])
+    manifest = json.loads((artifact / "mediator/manifest.json").read_text())
+    root = {"dense": artifact, "base": manifest["base"]["source"]}[reference]
+    served = MediatorModel.from_pretrained(artifact)
+    for name in ("math", "code", "chat"):
+        plain = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "adapters" / name)
+        with served.mixture(name) as mixed:
+            torch.testing.assert_close(logits(adapted), logits(mixed), rtol=1e-3, atol=1e-4)
+
+
+def test_what_an_adapter_cannot_hold_is_counted(out, tmp_path):
+    told = figures("export", out, tmp_path / "adapters", "--rank", "2")
+    for expert in told["experts"]:
+        assert expert["rank"] == 2
+        assert 0 < expert["error"] < 1
+        assert expert["dropped"] == 7  # two norms in each of three blocks, and the last one
+        assert 0 < expert["dropped_part"] < 1
+        files = (tmp_path / "adapters" / expert["name"]).iterdir()
+        assert expert["bytes"] == sum(path.stat().st_size for path in files)
+    text = call("export", out, tmp_path / "again", "--rank", "2").output
+    assert "left out by the rank, %" in text
+
+
+def test_the_start_command_of_an_engine_names_rank_modules_and_adapters(out, tmp_path):
+    folder = tmp_path / "adapters"
+    command = figures("export", out, folder, "--format", "vllm", "--rank", "9")["command"]
+    assert f"vllm serve {out} --enable-lora --max-loras 4 --max-lora-rank 16" in command
+    assert f"math={folder}/math code={folder}/code chat={folder}/chat" in command
+    other = figures("export", out, tmp_path / "b", "--format", "sglang", "--expert", "code")
+    assert "--max-lora-rank 16" in other["command"]
+    assert "--lora-target-modules down_proj embed_tokens" in other["command"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["code"]
+
+
+def test_an_expert_that_is_named_twice_is_exported_once(out, tmp_path):
+    told = figures("export", out, tmp_path / "a", "--expert", "code", "--expert", "code")
+    assert [expert["name"] for expert in told["experts"]] == ["code"]
+
+
+def test_llama_cpp_is_told_to_convert_and_to_start_with_all_adapters_off(out, tmp_path):
+    folder = tmp_path / "adapters"
+    command = figures("export", out, folder, "--format", "llama.cpp")["command"]
+    *conversions, server = command.splitlines()
+    assert len(conversions) == 4
+    assert f"convert_lora_to_gguf.py {folder}/code --base {out}" in conversions[2]
+    files = ",".join(f"{folder}/{name}.gguf" for name in ("math", "code", "chat"))
+    assert f"--lora {files} --lora-init-without-apply" in server
+
+
+@pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])
+def test_engines_that_know_one_rank_get_the_same_adapters_of_one_rank(
+    adapters, merged, tmp_path, engine
+):
+    out = merged({**adapters, "parameters": {"reference": "base"}})
+    plain, padded = tmp_path / "plain", tmp_path / "padded"
+    figures("export", out, plain)
+    figures("export", out, padded, "--format", engine)
+    config = json.loads((padded / "b/adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (3, {})
+    models = []
+    for folder in (plain, padded):
+        dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        models.append(PeftModel.from_pretrained(dense, folder / "b"))
+    torch.testing.assert_close(logits(models[0]), logits(models[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--expert", "law"], "unknown expert 'law'; this artifact has math, code, chat"),
+        (["--rank", "0"], "0 is not in the range x>=1"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(out, tmp_path, options, message):
+    result = call("export", out, tmp_path / "adapters", *options)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty_stays_as_it_is(out, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = call("export", out, tmp_path)
+    assert result.exit_code == 1
+    assert "is not empty: choose another folder" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_artifact_that_does_not_verify_is_not_exported(artifact, tmp_path):
+    import shutil
+
+    damaged = shutil.copytree(artifact, tmp_path / "damaged")
+    (damaged / "mediator/experts/math.safetensors").write_bytes(b"")
+    result = call("export", damaged, tmp_path / "adapters")
+    assert result.exit_code == 1
+    assert "math.safetensors" in result.output
+
+
+def test_a_checkpoint_of_a_blend_is_the_model_that_is_served(out, tmp_path):
+    experts = ["--expert", "math=0.25", "--expert", "chat=0.75"]
+    result = figures("export", out, tmp_path / "plain", "--format", "checkpoint", *experts)
+    assert result["mixture"] == {"math": 0.25, "chat": 0.75}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    served = MediatorModel.from_pretrained(out).forward(IDS, mixture=result["mixture"]).logits
+    assert torch.equal(logits(plain), served)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--format checkpoint needs --expert NAME: one of math, code, chat"),
+        (["--expert", "law"], "unknown expert 'law'; this artifact has math, code, chat"),
+        (["--expert", "math=much"], "NAME or NAME=WEIGHT is required, got 'math=much'"),
+    ],
+)
+def test_a_checkpoint_of_no_expert_is_refused(out, tmp_path, arguments, message):
+    result = call("export", out, tmp_path / "plain", "--format", "checkpoint", *arguments)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert not (tmp_path / "plain").exists()
