@@ -34,8 +34,7 @@ class _Dumper(yaml.SafeDumper):
 @click.option("--image", default=Deployment.image, show_default=True, help="Of containers.")
 @click.option(
     "--adapters",
-    default=Deployment.adapters,
-    show_default=True,
+    default="",
     help="Where Ray finds exported adapters, such as s3://bucket/adapters.",
 )
 def config(tool: str, out: str, rank: int, replicas: int, image: str, adapters: str) -> None:

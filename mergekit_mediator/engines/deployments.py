@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_mediator.errors import EngineError
 from mergekit_mediator.serve.mixture import DENSE_NAME
 
 _ENGINE_PORT, _GATEWAY_PORT, _CLASSIFIER_PORT = 8000, 8080, 8001
 _PACKAGES = "filelock zstandard fastapi httpx prometheus-client uvicorn"
+_RAY_LOADS_FROM = ("s3://", "gs://", "abfss://", "azure://")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Deployment:
         rank: the largest of its adapters, one that vLLM takes.
         replicas: the number of engines.
         image: of the containers: vLLM 0.32 with mergekit-mediator.
-        adapters: where exported adapters are, for engines that load them themselves.
+        adapters: where exported adapters are, for Ray, which loads them itself: in a cloud's storage.
     """
 
     model: str
@@ -28,7 +30,7 @@ class Deployment:
     rank: int
     replicas: int = 2
     image: str = "mediator-vllm:0.32"
-    adapters: str = "adapters"
+    adapters: str = ""
 
     @property
     def slots(self) -> int:
@@ -130,7 +132,16 @@ def kubernetes(deployment: Deployment) -> list[dict[str, Any]]:
 
 
 def ray_serve(deployment: Deployment) -> dict[str, Any]:
-    """Ray Serve LLM: it loads exported adapters itself; the gateway names them `mediator:EXPERT`."""
+    """Ray Serve LLM: it loads exported adapters itself; the gateway names them `mediator:EXPERT`.
+
+    Raises:
+        EngineError: the adapters are not where Ray can load them from.
+    """
+    if not deployment.adapters.startswith(_RAY_LOADS_FROM):
+        raise EngineError(
+            f"adapters {deployment.adapters!r}: Ray loads them from {', '.join(_RAY_LOADS_FROM)} only: "
+            "export them, copy them there, and name the folder with --adapters"
+        )
     model = {
         "model_loading_config": {"model_id": "mediator", "model_source": deployment.model},
         "lora_config": {
