@@ -41,9 +41,8 @@ class _Dumper(yaml.SafeDumper):
 )
 @click.option(
     "--adapters",
-    default=Deployment.adapters,
-    show_default=True,
-    help="The directory or address from which Ray loads exported adapters, such as s3://bucket/adapters.",
+    default="",
+    help="The address from which Ray loads exported adapters, such as s3://bucket/adapters.",
 )
 def config(tool: str, out: str, rank: int, replicas: int, image: str, adapters: str) -> None:
     """Print the file with which TOOL serves the artifact in OUT, a directory or a repository on the Hub.

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_mediator.errors import EngineError
 from mergekit_mediator.serve.mixture import DENSE_NAME
 
 _ENGINE_PORT, _GATEWAY_PORT, _CLASSIFIER_PORT = 8000, 8080, 8001
 _PACKAGES = "filelock zstandard fastapi httpx prometheus-client uvicorn"
+_RAY_LOADS_FROM = ("s3://", "gs://", "abfss://", "azure://")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Deployment:
         rank: the largest rank of its adapters; vLLM must allow it.
         replicas: the number of engines.
         image: the image of the containers; it holds vLLM 0.32 and mergekit-mediator.
-        adapters: the directory or address of exported adapters, for engines that load them themselves.
+        adapters: the address of exported adapters, which Ray loads itself from a cloud's storage.
     """
 
     model: str
@@ -28,7 +30,7 @@ class Deployment:
     rank: int
     replicas: int = 2
     image: str = "mediator-vllm:0.32"
-    adapters: str = "adapters"
+    adapters: str = ""
 
     @property
     def slots(self) -> int:
@@ -130,7 +132,16 @@ def kubernetes(deployment: Deployment) -> list[dict[str, Any]]:
 
 
 def ray_serve(deployment: Deployment) -> dict[str, Any]:
-    """Make the file of Ray Serve LLM: it loads exported adapters; a gateway names them `mediator:EXPERT`."""
+    """Make the file of Ray Serve LLM: it loads exported adapters; a gateway names them `mediator:EXPERT`.
+
+    Raises:
+        EngineError: Ray cannot load adapters from their address.
+    """
+    if not deployment.adapters.startswith(_RAY_LOADS_FROM):
+        raise EngineError(
+            f"adapters {deployment.adapters!r}: Ray loads them from {', '.join(_RAY_LOADS_FROM)} only: "
+            "export them, copy them there, and name the folder with --adapters"
+        )
     model = {
         "model_loading_config": {"model_id": "mediator", "model_source": deployment.model},
         "lora_config": {

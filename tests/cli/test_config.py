@@ -98,7 +98,7 @@ def test_the_image_is_of_the_version_that_the_plugin_needs(artifact):
 
 @pytest.mark.parametrize("tool", DEPLOYMENTS)
 def test_no_file_has_references_that_people_must_resolve(artifact, tool):
-    assert not re.search(r"[&*]id\d", written(tool, artifact))
+    assert not re.search(r"[&*]id\d", written(tool, artifact, "--adapters", "s3://b/a"))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,8 @@ def test_no_file_has_references_that_people_must_resolve(artifact, tool):
         (["compose", "nowhere/at-all"], "is not in the cache, and the Hub cannot be reached"),
         (["nomad", "OUT"], "'nomad' is not one of"),
         (["vllm", "{artifact}", "--rank", "1000"], "vLLM takes at most 512"),
+        (["ray-serve", "{artifact}"], "Ray loads them from s3://, gs://"),
+        (["ray-serve", "{artifact}", "--adapters", "/mnt"], "name the folder with --adapters"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused(artifact, arguments, message):
