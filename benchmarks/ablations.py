@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,12 +24,13 @@ from artifacts import DTYPE, artifact, source, tasks_of
 from train_experts import DRAW, FAMILIES, REPORT_SEED
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.delta import approximate
+from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.evaluate.contenders import Contender, mixed
 from mergekit_mediator.evaluate.results import SystemResult, to_json
 from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
 from mergekit_mediator.evaluate.systems import base_system, expert_systems, route, sizes
+from mergekit_mediator.merge import encode
 from mergekit_mediator.merge.layers import nearest_middle
 
 BUDGET = {"budget": "1.0595x"}
@@ -138,9 +140,9 @@ class Ablations:
         self.add("parts", name, {**BUDGET, "reference": "base"})
 
     def strength(self) -> None:
-        """What is kept, not strengthened for what is left out."""
+        """Stored forms that are not strengthened for the part that they lack."""
         parameters = {**BUDGET, "strength": "none"}
-        with patch.object(approximate, "_NORM_POWER", 0.0):
+        with patch.object(encode, "approximate", partial(approximate, norm_power=0.0)):
             model, _ = artifact(self.made, "-".join(parameters.values()), BUDGET)
         own = {t: [mixed(model, {t: 1.0})] * len(x.examples) for t, x in self.tasks.items()}
         self.add_of(model, "parts", "without strengthening what is kept", parameters, own)

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-# The start-up hook imports this file in every interpreter, so it does without `typing` too.
+# The start-up hook imports this file in every interpreter, so the file does not import `typing`.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mergekit_mediator.errors import MediatorError as MediatorError
@@ -21,7 +21,7 @@ __all__ = ["Manifest", "MediatorError", "MediatorModel", "RoutingDecision", "__v
 
 
 def __getattr__(name: str) -> object:
-    """Import what is exported on first use, so that importing the package imports no torch."""
+    """Import an exported name on its first use, so that importing the package does not import torch."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

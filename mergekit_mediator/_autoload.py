@@ -1,20 +1,20 @@
-"""The start-up hook: when mergekit is imported, install the plugin. Nothing else, and never an error.
+"""The start-up hook, which installs the plugin when mergekit is imported. It never raises.
 
-It runs at the start of every interpreter of the environment, so it imports nothing that is not
-loaded already and only adds one finder. `MERGEKIT_MEDIATOR_AUTOLOAD=0` switches it off.
+Python runs the hook at the start of every interpreter of the environment. So the hook imports only modules
+that Python has loaded already, and adds one finder. `MERGEKIT_MEDIATOR_AUTOLOAD=0` switches it off.
 """
 
 import os
 import sys
 
-TYPE_CHECKING = False  # importing `typing` for it would take longer than all the rest
+TYPE_CHECKING = False  # an import of `typing` would take longer than the whole hook
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# Which function of `plugin` completes which module of mergekit, once that module has been executed.
+# By module of mergekit, the function of `plugin` that runs after the module has been executed.
 _HOOKS = {
     "mergekit.merge_methods": "register_methods",
     "mergekit.merge": "take_over_run_merge",
@@ -22,7 +22,7 @@ _HOOKS = {
 
 
 class _Finder:
-    """A meta path finder that wraps the loaders of the modules in `_HOOKS` and finds nothing else."""
+    """A meta path finder that wraps the loaders of the modules in `_HOOKS` and finds no other module."""
 
     def find_spec(
         self,
@@ -43,7 +43,7 @@ class _Finder:
 
 
 class _Loader:
-    """The module's own loader, followed by one function of the plugin."""
+    """A loader that runs the module's own loader, then one function of the plugin."""
 
     def __init__(self, loader: "Loader", hook: str) -> None:
         self._loader, self._hook = loader, hook
@@ -60,7 +60,7 @@ class _Loader:
             from mergekit_mediator.merge import plugin
 
             getattr(plugin, self._hook)(module)
-        except Exception as error:  # noqa: BLE001 (other merge methods must go on working)
+        except Exception as error:  # noqa: BLE001 (the other merge methods must still work)
             import warnings
 
             warnings.warn(
@@ -71,7 +71,7 @@ class _Loader:
 
 
 def install() -> None:
-    """Add the finder once, unless the environment switches it off; complete what is loaded already."""
+    """Add the finder once, unless the environment variable switches it off."""
     if os.environ.get("MERGEKIT_MEDIATOR_AUTOLOAD") == "0":
         return
     if not any(type(finder) is _Finder for finder in sys.meta_path):

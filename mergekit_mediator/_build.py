@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools.command.build_py import build_py as _build_py
 
 _NAME = "mergekit_mediator"
-# `.pth` import lines run on every Python today; from Python 3.15 on, a `.start` file of the same
-# name is read in their place (PEP 829).
+# Every Python of today runs the import lines of `.pth` files. Python 3.15 and later read the `.start` file
+# of the same name instead (PEP 829).
 STARTUP_FILES = {
     f"{_NAME}.pth": f"import {_NAME}._autoload; {_NAME}._autoload.install()\n",
     f"{_NAME}.start": f"{_NAME}._autoload:install\n",
@@ -14,7 +14,7 @@ STARTUP_FILES = {
 
 
 class build_py(_build_py):  # noqa: N801 (the name that setuptools looks for)
-    """Also writes `STARTUP_FILES` to the root of what will be site-packages."""
+    """The stock command, which also writes `STARTUP_FILES` to the root of the later site-packages."""
 
     def run(self) -> None:
         super().run()
@@ -28,7 +28,7 @@ class build_py(_build_py):  # noqa: N801 (the name that setuptools looks for)
         return outputs + [str(Path(self.build_lib, name)) for name in STARTUP_FILES]
 
     def _site_packages(self) -> str:
-        """The directory whose content is installed as is: an editable wheel takes no files of build_lib."""
+        """Return the directory whose files are installed; an editable wheel takes none from `build_lib`."""
         if not self.editable_mode:
             return str(self.build_lib)
         directory = str(self.distribution.get_command_obj("install").install_lib)

@@ -1,4 +1,7 @@
-"""The errors a user can meet. Each message is one readable line: what, where, what was got, what to do."""
+"""The errors that a user can meet.
+
+Each message is one readable line: what was required, where, what was got, what to do.
+"""
 
 
 class MediatorError(Exception):
@@ -10,7 +13,7 @@ class ConfigError(MediatorError):
 
 
 class InputError(MediatorError):
-    """A model, tensor or file that was given to a merge and cannot be merged."""
+    """A model, tensor or file that a merge cannot take as input."""
 
 
 class OutputError(MediatorError):
@@ -30,7 +33,7 @@ class MixtureError(MediatorError):
 
 
 class SettingError(MediatorError):
-    """A setting of a routed model that does not exist, or cannot have the value it is given."""
+    """A setting of a routed model that does not exist, or a value that the setting does not allow."""
 
 
 class ExportError(MediatorError):
@@ -38,7 +41,11 @@ class ExportError(MediatorError):
 
 
 class EngineError(MediatorError):
-    """An engine that cannot serve an artifact as it was started."""
+    """An engine whose options do not allow it to serve an artifact."""
+
+
+class ShareError(MediatorError):
+    """An artifact that cannot be sent to the Hub, or fetched from there."""
 
 
 class TaskError(MediatorError):
@@ -50,6 +57,6 @@ class PromptError(MediatorError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's text, or the name of its type if the text is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What the remote code of an artifact calls; see `remote_code`."""
+"""The names that the remote code of every artifact imports; see `remote_code`."""
 
 from typing import Any
 
@@ -8,26 +8,41 @@ from mergekit_mediator.serve.model import MediatorModel
 
 
 class RoutedCausalLM:
-    """Loads the routed model where AutoModelForCausalLM expects a class."""
+    """The class that AutoModelForCausalLM finds in the remote code; it loads the routed model."""
 
     @classmethod
     def from_pretrained(cls, source: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """The transformers model of `MediatorModel.from_pretrained`; `.mediator` is the rest of it."""
+        """Load the routed model of an artifact.
+
+        Args:
+            source: the artifact: a directory, or a repository's name on the Hub.
+            args: ignored.
+            kwargs: as for `MediatorModel.from_pretrained`.
+
+        Returns:
+            The transformers model. Its attribute `mediator` is the `MediatorModel`.
+
+        Raises:
+            ArtifactError: see `MediatorModel.from_pretrained`.
+        """
         return MediatorModel.from_pretrained(source, **kwargs).model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: the class of the model that is loaded is the stock one's."""
+        """Do nothing: the loaded model has the stock class, which needs no registration."""
 
 
 def generate(*args: Any, model: Any = None, verify: bool = True, **kwargs: Any) -> Any:
-    """Routed generation for a model that was loaded from an artifact as its stock class.
+    """Route and generate, for a model that transformers loaded from an artifact as the stock class.
 
     Args:
-        args: as for transformers' generate; the model comes first, if it has no name.
-        model: what transformers has loaded. It gives it by name, after whatever the user gives.
-        verify: see `MediatorModel.attach`; files are checked at the first call only.
+        args: as for transformers' `generate`. The first is the model, if `model` is None.
+        model: the model. transformers passes it by name, after the user's arguments.
+        verify: see `MediatorModel.attach`. Only the first call checks the files.
         kwargs: as for `MediatorModel.generate`.
+
+    Returns:
+        The result of `MediatorModel.generate`.
 
     Raises:
         ArtifactError: see `MediatorModel.attach`.
@@ -35,7 +50,7 @@ def generate(*args: Any, model: Any = None, verify: bool = True, **kwargs: Any) 
     if model is None:
         model, *args = args  # type: ignore[assignment]
     if getattr(model, "mediator", None) is None:
-        # transformers puts this function there where it loads a model whose code the user trusts
+        # transformers sets this function as `model.generate` only if the user trusts the artifact's code
         trusted = "generate" in vars(model)
         source = model.name_or_path
         MediatorModel.attach(model, source, verify=verify, trust_remote_code=trusted)

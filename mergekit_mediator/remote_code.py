@@ -1,7 +1,7 @@
-"""The remote code of an artifact: two small files that hand over to this package.
+"""The remote code of an artifact: two small files that call this package.
 
 With `trust_remote_code=True`, `modeling_mediator.py` makes AutoModelForCausalLM load the routed model,
-and `custom_generate/generate.py` routes generation in tools that load a stock class by its name.
+and `custom_generate/generate.py` routes generation in tools that load the stock class by its name.
 """
 
 import json
@@ -20,21 +20,31 @@ _GENERATE_CODE = (
 
 
 def is_ours(reference: object) -> bool:
-    """Whether an entry of `auto_map`, `module.Class` or `repository--module.Class`, names this remote code."""
+    """Tell whether an entry of `auto_map` names this remote code.
+
+    Args:
+        reference: `module.Class` or `repository--module.Class`.
+    """
     return str(reference).rpartition("--")[2].startswith(MODELING.removesuffix("py"))
 
 
 def own_modules(root: Path) -> list[str]:
-    """The modules of a checkpoint's own code that its configuration and its tokenizer name, if they are to be
-    beside them."""
+    """Return the modules of a checkpoint's own code that its configuration and its tokenizer name.
+
+    Modules of this package's remote code, and names that are no Python identifier (such as modules of another
+    repository), are left out.
+
+    Args:
+        root: the directory of the checkpoint.
+    """
     references: list[Any] = []
     for name in ("config.json", "tokenizer_config.json"):
         try:
             content = json.loads((root / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # no tokenizer, or one that names nothing
+        except (OSError, ValueError):  # the file is missing or damaged, so it names no module
             continue
-        named = content.get("auto_map") if isinstance(content, dict) else None
-        for entry in named.values() if isinstance(named, dict) else [named]:
+        auto_map = content.get("auto_map") if isinstance(content, dict) else None
+        for entry in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
             references += entry if isinstance(entry, list) else [entry]
     modules = {str(r).split(".")[0] for r in references if r is not None and not is_ours(r)}
     return sorted(module for module in modules if module.isidentifier())
@@ -43,8 +53,11 @@ def own_modules(root: Path) -> list[str]:
 def write_remote_code(root: Path) -> None:
     """Write the remote code of an artifact, and name it in its `config.json`.
 
-    The architecture stays the stock one. A base model with remote code of its own keeps it, so that
-    `AutoModelForCausalLM` gives the dense expert there; generation is routed all the same.
+    The architecture stays the stock one. A base model with remote code of its own keeps that code, so that
+    `AutoModelForCausalLM` loads the dense expert; `generate` routes nevertheless.
+
+    Args:
+        root: the directory of the artifact, which holds its `config.json`.
     """
     (root / "custom_generate").mkdir(exist_ok=True)
     (root / "custom_generate" / "generate.py").write_text(_GENERATE_CODE, encoding="utf-8")

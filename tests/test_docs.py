@@ -132,7 +132,7 @@ def test_every_command_in_the_text_exists_with_its_options(path):
     [
         ["mergekit-mediator", "unknown", "OUT"],
         ["mergekit-mediator", "inspect", "OUT", "--unknown"],
-        ["mergekit-mediator", "inspect", "ELSEWHERE"],
+        ["mergekit-mediator", "calibrate", "ELSEWHERE"],
         ["mergekit-yaml", "config.yml", "OUT", "--unknown"],
         ["make", "unknown"],
         ["python", "benchmarks/unknown.py"],

@@ -21,10 +21,11 @@ ALLOWED: dict[str, set[str]] = {
     "route": {"errors", "delta", "store", "models"},
     "methods": {"errors", "delta"},
     "merge": {"errors", "remote_code", "delta", "store", "models", "tune", "route", "methods"},
-    "serve": {"errors", "remote_code", "delta", "store", "models", "route"},
+    "serve": {"errors", "remote_code", "delta", "store", "models", "route", "share"},
     "evaluate": {"errors", "models", "methods", "merge", "serve"},
-    "export": {"errors", "delta", "store", "models"},
-    "engines": {"errors", "models", "store", "route", "serve", "export"},
+    "share": {"errors", "store", "models"},
+    "export": {"errors", "remote_code", "delta", "store", "models"},
+    "engines": {"errors", "models", "store", "route", "serve", "share", "export"},
     "remote": {"serve"},
     "_autoload": {"merge"},
     "_build": set(),
@@ -41,7 +42,7 @@ ALLOWED["__init__"] = {
 LIBRARIES = {
     "mergekit": {"methods", "merge", "evaluate", "cli"},
     "transformers": {"models", "merge", "serve", "cli", "remote"},
-    "huggingface_hub": {"store", "models", "merge"},
+    "huggingface_hub": {"store", "models", "merge", "share"},
     "datasets": {"models"},
 }
 
@@ -157,3 +158,15 @@ def test_user_errors_are_no_asserts(module):
 def test_files_are_short():
     long = {module: source.count("\n") for module, source in modules().items()}
     assert {module: lines for module, lines in long.items() if lines > 400} == {}
+
+
+def docstrings(source):
+    """Every docstring of a module, of its classes and of its functions."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_docstring_begins_with_what(module):
+    assert not [text for text in docstrings(modules()[module]) if text.startswith("What ")]

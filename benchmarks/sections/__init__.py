@@ -10,7 +10,7 @@ COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
 # Results whose page says how they were made.
 RECORDS = (
     *COMPARISONS,
-    *("ablations", "blending", "codec", "demo", "layers", "lossless", "merge-cost"),
+    *("ablations", "blending", "codec", "demo", "layers", "lossless", "merge-cost", "methods"),
     *("replicas", "router", "router-many", "router-no-data", "runtime", "scale", "serving"),
     "startup",
 )
@@ -25,6 +25,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ablations": comparison.ablations,
     "demo": merging.demo,
     "merge-cost": merging.merge_cost,
+    "methods": merging.methods,
     "scale-memory": merging.scale_memory,
     "scale": merging.scale,
     "startup": merging.startup,

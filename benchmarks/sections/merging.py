@@ -41,6 +41,21 @@ def merge_cost() -> str:
     )
 
 
+def methods() -> str:
+    """Time and memory of the data-free methods beside `ties`."""
+    figures = load("methods")
+    rows = [
+        [
+            f"`{row['method']}`",
+            f"{row['time_over_ties']:.2f}",
+            f"{row['peak_memory_over_ties']:.2f}",
+        ]
+        for row in figures["rows"]
+    ]
+    head = ["", "processor time / `ties`", "peak memory / `ties`"]
+    return f"{table(head, rows)}\n\n{figures['experts']} experts, {figures['threads']} thread."
+
+
 def scale_memory() -> str:
     """Memory and time of a merge as the experts become more."""
     merges = load("scale")["memory"]["merges"]

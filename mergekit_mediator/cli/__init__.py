@@ -1,3 +1,4 @@
-"""The commands: options in, one call, figures out.
+"""The commands: each reads options, calls one function and prints figures.
 
-They import what takes long only when they are called."""
+A command imports slow libraries only when it is called.
+"""

@@ -1,4 +1,4 @@
-"""Text in, text out: each prompt's mixture and answer."""
+"""Answer prompts in text, and show each prompt's mixture."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,34 +17,38 @@ def answer(
     """Answer prompts by greedy decoding.
 
     Args:
-        model: with a tokenizer.
+        model: the model; it has a tokenizer.
         prompts: one or more texts.
-        max_new_tokens: for each answer.
-        mixture: this one for all prompts, instead of routing.
-        router: the router's name, or None for the default one.
+        max_new_tokens: the most tokens of an answer.
+        mixture: the mixture of all prompts; None routes each prompt.
+        router: the router's name; None is the default one.
 
     Returns:
-        For each prompt `prompt`, `mixture`, `entropy` in nats and the out-of-distribution score `ood` (None
-        without routing, or where the router cannot tell), `answer`.
+        For each prompt `prompt`, `mixture` by expert, `entropy` in nats and the out-of-distribution score `ood`
+        (None each without routing; `ood` is None too if the router has no such score), and `answer`.
+
+    Raises:
+        RoutingError: a prompt cannot be routed; see `MediatorModel.route`.
+        MixtureError: the mixture names an unknown expert, or a weight is not allowed.
     """
     results = []
     for prompt in prompts:
-        entropy, ood, chosen = None, None, dict(mixture or {})
+        entropy, ood, weights = None, None, dict(mixture or {})
         ids, mask = model.tokenize([prompt])
         if mixture is None:
             decision = model.route(ids, mask, router=router)
-            weights = model.mixtures(decision, router)[0]
+            row = model.mixtures(decision, router)[0].tolist()
             entropy, score = float(decision.entropy[0]), float(decision.ood[0])
             ood = None if math.isnan(score) else score
-            chosen = {e: p for e, p in zip(model.experts, weights.tolist(), strict=True) if p > 0}
+            weights = {e: p for e, p in zip(model.experts, row, strict=True) if p > 0}
         output = model.generate(
-            ids, mask, mixture=chosen, max_new_tokens=max_new_tokens, do_sample=False
+            ids, mask, mixture=weights, max_new_tokens=max_new_tokens, do_sample=False
         )
         text = model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         results.append(
             {
                 "prompt": prompt,
-                "mixture": chosen,
+                "mixture": weights,
                 "entropy": entropy,
                 "ood": ood,
                 "answer": text,

@@ -1,4 +1,4 @@
-"""The command `config`: files that put engines and routers together."""
+"""The command `config`: files that deploy engines, gateways and routers."""
 
 import shlex
 from pathlib import Path
@@ -8,15 +8,14 @@ import yaml
 
 from mergekit_mediator.engines.deployments import DEPLOYMENTS, Deployment, dockerfile
 from mergekit_mediator.export.start_commands import vllm_rank
-from mergekit_mediator.models.loading import local_directory
-from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.share.pull import fetch_manifest
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what occurs twice twice: YAML's references are hard to read and to edit."""
+    """A dumper that writes repeated content again: references in YAML are hard to read and to edit."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Say so of everything."""
+        """Tell the dumper to write every object without a reference."""
         return True
 
 
@@ -28,24 +27,32 @@ class _Dumper(yaml.SafeDumper):
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Of the adapters, as `export` says.",
+    help="The largest rank of the adapters; `export` prints their ranks.",
 )
-@click.option("--replicas", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--image", default=Deployment.image, show_default=True, help="Of containers.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="The number of engines.",
+)
+@click.option(
+    "--image", default=Deployment.image, show_default=True, help="The image of the containers."
+)
 @click.option(
     "--adapters",
     default="",
-    help="Where Ray finds exported adapters, such as s3://bucket/adapters.",
+    help="The address from which Ray loads exported adapters, such as s3://bucket/adapters.",
 )
 def config(tool: str, out: str, rank: int, replicas: int, image: str, adapters: str) -> None:
     """Print the file with which TOOL serves the artifact in OUT, a directory or a repository on the Hub.
 
-    `vllm` is a command; `dockerfile` is the image of `compose` and `kubernetes`, which start vLLM with the
-    plugin behind a gateway.
+    `vllm` prints a command. `dockerfile` prints the image's file for `compose` and `kubernetes`, which start
+    vLLM with the plugin behind a gateway.
 
     Example: mergekit-mediator config compose OUT --replicas 2
     """
-    experts = read_manifest(local_directory(out, None)).expert_names
+    experts = fetch_manifest(out).expert_names
     model = str(Path(out).resolve()) if Path(out).is_dir() else out
     deployment = Deployment(model, experts, vllm_rank(rank), replicas, image, adapters)
     if tool == "vllm":

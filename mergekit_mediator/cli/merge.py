@@ -1,4 +1,4 @@
-"""The commands that need mergekit: merge and plan."""
+"""The commands `merge` and `plan`, which need mergekit."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, add_merge_options
 from pydantic import ValidationError
 
-from mergekit_mediator.cli import plan_tables
+from mergekit_mediator.cli import options, plan_tables
 from mergekit_mediator.cli.plots import plot_conflict, plot_curve
 from mergekit_mediator.delta.curve import Point
 from mergekit_mediator.errors import ConfigError, first_line
@@ -34,7 +34,7 @@ _config = click.argument("config", type=click.Path(exists=True, dir_okay=False, 
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace a model that OUT holds already; other files there stay.",
+    help="Replace the model in OUT, if there is one; other files in OUT stay.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
 @add_merge_options  # type: ignore[untyped-decorator]
@@ -65,14 +65,16 @@ def merge(
 
 @click.command()
 @_config
-@click.option("--conflict", is_flag=True, help="Measure conflict: reads every weight once.")
+@click.option("--conflict", is_flag=True, help="Measure conflict; this reads every weight once.")
 @click.option(
-    "--curve", is_flag=True, help="Predict quality for every budget: reads every weight once."
+    "--curve", is_flag=True, help="Predict quality for every budget; this reads every weight once."
 )
 @click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw either: FILE.png."
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="FILE.png: draw the conflict or the curve.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@options.as_json
 @add_merge_options  # type: ignore[untyped-decorator]
 def plan(
     merge_options: MergeOptions,
@@ -88,7 +90,7 @@ def plan(
     """
     _also_here(merge_options)
     if plot is not None and conflict == curve:
-        raise click.UsageError("--plot draws what one of --conflict and --curve finds: give one")
+        raise click.UsageError("--plot needs exactly one of --conflict and --curve: give one")
     source, merge_config = _read(config)
     kind = OpenInputs if conflict or curve else HeaderInputs
     with prepared(kind, merge_config, merge_options, source) as preparation:
@@ -118,27 +120,30 @@ def plan(
     if curve:
         text += f"\n\n{plan_tables.curve_report(points)}"
     elif inputs.config.density_decides:
-        text += (
-            "\nA budget keeps more in as many bytes, if not bit for bit: --curve predicts how much."
-        )
+        text += "\nA budget keeps more in as many bytes, but not bit for bit: --curve predicts how much."
     click.echo(json.dumps(figures, indent=1) if as_json else text)
 
 
 def _also_here(options: MergeOptions) -> None:
-    """`-v` is mergekit's option too: after the command it also shows a traceback."""
+    """Show a traceback also if `-v`, which is an option of mergekit too, comes after the command."""
     if options.verbosity:
         click.get_current_context().find_root().params["verbose"] = True
 
 
 def _read(path: Path) -> tuple[str, MergeConfiguration]:
-    """A configuration's text, and what mergekit reads in it."""
+    """Read a configuration: its text, and the configuration that mergekit makes of it.
+
+    Raises:
+        ConfigError: the file cannot be read, mergekit refuses it, or its merge method is another one.
+    """
     plugin.install()
     try:
         source = path.read_text(encoding="utf-8")
         content = yaml.safe_load(source)
         if not isinstance(content, dict):
             raise ConfigError(
-                f"{path}: a mapping with merge_method, base_model and models required"
+                f"{path}: a mapping with merge_method, base_model and models is required, got "
+                f"{type(content).__name__}"
             )
         config = MergeConfiguration.model_validate(content)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RuntimeError) as error:

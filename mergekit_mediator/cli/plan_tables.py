@@ -1,4 +1,4 @@
-"""The tables and figures of `plan`: a merge layer by layer, and the quality that each budget would keep."""
+"""Write the tables and figures of `plan`: a merge layer by layer, and the predicted quality of each budget."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from mergekit_mediator.merge.estimate import Estimate
 
 
 def plan_report(estimate: Estimate) -> str:
-    """A merge as a table, layer by layer."""
+    """Write a merge as a table, layer by layer."""
     decisions = {True: "routed", False: "averaged", None: "undecided"}
     rows = []
     for layer in estimate.layers:
@@ -42,7 +42,7 @@ def plan_report(estimate: Estimate) -> str:
 
 
 def plan_figures(estimate: Estimate) -> dict[str, Any]:
-    """A merge as plain values, sizes in bytes."""
+    """Describe a merge in plain values, sizes in bytes."""
     return {
         "layers": [
             {
@@ -65,7 +65,7 @@ def plan_figures(estimate: Estimate) -> dict[str, Any]:
 
 
 def curve_report(points: Sequence[Point]) -> str:
-    """The predicted quality of every budget as a table."""
+    """Write the predicted quality of every budget as a table."""
     rows = [
         [
             f"{point.over_dense:g}x",
@@ -81,7 +81,8 @@ def curve_report(points: Sequence[Point]) -> str:
         [
             table(header, rows),
             "",
-            "Predicted from the weights alone, for all layers routed: the squared change from base to",
-            "experts that is kept, and what that recovered of the loss of fine-tunes measured before.",
+            "The weights alone predict these figures, for all layers routed. The change kept is a part of",
+            "the squared change from base to experts; the loss recovered is what as large a part recovered",
+            "for fine-tunes that were measured before.",
         ]
     )

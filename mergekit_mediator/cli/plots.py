@@ -1,4 +1,4 @@
-"""The pictures of the commands: quality against bytes, conflict by layer, quality that budgets keep."""
+"""Draw the pictures of the commands: quality against bytes, conflict by layer, quality of budgets."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from mergekit_mediator.cli.point_labels import Label, name_points
 from mergekit_mediator.delta.curve import Point
 from mergekit_mediator.errors import OutputError
+from mergekit_mediator.evaluate.results import BEST_STATIC, EXPERTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# These repeat another system, or are 100 by definition.
-_LEFT_OUT = {"experts", "best_static"}
+# The picture leaves out the experts, which are 100 by definition, and a copy of another system.
+_LEFT_OUT = {EXPERTS, BEST_STATIC}
 _OURS, _OTHERS = "#c2410c", "#475569"
-# Less than this part of a model is drawn as no extra bytes: file headers differ by as much.
+# Fewer extra bytes than this fraction of a model are drawn as none: file headers differ by as much.
 _NOTHING = 0.001
 _DPI = 120
 _TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -25,7 +26,14 @@ _TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 @dataclass(frozen=True)
 class _System:
-    """One point of the picture, with the names of all systems that fall on it."""
+    """One point of the picture.
+
+    Attributes:
+        names: the names of all systems at this point.
+        extra: the bytes beside one model, as a fraction of one model.
+        mean: the mean over tasks, in percent of the expert.
+        worst: the worst task, in percent of the expert.
+    """
 
     names: tuple[str, ...]
     extra: float
@@ -34,6 +42,7 @@ class _System:
 
     @property
     def ours(self) -> bool:
+        """Whether a system of this package is among the names."""
         return any(name.startswith("mediator") for name in self.names)
 
 
@@ -50,7 +59,8 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     systems = _systems(rows)
     if not systems:
         raise OutputError(
-            f"{path}: nothing to draw: an expert answers none of its prompts right, so none is 100"
+            f"{path}: there is nothing to draw: an expert answers none of its prompts right, so that "
+            "no system has a mean"
         )
     places = extra_axis(axes, [system.extra for system in systems])
     for system, place in zip(systems, places, strict=True):
@@ -71,12 +81,13 @@ def plot_quality(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def extra_axis(axes: "Axes", extras: Sequence[float]) -> list[float]:
-    """Scale the horizontal axis for bytes beside one model: logarithmic, with "none" at its left edge
-    where it is needed.
+    """Scale the horizontal axis for bytes beside one model.
+
+    The axis is logarithmic. Its left edge is "none" if a system has no bytes beside one model.
 
     Args:
-        axes: to scale.
-        extras: bytes of each system beside one model, as parts of one model.
+        axes: the axes to scale.
+        extras: the bytes of each system beside one model, as fractions of one model.
 
     Returns:
         The place of each system on the axis.
@@ -95,7 +106,7 @@ def extra_axis(axes: "Axes", extras: Sequence[float]) -> list[float]:
 
 
 def _systems(rows: Mapping[str, Mapping[str, Any]]) -> list[_System]:
-    """The systems that have a place in the picture; those that fall on one point together."""
+    """Collect the systems that have a place in the picture; systems at one point are one."""
     points: dict[tuple[float, ...], _System] = {}
     for name, row in rows.items():
         mean, size = row.get("normalized_mean"), row.get("total_bytes_over_base")
@@ -120,8 +131,8 @@ def plot_conflict(
     figure, axes = _figure("--plot", max(6.0, 0.22 * len(layers)), 3.6)
     for metric, values in profile.items():
         axes.plot(range(len(layers)), values, marker="o", markersize=3, label=metric)
-    for index, chosen in enumerate(routed):
-        if chosen:
+    for index, is_routed in enumerate(routed):
+        if is_routed:
             axes.axvspan(index - 0.5, index + 0.5, color="0.9", zorder=0)
     axes.set(xlabel="layer (routed layers shaded)", ylabel="conflict", ylim=(0, 1))
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
@@ -145,7 +156,7 @@ def plot_curve(path: Path, points: Sequence[Point]) -> None:
 
 
 def _figure(asker: str, width: float, height: float) -> tuple["Figure", "Axes"]:
-    """An empty picture; the asker is named if matplotlib is missing."""
+    """Make an empty picture of a size in inches; the error names the asker if matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Names beside the points of a picture, so that it needs no legend."""
+"""Write names beside the points of a picture, so that it needs no legend."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 _FAINT = "#94a3b8"
-# Pixels: the half width of a marker with its margin, and from where on a line leads to the point.
+# Pixels: the half width of a marker with its margin, and the distance from which a line leads to the point.
 _MARKER, _FAR = 8.0, 14.0
 
 
@@ -21,10 +21,10 @@ class Label:
 
     Attributes:
         text: the name.
-        x: place of the point.
-        y: height of the point.
-        foot: height where the vertical line of the point ends.
-        color: of the text.
+        x: the horizontal place of the point.
+        y: the height of the point.
+        foot: the height where the vertical line of the point ends.
+        color: the color of the text.
     """
 
     text: str
@@ -35,19 +35,19 @@ class Label:
 
 
 def name_points(figure: "Figure", axes: "Axes", labels: Sequence[Label]) -> None:
-    """Write each label as near to its point as it stands free, with a thin line where it is moved.
+    """Write each label in the nearest free place; a thin line joins a distant label to its point.
 
-    The scale of the axes must be set; the layout of the figure is fixed by this call.
+    The scale of the axes must be set before. This call fixes the layout of the figure.
 
     Args:
-        figure: with an Agg canvas.
-        axes: of the figure.
-        labels: of the points that are drawn already.
+        figure: the figure; it has an Agg canvas.
+        axes: the axes of the figure.
+        labels: the labels of points that are drawn already.
     """
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # otherwise the measured places move again
+    figure.set_layout_engine("none")  # a layout engine would move the measured places again
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
     obstacles = _Obstacles(axes.get_window_extent(renderer), [], [], [])
@@ -77,7 +77,7 @@ class _Obstacles:
     lines: list["Bbox"]
 
     def free_place(self, x: float, y: float, size: "Bbox") -> "Bbox":
-        """Of the places around a point, the one where a label hides least and stands nearest."""
+        """Find the place around a point where a label covers least and stands nearest."""
         from matplotlib.transforms import Bbox
 
         width, height = size.width, 1.05 * size.height
@@ -100,6 +100,6 @@ class _Obstacles:
             + 200 * sum(box.overlaps(other) for other in self.marks)
             + 25 * sum(box.overlaps(other) for other in self.lines)
             + abs((box.y0 + box.y1) / 2 - y)
-            + 5 * (box.x0 < x)  # right of the point is where a name is looked for first
+            + 5 * (box.x0 < x)  # readers look for a name at the right of its point first
         )
         return cost

@@ -1,4 +1,4 @@
-"""One line of progress for each step of a long command; what libraries say meanwhile goes to a file."""
+"""Show one line for each step of a long command; the messages of libraries go to a file."""
 
 import os
 import time
@@ -10,19 +10,20 @@ import click
 
 
 class Steps:
-    """Counts the steps of a command, and shows each with its time on standard error."""
+    """Count the steps of a command, and show each with its time on standard error."""
 
     def __init__(self, count: int, log: Path | None) -> None:
-        """
+        """Begin before the first step.
+
         Args:
-            count: how many steps there will be.
-            log: the file for warnings and progress bars of libraries; None shows them.
+            count: the number of steps.
+            log: the file of the libraries' warnings and progress bars; None shows them.
         """
         self._count, self._log, self._done = count, log, 0
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Show a step while it runs, and how long it took at its end."""
+        """Show a step while it runs, and at its end the seconds that it took."""
         self._done += 1
         line = f"[{self._done}/{self._count}] {name} "
         click.echo(line, err=True, nl=self._log is None)
@@ -39,16 +40,16 @@ class Steps:
 
 @contextmanager
 def _standard_error_to(path: Path) -> Iterator[None]:
-    """Append all of standard error to a file: what Python writes, and what handlers and C++ code write.
+    """Append standard error to a file: the output of Python, of log handlers and of C++ code.
 
     Log handlers keep the stream that they were made with, so the file descriptor is redirected, too.
     """
     with path.open("a", encoding="utf-8") as file, redirect_stderr(file):
-        kept = os.dup(2)
+        stderr = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
             file.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)

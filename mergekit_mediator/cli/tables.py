@@ -1,11 +1,11 @@
-"""Tables for people, and the words for bytes; figures of systems and routers as tables."""
+"""Write tables and sizes for people, and the figures of systems and routers as tables."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
+    """Align columns of text: the first to the left, the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -18,7 +18,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes, as people write it."""
+    """Write a number of bytes with its unit, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -27,7 +27,7 @@ def size(count: float) -> str:
 
 
 def comparison_report(figures: dict[str, Any]) -> str:
-    """Exact match in percent by system and task, and where the prompts were routed."""
+    """Write the exact match in percent by system and task, and the experts that prompts were routed to."""
     systems, routing = figures["systems"], figures["routing"]
     rows = []
     for system, scores in systems.items():
@@ -50,7 +50,7 @@ def comparison_report(figures: dict[str, Any]) -> str:
 
 
 def calibration_report(figures: dict[str, Any]) -> str:
-    """What held-out prompts say of a router."""
+    """Write the figures of a router on held-out prompts."""
     names = figures["experts"]
     rows = [
         [name, *map(str, counts)] for name, counts in zip(names, figures["confusion"], strict=True)

@@ -1,3 +1,4 @@
-"""The part of a weight that an expert keeps: its forms, what each costs, and how bytes are divided.
+"""The part of a weight that an expert keeps: its forms, the bytes of each, and how bytes are divided.
 
-It knows tensors only."""
+The room knows tensors only.
+"""

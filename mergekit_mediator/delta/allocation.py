@@ -1,7 +1,7 @@
-"""How experts share a budget: so that what all of them lose together is predicted to be least.
+"""How experts share a budget: the predicted loss of all experts together is least.
 
-An expert that changed little would be left with hardly any bits if squared error alone were weighed. What it
-loses depends on the part of its own change that is left out: about the fifth power of it.
+Squared error alone would leave an expert that changed little with hardly any bits. The loss of an expert is
+predicted as the fifth power of the part of its own squared change that is left out.
 """
 
 import math
@@ -14,25 +14,26 @@ from torch import Tensor
 from mergekit_mediator.delta.tradeoff import SLOPES
 from mergekit_mediator.errors import ConfigError
 
-# The divergence of an expert's answers from those of the whole expert, and the part of the loss between
-# average and expert that is not recovered, are about this power of the part of the squared change that is
-# left out: in tests/benchmarks/results/codec.json 5 for weak fine-tunes at half a bit and more, 7 for strong ones.
+# The part of the loss between average and expert that is not recovered is about this power of the part of the
+# squared change that is left out. In benchmarks/results/codec.json the power is 5 for weak fine-tunes at half a
+# bit and more, and 7 for strong ones.
 LOSS_POWER = 5
-_STEPS = 64  # between two slopes of the grid
-_ROUNDS = 80
-_SMALLEST = 1e-300
+_STEPS = 64  # places of the finer grid between two slopes
+_ROUNDS = 80  # halvings of the interval in which the price lies
+_SMALLEST = 1e-300  # stands for a squared error of 0, which has no logarithm
 
 Floats = NDArray[np.float64]
 
 
 class Allocation:
-    """What experts can take and leave out, and how they share any number of bits."""
+    """The bits and the remaining errors of experts at each slope, and how experts share any number of bits."""
 
     def __init__(self, tradeoffs: Sequence[Tensor]) -> None:
-        """
+        """Interpolate the curve of each expert between the slopes.
+
         Args:
-            tradeoffs: by expert, `[2, len(SLOPES)]`: bits and squared error at each slope, of all its weights;
-                see `tradeoff.tradeoff`.
+            tradeoffs: of each expert, `[2, len(SLOPES)]` float64: the bits and the squared error of all its
+                weights at each slope; see `tradeoff.tradeoff`.
         """
         count = len(SLOPES)
         self._grid = np.linspace(0, count - 1, (count - 1) * _STEPS + 1)
@@ -47,18 +48,31 @@ class Allocation:
 
     @property
     def most(self) -> float:
-        """The bits at the finest slope, which leaves nothing out to speak of."""
+        """The bits of all experts at the finest slope, where the error that remains is negligible."""
         return float(self._bits[:, -1].sum())
 
     def left(self, bits: float) -> list[float]:
-        """By expert, the part of its squared change in [0, 1] that is left out within `bits` of all."""
+        """Predict the part of its squared change, in [0, 1], that each expert leaves out.
+
+        Args:
+            bits: that all experts may take together.
+
+        Returns:
+            One part for each expert, in the order of the tradeoffs.
+        """
         return self._of(self._left, self._within(bits))
 
     def slopes(self, bits: float) -> list[float]:
-        """By expert, the slope within `bits` of all.
+        """Choose the slope of each expert.
+
+        Args:
+            bits: that all experts may take together.
+
+        Returns:
+            One slope for each expert, in squared error per stored number, in the order of the tradeoffs.
 
         Raises:
-            ConfigError: all experts take more at any slope.
+            ConfigError: the experts take more bits at every slope.
         """
         if bits < self.least:
             raise ConfigError(
@@ -69,17 +83,17 @@ class Allocation:
         return [math.pow(2.0, -float(self._grid[i]) / 2) for i in chosen]
 
     def _curve(self, tradeoff: Floats) -> tuple[Floats, Floats]:
-        """Bits and the part left out between the slopes: their logarithms are close to lines there."""
-        at = np.arange(len(SLOPES))
+        """Bits and the part left out on the finer grid; between two slopes their logarithms are nearly linear."""
+        places = np.arange(len(SLOPES))
         bits, error = tradeoff
         whole = max(float(error[0]), _SMALLEST)
         return (
-            np.expm1(np.interp(self._grid, at, np.log1p(bits))),
-            np.exp(np.interp(self._grid, at, np.log(np.maximum(error, _SMALLEST) / whole))),
+            np.expm1(np.interp(self._grid, places, np.log1p(bits))),
+            np.exp(np.interp(self._grid, places, np.log(np.maximum(error, _SMALLEST) / whole))),
         )
 
     def _within(self, bits: float) -> NDArray[np.int64]:
-        """By expert, the place in the grid where all lose least within `bits` (Everett, 1963)."""
+        """The place of each expert in the grid where the total loss within `bits` is least (Everett, 1963)."""
         price, dearer = -700.0, 700.0  # logarithms of loss per bit
         for _ in range(_ROUNDS):
             middle = (price + dearer) / 2
@@ -98,5 +112,5 @@ class Allocation:
 
     @staticmethod
     def _of(rows: Floats, chosen: NDArray[np.int64]) -> list[float]:
-        found: list[float] = np.take_along_axis(rows, chosen[:, None], axis=1)[:, 0].tolist()
-        return found
+        values: list[float] = np.take_along_axis(rows, chosen[:, None], axis=1)[:, 0].tolist()
+        return values

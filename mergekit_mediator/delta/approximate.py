@@ -1,7 +1,7 @@
 """A weight's difference as low rank plus sparse, at one exchange rate between squared error and bytes.
 
-The rate is the slope: the squared error that a stored number must save to be worth storing. With the
-same slope for all weights of an expert, no byte would save more elsewhere (Shoham and Gersho, 1988).
+The rate is the slope: a number is stored if it saves at least that much squared error. With one slope for
+all weights of an expert, no byte would save more in another weight (Shoham and Gersho, 1988).
 """
 
 import math
@@ -13,14 +13,16 @@ from mergekit_mediator.delta.factors import Components, Factors, decompose, squa
 from mergekit_mediator.delta.kth_largest import chunks, nonzero
 from mergekit_mediator.delta.stored_weight import StoredWeight
 
-# The remainder's step is this times √slope; below 0.65 steps it is dropped. Found on full fine-tunes.
+# The step of the remainder is this times √slope. A number below 0.65 steps is dropped. Both were tuned on full
+# fine-tunes; no results file holds that search.
 _REMAINDER_STEP = 2.0
 _DEAD_ZONE = 0.65
 _LARGEST_CODE = 32767
-# What is left out makes a change smaller than it was, and its expert less sure than it was. What is kept is
-# multiplied by this power of the ratio of their norms. Found on prompts that are not reported.
-_NORM_POWER = 0.375
-# Vectors are few and matter much: a sixteenth of their root mean square as the step, about 6 bits each.
+# An approximation is smaller than the change, which makes its expert less sure. So the approximation is
+# multiplied by this power of the ratio of the two norms. The power was tuned on prompts that no table reports;
+# benchmarks/results/ablations.json has a merge with power 0, which answers as well.
+NORM_POWER = 0.375
+# Vectors are few and matter much. The step is a sixteenth of their root mean square: about 6 bits a number.
 _VECTOR_STEP = 1 / 16
 
 
@@ -30,23 +32,25 @@ def approximate(
     dtype: torch.dtype,
     share: float = 0.0,
     components: Components | None = None,
+    norm_power: float = NORM_POWER,
 ) -> StoredWeight:
-    """The difference of an expert from its reference, as low rank plus sparse.
+    """Approximate the difference of an expert from its reference by low rank plus sparse.
 
     Args:
         difference: float32, any shape, finite. Two and more dimensions are a matrix `[..., in]`.
         slope: squared error per stored number, > 0.
-        dtype: of the weight that it is the difference of.
+        dtype: of the expert's weight in the checkpoint.
         share: of the expert in the dense weight, if the difference is from the base; see `StoredWeight`.
-        components: of the difference as a matrix, where they are known.
+        components: of the difference as a matrix; computed if they are None.
+        norm_power: the power of ‖difference‖ / ‖approximation‖ by which the approximation is multiplied.
     """
     if is_vector(difference):
         rms = float(difference.square().mean().sqrt()) if difference.numel() else 0.0
-        return _steps(difference, None, rms * _VECTOR_STEP, dtype, share)
+        return _steps(difference, None, rms * _VECTOR_STEP, dtype, share, norm_power)
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
     factors = components.quantise(slope, matrix)
-    return _steps(difference, factors, remainder_step(slope), dtype, share)
+    return _steps(difference, factors, remainder_step(slope), dtype, share, norm_power)
 
 
 def is_vector(weight: Tensor) -> bool:
@@ -55,22 +59,22 @@ def is_vector(weight: Tensor) -> bool:
 
 
 def remainder_step(slope: float) -> float:
-    """The step of the remainder at a slope."""
+    """The step of the remainder at a slope, in the unit of the weights."""
     return _REMAINDER_STEP * math.sqrt(slope)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A weight as `[out, in]`."""
+    """A weight as a matrix `[out, in]`; all dimensions but the last become one."""
     return weight.reshape(-1, weight.shape[-1])
 
 
 def is_dropped(largest: float, step: float) -> bool:
-    """Whether nothing is kept of a remainder in which no number is larger than this."""
+    """Whether every number of a remainder is dropped, given the largest magnitude in it."""
     return largest < _DEAD_ZONE * step
 
 
 def quantise_steps(remainder: Tensor, step: float) -> Tensor:
-    """int16 integers of the same shape: multiples of the step, with a dead zone around 0."""
+    """Quantise a float32 remainder to int16 multiples of the step, of the same shape, with a dead zone around 0."""
     flat = remainder.reshape(-1)
     codes = torch.empty(flat.shape, dtype=torch.int16, device=flat.device)
     for part in chunks(flat.numel()):
@@ -81,9 +85,14 @@ def quantise_steps(remainder: Tensor, step: float) -> Tensor:
 
 
 def _steps(
-    difference: Tensor, factors: Factors | None, step: float, dtype: torch.dtype, share: float
+    difference: Tensor,
+    factors: Factors | None,
+    step: float,
+    dtype: torch.dtype,
+    share: float,
+    norm_power: float,
 ) -> StoredWeight:
-    """What factors leave of a difference, in steps."""
+    """Factors and the remainder of a difference, which is the difference less their product, in steps."""
     if factors is None:
         flat = difference.reshape(-1).clone()
     else:
@@ -93,18 +102,18 @@ def _steps(
     codes = quantise_steps(flat, step) if step else torch.zeros(flat.shape, dtype=torch.int16)
     index_dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
     positions = nonzero(codes != 0).to(index_dtype)
-    kept = codes[positions]
-    # within a step most weights lie nearer to zero than its middle: their mean is the better value
+    codes = codes[positions]
+    # Within a step most weights lie nearer to zero than its middle, so their mean is the better value.
     magnitude = (flat[positions] / step).abs_() if step else flat[positions]
-    shift = float((kept.abs() - magnitude).mean()) if kept.numel() else 0.0
-    lost = flat.index_add_(0, positions, (shift * kept.sign() - kept) * step)
-    strength = _strength(difference.reshape(-1), lost)
+    shift = float((codes.abs() - magnitude).mean()) if codes.numel() else 0.0
+    lost = flat.index_add_(0, positions, (shift * codes.sign() - codes) * step)
+    strength = _strength(difference.reshape(-1), lost, norm_power)
     return StoredWeight(
         shape=tuple(difference.shape),
         dtype=dtype,
         values="steps",
         positions=positions,
-        codes=kept,
+        codes=codes,
         scale=step * strength,
         shift=shift,
         factors=factors and factors.scaled(strength),
@@ -112,11 +121,10 @@ def _steps(
     )
 
 
-def _strength(difference: Tensor, lost: Tensor) -> float:
-    """What a part of a difference is multiplied by, given what it lacks."""
-    whole, kept = 0.0, 0.0
+def _strength(difference: Tensor, lost: Tensor, norm_power: float) -> float:
+    """The factor of an approximation, given the part of the difference that it lacks."""
+    whole, approximated = 0.0, 0.0
     for part in chunks(difference.numel()):
-        of_part = difference[part]
-        whole += squared_norm(of_part)
-        kept += squared_norm(of_part - lost[part])
-    return max(1.0, math.sqrt(whole / kept)) ** _NORM_POWER if kept else 1.0
+        whole += squared_norm(difference[part])
+        approximated += squared_norm(difference[part] - lost[part])
+    return max(1.0, math.sqrt(whole / approximated)) ** norm_power if approximated else 1.0

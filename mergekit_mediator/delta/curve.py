@@ -1,26 +1,28 @@
-"""What every budget would keep: predicted quality against bytes, before anything is written."""
+"""The predicted quality of an artifact at every budget, before a merge writes anything."""
 
 import math
 from dataclasses import dataclass
 
 from mergekit_mediator.delta.allocation import LOSS_POWER, Allocation
 
-# Everything together over the dense expert alone, as people ask for it in `budget`.
+# Budgets, as multiples of the dense expert's checkpoint.
 _SIZES = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.35, 1.5, 1.75, 2, 3, 4, 6, 8)
-_NOTHING_LEFT = 1e-3
+# A curve ends at the first budget that leaves out less than this part of the squared change.
+_LEAST_LEFT = 1e-3
 
 
 @dataclass(frozen=True)
 class Point:
-    """One budget.
+    """The prediction for one budget.
 
     Attributes:
-        over_dense: everything together over the dense expert alone, as `budget` has it.
-        total_bytes: the same in bytes.
+        over_dense: the bytes of the artifact over those of the dense expert's checkpoint, as in `budget`.
+        total_bytes: of the artifact.
         bits: per parameter and expert.
-        left: part of the squared change from base to expert that is not stored, in [0, 1], mean of experts.
-        loss_recovered: predicted part of the loss between the average and each expert, in [0, 1], mean of
+        left: the part of the squared change from base to expert that is not stored, in [0, 1], mean of
             experts.
+        loss_recovered: the predicted part of the loss between the average and the expert that the stored
+            form recovers, in [0, 1], mean of experts.
     """
 
     over_dense: float
@@ -33,19 +35,20 @@ class Point:
 def curve(
     allocation: Allocation, numel: int, checkpoint_bytes: int, fixed_bytes: int
 ) -> list[Point]:
-    """The budgets that are possible, up to that which leaves nothing out.
+    """Predict the points of all possible budgets, up to the first that leaves out next to nothing.
 
     Args:
-        allocation: among the experts.
-        numel: of all stored weights of all experts.
-        checkpoint_bytes: of the dense expert's checkpoint, with its tokenizer: what `1x` is.
-        fixed_bytes: of this and all else that does not depend on the budget.
+        allocation: of the experts.
+        numel: the parameters of all stored weights of all experts.
+        checkpoint_bytes: of the dense expert's checkpoint with its tokenizer, which `1x` stands for.
+        fixed_bytes: of all files and headers whose size does not depend on the budget, that checkpoint
+            among them.
     """
     points: list[Point] = []
     for size in _SIZES:
         stored = 8 * (size * checkpoint_bytes - fixed_bytes)
-        nothing_left = points and points[-1].left < _NOTHING_LEFT
-        if not allocation.least < stored < allocation.most or nothing_left:
+        complete = points and points[-1].left < _LEAST_LEFT
+        if not allocation.least < stored < allocation.most or complete:
             continue
         left = allocation.left(stored)
         points.append(
@@ -61,5 +64,8 @@ def curve(
 
 
 def predicted_loss_recovered(left: float) -> float:
-    """From the part of an expert's squared change that is left out, in [0, 1]."""
+    """Predict the recovered part of the loss, in [0, 1], from the part of the squared change that is left out.
+
+    The formula is `1 - left ** LOSS_POWER`; `allocation` has the evidence for the power.
+    """
     return float(1 - left**LOSS_POWER)

@@ -1,4 +1,4 @@
-"""The low-rank part of a stored weight: thin factors, exact as an adapter has them or in coarse steps."""
+"""The low-rank part of a stored weight: two thin factors, either those of an adapter or codes in coarse steps."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,18 @@ from torch.nn.functional import normalize
 
 from mergekit_mediator.delta.factor_steps import LEAST_SLOPES, codes, fineness
 
-# A component of energy σ² takes 2.1 (out + in) bits and, kept to five sixths, saves 0.6 σ²/s² bits in
-# coding a remainder of variance s².
+# A component of energy σ² takes 2.1 (out + in) bits. Stored to five sixths, it saves 0.6 σ²/s² bits in coding a
+# remainder of variance s². The ratio is 2.1 / 0.6, about.
 _REMAINDER_RATIO = 3.4
-_FULL_DECOMPOSITION = 1536
-_SMALL = 128
-_ROWS = 4096
-# Two rounds take about 1% off the squared error that is left out, a third one 0.1% more.
+# A matrix with more rows and columns than this is decomposed by random projection. The eigenvalues of its Gram
+# matrix would take time that grows with the third power of the width.
+_LARGEST_GRAM = 1536
+_SMALL = 128  # all components of a matrix up to this width are looked at
+_ROWS = 4096  # of a matrix that is copied to float64, at once
+# Two rounds reduce the remaining squared error by about 1%, a third one by 0.1% more.
 _REFITS = 2
 _TINY = 1e-30
-_WITHIN = 0.499  # of a step: what rounds to the same code
+_WITHIN = 0.499  # steps around a code; each number there rounds to the code
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Factors:
     """Σ_k scale_k · left_k · right_kᵀ.
 
     Attributes:
-        left: `[out, r]`, int8 codes, or floats as they came in with an adapter.
-        right: `[in, r]`, in the same dtype.
+        left: `[out, r]`, int8 codes, or the floats of an adapter.
+        right: `[in, r]`, of the same dtype.
         scales: `[r]` float32.
     """
 
@@ -36,10 +38,15 @@ class Factors:
 
     @classmethod
     def of_adapter(cls, lora_b: Tensor, lora_a: Tensor, scale: float) -> "Factors":
-        """The factors of a LoRA adapter as they are: `scale · B A`, with B `[out, r]` and A `[r, in]`.
+        """Take the factors of a LoRA adapter, `scale · B A`, without a loss.
 
-        Factors are stored in one dtype; if these differ, both in the wider one. If r is larger than the
-        rank of any matrix `[out, in]`, B A takes fewer numbers and is kept instead, rounded to float32 once.
+        Both factors get the wider of the two dtypes. If r is larger than the rank of any matrix `[out, in]`,
+        B A takes fewer numbers and replaces them, rounded to float32 once.
+
+        Args:
+            lora_b: B `[out, r]`, any floating dtype.
+            lora_a: A `[r, in]`, any floating dtype.
+            scale: of the product.
         """
         dtype = torch.promote_types(lora_b.dtype, lora_a.dtype)
         (out, rank), width = lora_b.shape, lora_a.shape[1]
@@ -52,18 +59,19 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """The number of components r."""
         return self.scales.numel()
 
     def product(self) -> Tensor:
-        """The matrix `[out, in]` in float32."""
+        """Compute the matrix `[out, in]` in float32."""
         return (self.left.to(torch.float32) * self.scales) @ self.right.to(torch.float32).T
 
     def scaled(self, factor: float) -> "Factors":
-        """The factors of a multiple of the matrix."""
+        """Give the factors of the matrix times a number."""
         return Factors(self.left, self.right, self.scales * factor)
 
     def to(self, device: torch.device) -> "Factors":
-        """The same factors on a device."""
+        """Copy the factors to a device."""
         return Factors(self.left.to(device), self.right.to(device), self.scales.to(device))
 
 
@@ -72,9 +80,9 @@ class Components:
     """The leading part of a singular value decomposition.
 
     Attributes:
-        left: `[out, k]`, orthonormal columns.
-        values: `[k]`, descending.
-        right: `[in, k]`, orthonormal columns.
+        left: `[out, k]` float32, orthonormal columns.
+        values: `[k]` float32, the singular values, descending.
+        right: `[in, k]` float32, orthonormal columns.
         energy: squared Frobenius norm of the whole matrix.
     """
 
@@ -84,14 +92,14 @@ class Components:
     energy: float
 
     def rank(self, slope: float) -> int:
-        """How many components save at least `slope` of squared error per stored number.
+        """Count the components that save at least `slope` of squared error per stored number.
 
-        A component must also save more bits in coding the remainder weight by weight than it takes.
+        A component must also save more bits in coding the remainder, weight by weight, than it takes.
         """
         return self.fineness(slope).numel()
 
     def fineness(self, slope: float) -> Tensor:
-        """That of each component which is kept at this slope, `[rank]` int64; see `factor_steps`."""
+        """Choose the fineness of each component that is stored at this slope, `[rank]` int64; see `factor_steps`."""
         out, width = self.left.shape[0], self.right.shape[0]
         squares = self.values.double().square()
         remaining = (self.energy - squares.cumsum(0)).clamp(min=0)
@@ -102,7 +110,15 @@ class Components:
         return fineness(squares[:rank], out + width, float(least[rank - 1]) / (out + width))
 
     def quantise(self, slope: float, matrix: Tensor) -> Factors | None:
-        """Factors of int8 codes whose scales bring their product nearest to `matrix` `[out, in]`."""
+        """Round the components to int8 codes whose scales bring their product nearest to a matrix.
+
+        Args:
+            slope: squared error per stored number, > 0.
+            matrix: `[out, in]` float32, the matrix of which these are the components.
+
+        Returns:
+            The factors, or None if no component is worth its numbers.
+        """
         chosen = self.fineness(slope)
         if not chosen.numel():
             return None
@@ -111,64 +127,71 @@ class Components:
         for _ in range(_REFITS):
             left = codes(_refit(matrix, right), chosen)
             right = codes(_refit(matrix.T, left), chosen)
-        # those whose codes need more than half a byte come first, which the stored form makes use of
+        # Columns with codes of more than half a byte come first. `factor_codec` stores the others two a byte.
         large = torch.maximum(left.abs().amax(0), right.abs().amax(0)) > 7
         order = large.logical_not().to(torch.int64).argsort(stable=True)
         left, right = left[:, order], right[:, order]
         a, b = left.to(torch.float64), right.to(torch.float64)
-        # least squares for the scales: the normal equations of Σ_k s_k a_k b_kᵀ
+        # The normal equations of Σ_k s_k a_k b_kᵀ give the scales of least squared error.
         gram = (a.T @ a) * (b.T @ b)
-        rows = torch.split(matrix, _ROWS)  # a copy in float64 would be twice the matrix
+        rows = torch.split(matrix, _ROWS)  # a copy in float64 would take twice the matrix
         target = (a * torch.cat([part.to(torch.float64) @ b for part in rows])).sum(0)
         scales = torch.linalg.lstsq(gram, target[:, None]).solution[:, 0]
         return Factors(left, right, scales.to(torch.float32))
 
 
 def _refit(matrix: Tensor, other: Tensor) -> Tensor:
-    """Unit vectors `[n, r]` that, scaled, come nearest to a matrix `[n, m]` together with `other` `[m, r]`.
+    """Unit vectors `[n, r]` whose multiples, with `other` `[m, r]`, come nearest to a matrix `[n, m]`.
 
-    What rounding did to one side is partly made good by the other one (alternating least squares).
+    One side makes up for part of the error that rounding caused on the other one (alternating least squares).
     """
     b = other.to(torch.float32)
-    # rounded vectors of small matrices may depend on each other, so no plain inverse
+    # Rounded vectors of small matrices may depend on each other, and then there is no plain inverse.
     inverse = torch.linalg.pinv((b.T @ b).to(torch.float64), hermitian=True)
     return normalize((matrix @ b) @ inverse.to(torch.float32), dim=0, eps=_TINY)
 
 
 def unrounded(matrix: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """Numbers `[out, r]` and `[in, r]` that round to the codes of the factors, each side as it suits a matrix best
-    with the codes of the other.
+    """Find the numbers that round to the codes of factors and bring the product nearest to a matrix.
+
+    Each side is fitted to the matrix with the codes of the other side.
 
     Args:
-        matrix: `[out, in]` float32, what the factors are of.
+        matrix: `[out, in]` float32, the matrix that the factors approximate.
         factors: of int8 codes.
+
+    Returns:
+        `[out, r]` and `[in, r]`, float32, in units of the codes.
     """
     left, right = factors.left.to(matrix), factors.right.to(matrix)
     return _towards(left, _refit(matrix, right)), _towards(right, _refit(matrix.T, left))
 
 
 def _towards(codes: Tensor, vectors: Tensor) -> Tensor:
-    """Vectors in the units of codes `[n, r]`, as far as these do not change."""
+    """Vectors in units of codes `[n, r]`, clamped so that they round to the codes."""
     units = (codes * vectors).sum(0) / vectors.square().sum(0).clamp(min=_TINY)
     return torch.minimum(torch.maximum(vectors * units, codes - _WITHIN), codes + _WITHIN)
 
 
-def decompose(matrix: Tensor) -> Components:
-    """The leading components of a float32 matrix `[out, in]`: an eighth of them, or 128.
+def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
+    """Compute the leading components of a matrix: an eighth of them, and at least 128.
 
-    Small matrices through the eigenvalues of the Gram matrix in float64, large ones by random projection
-    (Halko, Martinsson and Tropp, arXiv 0909.4061).
+    Small matrices are decomposed by the eigenvalues of their Gram matrix in float64, large ones by random
+    projection (Halko, Martinsson and Tropp, arXiv 0909.4061).
+
+    Args:
+        matrix: `[out, in]` float32.
+        largest_gram: a matrix with more rows and columns than this is projected.
     """
     out, width = matrix.shape
-    if min(out, width) > _FULL_DECOMPOSITION:
+    if min(out, width) > largest_gram:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                0
-            )  # svd_lowrank takes no generator; equal inputs are to give equal files
+            # svd_lowrank takes no generator, and equal inputs must give equal files
+            torch.manual_seed(0)
             left, values, right = torch.svd_lowrank(matrix, q=_limit(min(out, width)), niter=3)
         return Components(left, values, right, squared_norm(matrix))
     if out < width:
-        other = decompose(matrix.T)
+        other = decompose(matrix.T, largest_gram)
         return Components(other.right, other.values, other.left, other.energy)
     gram = torch.zeros(width, width, dtype=torch.float64)
     for start in range(0, len(matrix), _ROWS):
@@ -176,17 +199,17 @@ def decompose(matrix: Tensor) -> Components:
         gram.addmm_(rows.T.to(torch.float64), rows.to(torch.float64))
     squares, vectors = torch.linalg.eigh(gram)
     values = squares.flip(0)[: _limit(width)].clamp_(min=0).sqrt()
-    # what is below the rounding error of the Gram matrix has no left vector to speak of
+    # A value below the rounding error of the Gram matrix has no accurate left vector.
     values = values[values > 1e-6 * values[:1]].float()
     right = vectors.flip(1)[:, : values.numel()].float()
     return Components((matrix @ right) / values, values, right, float(gram.trace()))
 
 
 def squared_norm(numbers: Tensor) -> float:
-    """The sum of the squares of float32 numbers of any shape, in float64."""
+    """Sum the squares of float32 numbers of any shape, in float64."""
     return float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2
 
 
 def _limit(width: int) -> int:
-    """How many components are looked at: with more, factors take as much as coding every weight."""
+    """The number of components to compute: more of them would take as many bits as coding every weight."""
     return width if width <= _SMALL else max(_SMALL, width // 8)

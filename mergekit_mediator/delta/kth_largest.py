@@ -1,4 +1,4 @@
-"""The exact k-th largest magnitude of a tensor, without sorting it and without holding its magnitudes."""
+"""The exact k-th largest magnitude of a tensor; it is not sorted, and no copy of it is in memory."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,42 +8,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Small enough for a processor's cache, large enough to hide the cost of calling torch; a multiple of 8.
+# Coordinates at a time: few enough for a processor's cache, enough to hide the cost of a call of torch. `conflict`
+# packs eight signs a byte, so it is a multiple of 8.
 CHUNK = 1 << 17
-# The bracket is sought in one of so many values, but in this many at least and at most.
+# The sample for the bracket has one of so many values, within the two limits.
 _SAMPLED = 256
 _LEAST_SAMPLE, _MOST_SAMPLE = 1 << 11, 1 << 16
+# A bracket of at most so many values is searched by counting.
 _FEW = 4
 
 
 def chunks(numel: int) -> Iterator[slice]:
-    """Slices of at most CHUNK coordinates that cover `numel` of them."""
+    """Cut `numel` coordinates into slices of at most CHUNK."""
     for start in range(0, numel, CHUNK):
         yield slice(start, min(start + CHUNK, numel))
 
 
 def count_kept(numel: int, fraction: float) -> int:
-    """How many of `numel` coordinates a fraction in (0, 1] keeps: rounded, at least one if there are any."""
+    """Count the coordinates that a fraction in (0, 1] of `numel` keeps: rounded, and at least one if there are any."""
     return min(numel, max(1, round(fraction * numel))) if numel else 0
 
 
 def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tuple[float, int]:
-    """The k-th largest of `numel` values, exactly, and how many values are larger than it.
+    """Find the k-th largest of `numel` values, exactly.
 
-    A strided sample brackets the answer, so that only the few values inside the bracket are
-    ordered (the idea of Floyd and Rivest, 1975); where the bracket misses, all of them are.
+    A strided sample brackets the answer, and only the few values inside the bracket are ordered (the idea of
+    Floyd and Rivest, 1975). If the answer is outside the bracket, all values are ordered.
 
     Args:
         magnitudes: gives the values of a slice as float32 `[n]`, at least 0 and not NaN.
-        numel: how many values there are.
+        numel: the number of values.
         k: from 1 to `numel`.
+
+    Returns:
+        The k-th largest value, and the number of values that are larger.
     """
     if numel > 8 * _LEAST_SAMPLE:
         bracket = bracket_of(magnitudes, numel, k)
         if len(bracket) <= _FEW:
-            found = _among(bracket, magnitudes, numel, k)
-            if found is not None:
-                return found
+            answer = _among(bracket, magnitudes, numel, k)
+            if answer is not None:
+                return answer
         low, high = bracket[0], bracket[-1]
         above, inside = 0, []
         for part in chunks(numel):
@@ -58,15 +63,24 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
 
 
 def compare(values: Tensor, limit: float, how: np.ufunc) -> NDArray[np.bool_]:
-    """Where float32 values compare so with a limit; in numpy, which is faster than torch at this on a CPU."""
-    result: NDArray[np.bool_] = how(values.cpu().numpy(), np.float32(limit))
-    return result
+    """Compare float32 values `[n]` with a limit; numpy is faster at this than torch on a CPU.
+
+    Args:
+        values: on any device.
+        limit: of the comparison.
+        how: the comparison, such as `np.greater`.
+
+    Returns:
+        `[n]`, whether the comparison holds.
+    """
+    mask: NDArray[np.bool_] = how(values.cpu().numpy(), np.float32(limit))
+    return mask
 
 
 def nonzero(mask: Tensor) -> Tensor:
-    """Ascending positions `[k]` int64 of the true entries of a mask `[n]`.
+    """List the ascending positions `[k]` int64 of the true entries of a mask `[n]`.
 
-    numpy is several times faster than torch at this on a CPU.
+    numpy is several times faster at this than torch on a CPU.
     """
     if mask.device.type == "cpu":
         return torch.from_numpy(mask.numpy().nonzero()[0])
@@ -74,31 +88,34 @@ def nonzero(mask: Tensor) -> Tensor:
 
 
 def bracket_of(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> list[float]:
-    """Values, ascending and each once, between the first and last of which the k-th largest most likely is.
+    """Bracket the k-th largest value by a sample.
 
     Args:
         magnitudes: as for `kth_largest`; slices may have a step.
-        numel: how many values there are, at least 1.
+        numel: the number of values, at least 1.
         k: from 1 to `numel`.
+
+    Returns:
+        Ascending values without duplicates. The k-th largest is most likely between the first and the last.
     """
     size = min(max(numel // _SAMPLED, _LEAST_SAMPLE), _MOST_SAMPLE)
-    # an odd stride does not walk down a single column of a matrix
+    # An even stride might walk down a single column of a matrix.
     sample = np.sort(magnitudes(slice(0, numel, (numel // size) | 1)).cpu().numpy())
     share = k / numel
     rank = share * sample.size
     slack = 3 * math.sqrt(rank * (1 - share)) + 4
     first = max(0, math.floor(sample.size - 1 - rank - slack))
     last = min(sample.size - 1, math.ceil(sample.size - 1 - rank + slack))
-    found: list[float] = np.unique(sample[first : last + 1]).tolist()
-    return found
+    bracket: list[float] = np.unique(sample[first : last + 1]).tolist()
+    return bracket
 
 
 def _among(
     values: list[float], magnitudes: Callable[[slice], Tensor], numel: int, k: int
 ) -> tuple[float, int] | None:
-    """The answer if it is one of a few values, by counting; else None.
+    """The k-th largest value and the count of larger ones, if it is one of a few values; else None.
 
-    Differences of 16-bit weights take few values: extracting all that tie would take far longer.
+    Differences of 16-bit weights take few values. Counting them is far faster than extracting all ties.
     """
     above, equal = [0] * len(values), [0] * len(values)
     for part in chunks(numel):
@@ -113,7 +130,7 @@ def _among(
 
 
 def _split(values: Tensor, low: float, high: float) -> tuple[int, Tensor]:
-    """How many values are above `high`, and those from `low` to `high`; in numpy on a CPU, for speed."""
+    """The number of values above `high`, and the values from `low` to `high`; numpy is faster on a CPU."""
     if values.device.type != "cpu":
         return int((values > high).sum()), values[(values >= low) & (values <= high)]
     array, larger = values.numpy(), compare(values, high, np.greater)

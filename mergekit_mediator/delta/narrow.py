@@ -1,4 +1,4 @@
-"""Weights in a narrower dtype, refused where a finite one would become infinite."""
+"""Weights in a narrower dtype; a finite number that would become infinite is an error."""
 
 import math
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from mergekit_mediator.errors import InputError
 
-# What `out_dtype` may be changed to.
+# Dtypes that the error text offers for `out_dtype`.
 _WIDER = (torch.bfloat16, torch.float32)
 
 
 def narrowed(weight: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """A weight in another dtype.
+    """Convert a weight to another dtype.
 
     Args:
         weight: any shape, any floating dtype.
@@ -27,7 +27,11 @@ def narrowed(weight: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 def check_range(weight: Tensor, dtype: torch.dtype, where: str) -> None:
-    """Refuse a weight that `narrowed` refuses, without making another one."""
+    """Check that `narrowed` takes a weight; no copy of it is made.
+
+    Raises:
+        InputError: a finite number of the weight is infinite in that dtype.
+    """
     if torch.finfo(weight.dtype).max > torch.finfo(dtype).max:
         lost = lost_magnitude(weight, dtype)
         if lost:
@@ -35,13 +39,16 @@ def check_range(weight: Tensor, dtype: torch.dtype, where: str) -> None:
 
 
 def lost_magnitude(weight: Tensor, dtype: torch.dtype, finite: bool = False) -> float:
-    """The largest finite magnitude of a weight that is infinite in a dtype; 0 where there is none.
+    """Find the largest finite magnitude of a weight that is infinite in a dtype.
 
     Args:
         weight: any shape, any floating dtype.
         dtype: a narrower one, or the same.
-        finite: whether the weight was made of finite numbers: what is not finite counts then as well, as
-            infinity.
+        finite: whether the weight was computed from finite numbers. A number that is not finite is then an
+            overflow, and counts as infinity.
+
+    Returns:
+        The magnitude; 0 if no finite number becomes infinite.
     """
     if not weight.numel():
         return 0.0
@@ -55,18 +62,24 @@ def lost_magnitude(weight: Tensor, dtype: torch.dtype, finite: bool = False) -> 
 
 
 def range_error(where: str, magnitude: float, dtype: torch.dtype) -> InputError:
-    """What `narrowed` raises, for a magnitude that `lost_magnitude` gives."""
+    """Make the error of `narrowed`.
+
+    Args:
+        where: the weight and its model.
+        magnitude: from `lost_magnitude`.
+        dtype: of the result.
+    """
     names = [_name(wider) for wider in _WIDER if magnitude <= torch.finfo(wider).max]
     if not names:
         size = f"magnitude {magnitude:.6g}" if math.isfinite(magnitude) else "its merged value"
         return InputError(
-            f"{where}: {size} is beyond float32, in which merges are computed: scale the models' weights "
-            "down"
+            f"{where}: {size} is beyond float32, in which merges are computed: scale down the weights of "
+            "the models"
         )
     return InputError(
         f"{where}: its largest magnitude, {magnitude:.6g}, becomes infinite in {_name(dtype)}, which ends "
         f"at {torch.finfo(dtype).max:.6g}: set out_dtype to {' or '.join(names)} (--allow-nonfinite is for "
-        "what is infinite in the inputs)"
+        "numbers that are infinite in the inputs)"
     )
 
 

@@ -1,7 +1,7 @@
 """From bits per parameter to the slope at which all weights of an expert are approximated.
 
-A first pass adds up, weight by weight, what each slope of a fixed grid would cost and leave; the slope that
-meets the budget is read off the sum. Nothing is encoded twice.
+A first pass predicts, for each weight and each slope of a fixed grid, the bits and the remaining squared error.
+The sums over weights tell the slope that meets a budget. No weight is encoded twice.
 """
 
 import math
@@ -21,32 +21,35 @@ from mergekit_mediator.delta.factor_steps import BITS, KEPT
 from mergekit_mediator.delta.factors import Components, decompose
 from mergekit_mediator.errors import ConfigError
 
-# Half octaves: squared errors of weights from 1 down to below what float32 resolves.
+# Half octaves: squared errors from 1 down to less than float32 resolves.
 SLOPES: tuple[float, ...] = tuple(2.0 ** (-k / 2) for k in range(120))
 _SCALE_BITS = 32
-# What factors take over the entropy of their codes, and any part of a weight over its own: Huffman codes are
-# stored too. Measured.
+# The bits of factors over the entropy of their codes, and the bits of the Huffman codes of one part of a weight.
+# tests/delta/test_tradeoff.py holds these and the next ones to what is stored.
 _FACTOR_CODING_LOSS, _CODES_BITS = 1.01, 400
-# What is stored over the entropy of the steps, measured: gaps adapt to where the steps are, which makes up
-# for half of what Huffman codes lose; with a bit per weight and more there are no gaps.
+# The bits of the remainder over the entropy of its steps. Huffman codes lose bits; gaps adapt to clusters of
+# steps, which makes up for half of that. From one bit per weight on, the stored form has no gaps.
 _CODING_LOSS, _CODING_LOSS_PER_BIT, _MOST_CODING_LOSS = 1.03, 0.07, 1.12
-_VECTOR_BITS = 6.5
-_SAMPLE = 1 << 16  # weights of the remainder
-_FINE = 1000
+_VECTOR_BITS = 6.5  # a number
+_SAMPLE = 1 << 16  # numbers of the remainder that are quantised for the prediction
+_FINE = 1000  # steps up to the largest magnitude, from which on a formula predicts
 
 
 def tradeoff(
     difference: Tensor, components: Components | None = None, importance: float = 1.0
 ) -> Tensor:
-    """What approximating a float32 difference of any shape takes and leaves, about: `[2, len(SLOPES)]`.
+    """Predict the bits and the remaining squared error of a difference at each slope.
 
-    The first row are bits, the second the squared error that is left, at each slope. Rank is counted
-    exactly, the remainder in a sample of the rows, by the entropy of its steps.
+    The rank is exact. The bits of the remainder are predicted from a sample of the rows, by the entropy of
+    their steps.
 
     Args:
-        difference: of an expert from the base.
-        components: those of the difference as a matrix, where they are known.
-        importance: what its squared error is weighted by; slopes are of weighted errors.
+        difference: of an expert from the base, float32, any shape.
+        components: of the difference as a matrix; computed if they are None.
+        importance: the factor of the squared error; slopes are of weighted errors.
+
+    Returns:
+        `[2, len(SLOPES)]` float64: bits in the first row, weighted squared error in the second.
     """
     numel = difference.numel()
     if is_vector(difference):
@@ -57,21 +60,21 @@ def tradeoff(
     sampled = min(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
     rows = torch.linspace(0, len(matrix) - 1, sampled).long()
     left, right = components.left[rows] * components.values, components.right
-    remainder, known = matrix[rows], 0
+    remainder, subtracted = matrix[rows], 0
     largest = float(remainder.abs().max())
     bits: list[float] = []
     errors: list[float] = []
     for slope in (slope / importance for slope in SLOPES):
         fineness, step = components.fineness(slope), remainder_step(slope)
         rank = fineness.numel()
-        if rank > known:
-            remainder = remainder - left[:, known:rank] @ right[:, known:rank].T
-            known, largest = rank, float(remainder.abs().max())
-        # what quantised factors miss comes back in the remainder
+        if rank > subtracted:
+            remainder = remainder - left[:, subtracted:rank] @ right[:, subtracted:rank].T
+            subtracted, largest = rank, float(remainder.abs().max())
+        # The remainder also holds the error of the quantised factors.
         missed = 1 + _missed(components, fineness)
         step /= math.sqrt(missed)
         if step * _FINE < largest:
-            # fine steps: a quarter of a bit more for each half octave of the slope
+            # Each half octave of the slope takes a quarter of a bit more when steps are fine.
             bits.append(bits[-1] + numel / 4)
             errors.append(missed * step**2 / 12 * numel)
         elif is_dropped(largest, step):
@@ -88,32 +91,32 @@ def tradeoff(
 
 
 def slope_for(costs: Tensor, numel: int, bits: float) -> float:
-    """The slope at which weights of `numel` parameters take `bits` per parameter.
+    """Find the slope at which weights of `numel` parameters take `bits` per parameter.
 
     Args:
-        costs: `[len(SLOPES)]`, their summed bits at each slope; see `tradeoff`.
-        numel: of all of them.
-        bits: that they may take.
+        costs: `[len(SLOPES)]`, the bits of all weights at each slope; see `tradeoff`.
+        numel: the parameters of all weights.
+        bits: per parameter.
 
     Raises:
-        ConfigError: no slope takes so few bits.
+        ConfigError: the weights take more bits at every slope.
     """
-    wanted = bits * numel
-    above = (costs > wanted).nonzero()
+    total = bits * numel
+    above = (costs > total).nonzero()
     if not above.numel():
         return SLOPES[-1]
     first = int(above[0])
     if first == 0:
         least = float(costs[0]) / max(1, numel)
-        raise ConfigError(f"bits: {bits:g} is less than the least that is possible, {least:.2g}")
+        raise ConfigError(f"bits: at least {least:.2g} required for these weights, got {bits:g}")
     low, high = float(costs[first - 1]), float(costs[first])
-    # between two slopes of the grid the logarithms are close to a line
-    part = (math.log1p(wanted) - math.log1p(low)) / (math.log1p(high) - math.log1p(low))
+    # Between two slopes of the grid the logarithms are nearly linear.
+    part = (math.log1p(total) - math.log1p(low)) / (math.log1p(high) - math.log1p(low))
     return math.pow(2.0, -(first - 1 + part) / 2)
 
 
 def _missed(components: Components, fineness: Tensor) -> float:
-    """Squared error of quantising the factors over that of leaving out the other components."""
+    """The squared error of quantising the factors, over that of leaving out the other components."""
     squares = components.values[: fineness.numel()].double().square()
     remaining = max(components.energy - float(squares.sum()), 1e-9 * components.energy)
     return float((squares * (1 - KEPT[fineness])).sum()) / remaining if remaining else 0.0
@@ -132,7 +135,7 @@ def _mean_square(values: Tensor) -> float:
 
 
 def _entropy(codes: Tensor) -> float:
-    """Bits per code."""
+    """The entropy of integer codes of any shape, in bits per code."""
     if not bool(codes.any()):
         return 0.0
     counts = np.bincount(codes.numpy().reshape(-1) - int(codes.min()))

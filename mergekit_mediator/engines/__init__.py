@@ -1,4 +1,4 @@
-"""Routed experts on the engines that users serve with: a vLLM plugin, a classifier service and a gateway.
+"""Routed experts on serving engines: a vLLM plugin, a classifier service and a gateway.
 
-It needs no mergekit, and an engine's own packages only where that engine runs.
+The room needs no mergekit, and imports an engine's own packages only where that engine runs.
 """

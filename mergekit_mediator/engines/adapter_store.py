@@ -1,7 +1,7 @@
-"""Adapters of an artifact on disk: experts, blends and the dense expert, each written when first needed.
+"""The adapters of an artifact on disk: of experts, blends and the dense expert, each written when first needed.
 
-They are kept in a folder that is named after the manifest's digest, so that every server of a machine shares
-them, and another artifact never finds them.
+Their folder is named after the manifest's digest, so that all servers of a machine share the adapters, and another
+artifact has a folder of its own.
 """
 
 import os
@@ -23,23 +23,30 @@ from mergekit_mediator.export.peft_lora import Holdable, to_adapter
 from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.store.manifest import MANIFEST, digest
 
+# The start of the names of folders that are not finished.
+_PARTIAL = ".partial-"
+
 
 class AdapterStore:
-    """Writes adapters of one artifact at one rank.
+    """The adapters of one artifact at one rank; servers and threads may share their folder.
 
     Attributes:
         digest: the first 16 hexadecimal digits of the manifest's SHA-256.
-        folder: where adapters are.
+        folder: the folder of the adapters.
     """
 
     def __init__(self, root: Path, rank: int, cache: Path, most_blends: int = 64) -> None:
-        """
+        """Open the experts, and write nothing yet.
+
         Args:
-            root: of the artifact.
-            rank: the largest that the engine takes.
-            cache: the folder for all artifacts.
-            most_blends: the blends that stay on disk; those that were used longest ago are deleted. Servers
-                that share the folder need room for the blends of all.
+            root: the artifact's directory.
+            rank: the largest rank that the engine allows.
+            cache: the folder for the adapters of all artifacts.
+            most_blends: the number of blends that stay on disk; the blends used longest ago are deleted.
+                Servers that share the folder need room for the blends of all.
+
+        Raises:
+            ArtifactError: the artifact cannot be read.
         """
         self.digest = digest(root / MANIFEST).sha256[:16]
         self._experts, self._rank, self._most_blends = StoredExperts(root), rank, most_blends
@@ -47,21 +54,22 @@ class AdapterStore:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts."""
+        """The names of the experts, in the artifact's order."""
         return self._experts.names
 
     def has(self, mixture: Mixture) -> bool:
-        """Whether a mixture's adapter is there; it then counts as just used."""
+        """Tell whether a mixture's adapter is on disk, and mark it as used now."""
         folder = self.folder / name_of(mixture)
-        with suppress(OSError):  # a folder that may only be read is no obstacle
+        with suppress(OSError):  # a folder that is read-only serves as well
             os.utime(folder)
         return folder.is_dir()
 
     def path(self, mixture: Mixture) -> Path:
-        """The folder of a mixture's adapter, which is written if it is not there.
+        """Return the folder of a mixture's adapter, and write the adapter first if it is not on disk.
 
         Raises:
-            ExportError: it cannot be written.
+            ExportError: the adapter cannot be written.
+            ArtifactError: an expert's file cannot be read.
         """
         folder = self.folder / name_of(mixture)
         if self.has(mixture):
@@ -69,17 +77,18 @@ class AdapterStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
+                self._delete_partial()
                 self._ensure(mixture)
                 self._delete_old_blends()
         except (OSError, ExportError) as error:
             raise ExportError(
-                f"{folder}: no adapter can be written (MEDIATOR_CACHE names the cache): "
-                f"{first_line(error)}"
+                f"{folder}: the adapter cannot be written: {first_line(error)}: free space, or name "
+                "another folder in MEDIATOR_CACHE"
             ) from error
         return folder
 
     def lost(self, expert: str) -> str:
-        """What the adapter of an expert does not hold of the expert, in words; empty if that is nothing.
+        """Tell in words which part of an expert its adapter lacks; an empty text if it lacks nothing.
 
         Raises:
             ExportError: the adapter cannot be read.
@@ -95,13 +104,13 @@ class AdapterStore:
         return "; ".join(parts)
 
     def _ensure(self, mixture: Mixture) -> Path:
-        """Write a mixture's adapter if it is not there; the caller holds the lock."""
+        """Write a mixture's adapter if it is not on disk; the caller holds the lock."""
         folder = self.folder / name_of(mixture)
         if not folder.is_dir():
             adapter = self._adapter(mixture)
             base = self._experts.manifest.base.source.rsplit("/", 1)[-1]
             dtype = self._experts.dense.weight(self._experts.weights[0]).dtype
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+            partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
             try:
                 write_peft(adapter, partial / "adapter", base, dtype)
                 (partial / "adapter").rename(folder)
@@ -110,6 +119,7 @@ class AdapterStore:
         return folder
 
     def _adapter(self, mixture: Mixture) -> Adapter:
+        """Make a mixture's adapter; that of a blend comes from the adapters of its experts."""
         if mixture.is_dense:
             return self._zero
         if mixture.alone:
@@ -117,11 +127,20 @@ class AdapterStore:
         experts = [(p, Mixture.of(name, self.names)) for name, p in mixture.weights]
         return blend([(p, read_peft(self._ensure(expert))) for p, expert in experts], self._rank)
 
+    def _delete_partial(self) -> None:
+        """Delete the folders that a killed server left behind; the caller holds the lock."""
+        for folder in self.folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _delete_old_blends(self) -> None:
+        """Delete the blends that were used longest ago; the caller holds the lock."""
         blends = [folder for folder in self.folder.iterdir() if "=" in folder.name]
         blends.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
         for folder in blends[self._most_blends :]:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Another server must not see a folder of which half is deleted.
+            partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
+            folder.rename(partial / "adapter")
+            shutil.rmtree(partial, ignore_errors=True)
 
     @cached_property
     def _holdable(self) -> Holdable:
@@ -129,14 +148,15 @@ class AdapterStore:
 
     @cached_property
     def _zero(self) -> Adapter:
-        """An adapter that changes nothing: one module, one component of zeros."""
+        """The adapter of the dense expert, which changes nothing: one module and one component of zeros."""
         weight = next(
             (w for w in self._experts.weights if self._holdable.kinds.get(w) == "linear"), None
         )
         if weight is None:
             raise ExportError(
-                f"{self._experts.root}: no expert changes a linear layer, so no adapter can be made"
+                f"{self._experts.root}: an adapter needs a linear layer that an expert changes, and there is "
+                "none: serve with MediatorModel"
             )
         out, width = self._experts.dense.weight(weight).shape
-        nothing = LowRank(torch.zeros(out, 1), torch.zeros(width, 1), 0.0, 0.0)
-        return Adapter({weight.removesuffix(".weight"): Factors("linear", nothing)})
+        zeros = LowRank(torch.zeros(out, 1), torch.zeros(width, 1), 0.0, 0.0)
+        return Adapter({weight.removesuffix(".weight"): Factors("linear", zeros)})

@@ -1,12 +1,10 @@
-"""A service that says which expert a text needs: for semantic routers, gateways and other languages.
+"""A service that tells which expert a text needs: for semantic routers, gateways and other languages.
 
-`POST /classify {"inputs": text}` gives `[{"label", "score"}, ...]` with all experts, whose scores sum to 1; a
-list of texts gives a list of such lists. That is what vllm-project/semantic-router takes from external
-classifiers (`http_classify`, contract `label_distribution.v1`). The MCP tools at `/mcp` are the ones that its
-MCP classification takes.
+`POST /classify {"inputs": text}` returns `[{"label", "score"}, ...]` with all experts, whose scores sum to 1; a
+list of texts returns a list of such lists. vllm-project/semantic-router reads this form from external classifiers
+(`http_classify`, contract `label_distribution.v1`). Its MCP classification calls the tools at `/mcp`.
 """
 
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,22 +22,27 @@ from prometheus_client import (
     generate_latest,
 )
 
+from mergekit_mediator.engines.bodies import json_object, read_body
 from mergekit_mediator.engines.conversation import routables
 from mergekit_mediator.engines.deciders import Decider
 from mergekit_mediator.errors import EngineError, PromptError, RoutingError
 from mergekit_mediator.route.decision import RoutingDecision
 
+# The most texts of a request: one request must not keep the router from the others for long.
+_MOST_TEXTS = 256
+
 
 def classifier_app(
     decider: Decider, experts: tuple[str, ...], largest_body: int = 1 << 20, most_at_once: int = 64
 ) -> FastAPI:
-    """The service as an ASGI application, which closes the router when it shuts down.
+    """Make the service's ASGI application, which closes the router when it shuts down.
 
     Args:
         decider: routes texts.
-        experts: of the artifact, in its order.
-        largest_body: of a request, in bytes; larger ones get status 413.
-        most_at_once: requests; more get status 503 and may try again.
+        experts: the artifact's experts, in its order.
+        largest_body: the most bytes of a request's body; a larger body gets status 413.
+        most_at_once: the most requests that are answered at once; a further request gets status 503 and may
+            try again.
     """
     tools = _tools(decider, experts)
     anywhere = TransportSecuritySettings(enable_dns_rebinding_protection=False)
@@ -62,9 +65,10 @@ def classifier_app(
     in_flight = 0
 
     async def answer(request: Request) -> JSONResponse:
-        body = await _body(request, largest_body)
+        body = await read_body(request.receive, largest_body)
         if body is None:
-            return JSONResponse({"error": f"a body of at most {largest_body} bytes is taken"}, 413)
+            message = f"a body of at most {largest_body} bytes is required, got a larger one"
+            return JSONResponse({"error": message}, 413)
         try:
             inputs = _inputs(body)
             texts = [inputs] if isinstance(inputs, str) else inputs
@@ -97,7 +101,7 @@ def classifier_app(
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Route a text: a router whose process has ended is not ready."""
+        """Route a text, because a router whose process has ended is not ready."""
         began = time.perf_counter()
         try:
             await _decide(decider, ["ready?"])
@@ -117,7 +121,7 @@ def classifier_app(
 
 
 def distributions(decision: RoutingDecision) -> list[list[dict[str, Any]]]:
-    """For each text the experts with their probabilities, likeliest first."""
+    """Return for each text the experts with their probabilities, the likeliest first."""
     rows = []
     for weights in decision.weights.tolist():
         pairs = sorted(zip(decision.experts, weights, strict=True), key=lambda pair: -pair[1])
@@ -126,12 +130,12 @@ def distributions(decision: RoutingDecision) -> list[list[dict[str, Any]]]:
 
 
 def _tools(decider: Decider, experts: tuple[str, ...]) -> MCPServer:
-    """The tools by which semantic-router asks an MCP server to classify."""
+    """Make the MCP server whose tools semantic-router calls."""
     server = MCPServer("mergekit-mediator")
 
     @server.tool()
     async def classify_text(text: str) -> dict[str, Any]:
-        """Say which expert a text needs, with all probabilities and their entropy in nats."""
+        """Tell which expert a text needs, with all probabilities and their entropy in nats."""
         decision = await _decide(decider, [text])
         weights = dict(zip(decision.experts, decision.weights[0].tolist(), strict=True))
         probabilities = [weights[name] for name in experts]
@@ -158,30 +162,19 @@ async def _decide(decider: Decider, texts: list[str]) -> RoutingDecision:
     return await decider.decide([routables({"prompt": text})[0] for text in texts], "prompt")
 
 
-async def _body(request: Request, largest: int) -> bytes | None:
-    """The body of a request, or None if it is larger than allowed; no more than that is read."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > largest:
-            return None
-        parts.append(part)
-    return b"".join(parts)
-
-
 def _inputs(body: bytes) -> str | list[str]:
-    """The field `inputs`.
+    """Return the field `inputs`.
 
     Raises:
-        PromptError: the body is no JSON object with a text or a list of texts.
+        PromptError: the body is no JSON object with a text or a list of texts, or the list is too long.
     """
-    try:
-        fields = json.loads(body)
-    except ValueError as error:
-        raise PromptError(f"the body is no JSON: {error}") from error
-    inputs = fields.get("inputs") if isinstance(fields, dict) else None
+    inputs = json_object(body).get("inputs")
     if isinstance(inputs, str):
         return inputs
-    if isinstance(inputs, list) and inputs and all(isinstance(text, str) for text in inputs):
-        return inputs
-    raise PromptError('an object {"inputs": text or list of texts} required')
+    if not (isinstance(inputs, list) and inputs and all(isinstance(text, str) for text in inputs)):
+        raise PromptError('the body: an object {"inputs": text or list of texts} is required')
+    if len(inputs) > _MOST_TEXTS:
+        raise PromptError(
+            f"inputs: at most {_MOST_TEXTS} texts are required, got {len(inputs)}: send several requests"
+        )
+    return inputs

@@ -1,7 +1,7 @@
-"""What a request to an OpenAI-like endpoint is routed by: the opening of its conversation.
+"""The part of an OpenAI-like request that routing reads: the opening of its conversation.
 
-The opening is the same in every later turn, so a conversation is routed once and keeps its expert: on this
-server, on every other one, and after a restart.
+The opening is the same in every later turn, so all turns of a conversation get the same expert: on this server,
+on every other one, and after a restart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,72 +10,84 @@ from typing import Any
 from mergekit_mediator.errors import PromptError
 from mergekit_mediator.models.prompts import Prompt
 
-# The fields of a request that hold its prompts: of chat, completions and responses.
+# The fields that hold the prompts of a request: of chat, of completions and of responses.
 PROMPT_FIELDS = ("messages", "prompt", "input")
-# A prompt's text or turns, or its token ids.
+# A prompt as text, as turns or as token ids.
 Routable = Prompt | tuple[int, ...]
 
 
 def routables(body: Mapping[str, Any]) -> list[Routable]:
-    """The prompts of a request: one, or several for a batch of completions.
+    """Return the prompts of a request: one, or several for a batch of completions.
 
     Args:
-        body: of the request: `messages` (chat), `prompt` (completions) or `input` (responses).
+        body: the request's JSON object, with `messages` (chat), `prompt` (completions) or `input`
+            (responses).
 
     Raises:
-        PromptError: there is none of them, or none with text.
+        PromptError: the request has none of these fields, or a prompt has no text.
     """
     if "messages" in body:
         return [_opening(body["messages"], "messages")]
     if "prompt" in body:
         return _prompts(body["prompt"])
     if "input" in body:
-        given = body["input"]
-        if isinstance(given, str):
-            return [_text(given, "input")]
-        return [_opening(given, "input")]
-    raise PromptError("no prompt to route by: `messages`, `prompt` or `input` required")
+        turns = body["input"]
+        if isinstance(turns, str):
+            return [_text(turns, "input")]
+        return [_opening(turns, "input")]
+    raise PromptError("no prompt to route by: `messages`, `prompt` or `input` is required")
 
 
 def _opening(messages: Any, where: str) -> Routable:
-    """The turns up to the first one of a user, without those of the system."""
+    """Return the text of the first user's turn; the turns before it, such as the system's, tell no task."""
     if not isinstance(messages, list):
-        raise PromptError(f"{where}: a list of messages required, got {type(messages).__name__}")
+        raise PromptError(f"{where}: a list of messages is required, got {type(messages).__name__}")
     for message in messages:
         if isinstance(message, Mapping) and message.get("role") == "user":
             return _text(_content(message.get("content")), f"{where}: the first user's turn")
-    raise PromptError(f"{where}: a message of role `user` required to route by")
+    raise PromptError(f"{where}: a message of role `user` is required to route by")
 
 
 def _content(content: Any) -> str:
-    """The text of a message; of parts, the texts of those that have one."""
+    """Return the text of a message; of a message in parts, the lines of its text parts."""
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence):
-        texts = [p.get("text") for p in content if isinstance(p, Mapping)]
+        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
         return "\n".join(text for text in texts if isinstance(text, str))
     return ""
 
 
-def _prompts(given: Any) -> list[Routable]:
-    if isinstance(given, str):
-        return [_text(given, "prompt")]
-    if isinstance(given, list) and given:
-        if all(isinstance(token, int) for token in given):
-            return [tuple(given)]
+def _prompts(prompt: Any) -> list[Routable]:
+    """Return the prompts of a request for completions: a text, token ids, or a list of these."""
+    if isinstance(prompt, str):
+        return [_text(prompt, "prompt")]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(token, int) for token in prompt):
+            return [tuple(prompt)]
         rows: list[Routable] = []
-        for row in given:
+        for row in prompt:
             if isinstance(row, str):
                 rows.append(_text(row, "prompt"))
             elif isinstance(row, list) and row and all(isinstance(token, int) for token in row):
                 rows.append(tuple(row))
             else:
-                raise PromptError("prompt: texts or lists of token ids required")
+                raise PromptError("prompt: a list of texts or of lists of token ids is required")
         return rows
-    raise PromptError(f"prompt: a text or a list required, got {type(given).__name__}")
+    raise PromptError(
+        f"prompt: a text or a list with an entry is required, got {type(prompt).__name__}"
+    )
 
 
 def _text(text: str, where: str) -> str:
+    """Return a text, and refuse one that routing cannot read."""
     if not text.strip():
         raise PromptError(f"{where}: no text to route by: name a model instead of `auto`")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where}: text in Unicode is required, got half of a surrogate pair, {text[error.start]!r}: "
+            "send the whole character"
+        ) from error
     return text

@@ -1,4 +1,4 @@
-"""Routers outside the engine: one that reads the embedding table alone, or all others in a process of their own."""
+"""Routers of services: one reads the embedding table alone, and the others run a model in another process."""
 
 import asyncio
 import multiprocessing
@@ -26,34 +26,45 @@ Thresholds = tuple[float | None, float | None]
 
 
 class Decider(Protocol):
-    """Routes prompts.
+    """A router of prompts.
 
     Attributes:
-        name: of the router, with its accuracy if that was measured.
-        thresholds: the router's own, of normalised entropy and of the out-of-distribution score.
+        name: the router's name, with its accuracy if `calibrate` measured it.
+        thresholds: the router's thresholds of normalised entropy and of the out-of-distribution score, each
+            None if it has none.
     """
 
     name: str
     thresholds: Thresholds
 
     async def decide(self, prompts: Sequence[Routable], route_on: RouteOn) -> RoutingDecision:
-        """Which experts each prompt needs."""
+        """Decide which experts each prompt needs, in a decision with one row for each prompt.
+
+        Raises:
+            PromptError: a prompt cannot be turned into tokens.
+            RoutingError: a prompt cannot be routed.
+            EngineError: the router has ended.
+        """
         ...
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Free the router's memory and processes."""
         ...
 
 
 class EmbeddingDecider:
-    """A calibrated router on mean embeddings: it needs the tokenizer and the embedding table, which is mapped."""
+    """A calibrated router on mean embeddings.
+
+    It needs the tokenizer and the embedding table, which is memory-mapped.
+    """
 
     def __init__(self, root: Path, manifest: Manifest, router_file: Path) -> None:
-        """
+        """Load the router and the tokenizer.
+
         Args:
-            root: of the artifact.
-            manifest: of the artifact.
-            router_file: of the calibrated router.
+            root: the artifact's directory.
+            manifest: the artifact's manifest.
+            router_file: the file of the calibrated router.
 
         Raises:
             RoutingError: the artifact has no tokenizer, or the router takes other features.
@@ -72,6 +83,7 @@ class EmbeddingDecider:
         self.thresholds: Thresholds = (numbers["entropy_threshold"], numbers["ood_threshold"])
 
     async def decide(self, prompts: Sequence[Routable], route_on: RouteOn) -> RoutingDecision:
+        """See `Decider.decide`; it runs in a thread."""
         return await asyncio.to_thread(self._decide, prompts, route_on)
 
     def _decide(self, prompts: Sequence[Routable], route_on: RouteOn) -> RoutingDecision:
@@ -83,33 +95,45 @@ class EmbeddingDecider:
         return self._router.decide(torch.cat(features))
 
     def close(self) -> None:
+        """See `Decider.close`."""
         self._table = torch.empty(0)
 
 
 class ProcessDecider:
-    """Any router of an artifact, on a dense expert of its own in another process."""
+    """Any router of an artifact, with a dense expert of its own in another process."""
 
     def __init__(self, root: Path, manifest: Manifest, router: RouterName) -> None:
-        """
+        """Start the process and load the model in it.
+
         Args:
-            root: of the artifact.
-            manifest: of the artifact.
-            router: `auto` is the artifact's best.
+            root: the artifact's directory.
+            manifest: the artifact's manifest.
+            router: the router's name; `auto` is the best router that the artifact has.
 
         Raises:
+            EngineError: the process ends while it loads the model.
             MediatorError: the artifact cannot be loaded, or has no such router.
         """
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, _load, (str(root), router))
-        # the first call loads the model: what fails, fails at the start
-        self.name, self.thresholds = self._pool.submit(_describe).result()
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            # The first decision refuses a router that the artifact does not have.
+            self.name, self.thresholds = self._pool.submit(_load, str(root), router).result()
+            self._pool.submit(_decide_there, ((0,),), "prompt").result()
+        except BrokenProcessPool as error:
+            raise EngineError(
+                f"{root}: the router's process ended while it loaded the model: check the memory"
+            ) from error
+        except Exception:
+            self.close()
+            raise
         self.name += _accuracy(manifest) if self.name in ("hidden", "calibrated") else ""
 
     async def decide(self, prompts: Sequence[Routable], route_on: RouteOn) -> RoutingDecision:
-        """Which experts each prompt needs.
+        """See `Decider.decide`; it runs in the process.
 
         Raises:
-            RoutingError: a prompt that cannot be routed.
+            PromptError: a prompt cannot be turned into tokens.
+            RoutingError: a prompt cannot be routed.
             EngineError: the process has ended.
         """
         try:
@@ -122,35 +146,47 @@ class ProcessDecider:
         )
 
     def close(self) -> None:
+        """See `Decider.close`."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def token_ids(tokenizer: Any, prompt: Routable, vocabulary: int) -> list[int]:
-    """The token ids of a prompt, which may be token ids already.
+    """Return the token ids of a prompt, which may be token ids already.
 
     Args:
-        tokenizer: of the artifact.
+        tokenizer: the artifact's tokenizer, or None if it has none.
         prompt: text, turns or token ids.
-        vocabulary: how many tokens the model has.
+        vocabulary: the number of the model's tokens.
 
     Raises:
-        RoutingError: a token id that the model does not have.
+        RoutingError: the model has no token of an id, or a text comes without a tokenizer.
     """
     if not (isinstance(prompt, tuple) and prompt and isinstance(prompt[0], int)):
+        if tokenizer is None:
+            raise RoutingError(
+                "the artifact has no tokenizer, and a text needs one: send token ids"
+            )
         return render(tokenizer, prompt)  # type: ignore[arg-type]
     ids = [int(token) for token in prompt if isinstance(token, int)]
     if min(ids) < 0 or max(ids) >= vocabulary:
         raise RoutingError(
-            f"prompt: token ids from 0 to {vocabulary - 1} required, got {min(ids)} to {max(ids)}"
+            f"prompt: token ids from 0 to {vocabulary - 1} are required, got {min(ids)} to {max(ids)}"
         )
     return ids
 
 
 def choose_decider(root: Path, manifest: Manifest, router: RouterName) -> Decider:
-    """The router of a service: the best one that needs no second model in memory, unless one is named.
+    """Load the router of a service.
+
+    Args:
+        root: the artifact's directory.
+        manifest: the artifact's manifest.
+        router: the router's name; `auto` is `embedding` if the artifact is calibrated for it, because that
+            needs no second model in memory, and else the best router that the artifact has.
 
     Raises:
-        RoutingError: the artifact has no such router.
+        EngineError: the router's process ends while it loads the model.
+        MediatorError: the artifact cannot be loaded, or has no such router.
     """
     kind = (manifest.router or {}).get("features")
     if router == "embedding" or (router == "auto" and kind == "embedding"):
@@ -159,33 +195,36 @@ def choose_decider(root: Path, manifest: Manifest, router: RouterName) -> Decide
 
 
 def _accuracy(manifest: Manifest) -> str:
+    """Tell the measured accuracy of the calibrated router; an empty text if it was not measured."""
     accuracy = (manifest.router or {}).get("accuracy")
     return "" if accuracy is None else f" ({100 * accuracy:.1f}% of held-out prompts right)"
 
 
-# In the other process.
+# The model and the router's name in the other process.
 _loaded: Any = None
 _router: Any = None
 
 
-def _load(root: str, router: RouterName) -> None:
+def _load(root: str, router: RouterName) -> tuple[str, Thresholds]:
+    """Load the model in the other process; return the router's name and thresholds."""
     from mergekit_mediator.serve.model import MediatorModel
 
     global _loaded, _router
     torch.set_num_threads(1)
     _loaded = MediatorModel.from_pretrained(root, verify=False, residency="disk")
     _router = None if router == "auto" else router
-
-
-def _describe() -> tuple[str, Thresholds]:
     return _loaded.describe_router(_router)  # type: ignore[no-any-return]
 
 
 def _decide_there(
     prompts: Sequence[Routable], route_on: RouteOn
 ) -> tuple[list[list[float]], list[float], list[float], tuple[str, ...]]:
+    """Decide in the other process, one prompt at a time, so that memory grows with the longest prompt alone."""
     vocabulary = _loaded.model.get_input_embeddings().num_embeddings
-    ids, mask = _loaded.pad([token_ids(_loaded.tokenizer, p, vocabulary) for p in prompts])
-    decision = _loaded.route(ids, mask, router=_router, route_on=route_on)
-    rows = (decision.weights.tolist(), decision.entropy.tolist(), decision.ood.tolist())
-    return *rows, decision.experts
+    decisions = []
+    for prompt in prompts:
+        ids, mask = _loaded.pad([token_ids(_loaded.tokenizer, prompt, vocabulary)])
+        decisions.append(_loaded.route(ids, mask, router=_router, route_on=route_on))
+    weights = [decision.weights[0].tolist() for decision in decisions]
+    entropy = [float(decision.entropy[0]) for decision in decisions]
+    return weights, entropy, [float(d.ood[0]) for d in decisions], decisions[0].experts

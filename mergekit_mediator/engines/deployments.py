@@ -1,4 +1,4 @@
-"""The files that put engines, gateways and routers of others together, as mappings that become YAML."""
+"""The files that deploy engines, gateways and the routers of other projects, as mappings that become YAML."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ _RAY_LOADS_FROM = ("s3://", "gs://", "abfss://", "azure://")
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is deployed.
+    """An artifact on a number of engines.
 
     Attributes:
-        model: the artifact, as engines find it: a directory or a repository on the Hub.
-        experts: of the artifact.
-        rank: the largest of its adapters, one that vLLM takes.
+        model: the artifact: a directory of the hosts, or a repository on the Hub.
+        experts: the names of its experts.
+        rank: the largest rank of its adapters; vLLM must allow it.
         replicas: the number of engines.
-        image: of the containers: vLLM 0.32 with mergekit-mediator.
-        adapters: where exported adapters are, for Ray, which loads them itself: in a cloud's storage.
+        image: the image of the containers; it holds vLLM 0.32 and mergekit-mediator.
+        adapters: the address of exported adapters in a cloud's storage, from which Ray loads them.
     """
 
     model: str
@@ -34,30 +34,30 @@ class Deployment:
 
     @property
     def slots(self) -> int:
-        """The adapters of one batch: the experts, the dense expert of processors, and a blend."""
+        """The number of adapters in a batch: the experts, a blend, and the dense expert, an adapter on CPUs."""
         return len(self.experts) + 2
 
     @property
     def folder(self) -> str | None:
-        """The directory of the artifact on the hosts, if it is one."""
+        """The directory of the artifact on the hosts; None for a repository on the Hub."""
         return self.model if self.model.startswith("/") else None
 
     @property
     def engine_command(self) -> list[str]:
-        """The command of an engine."""
+        """The command that starts an engine."""
         options = ["--enable-lora", "--max-loras", str(self.slots)]
         options += ["--max-lora-rank", str(self.rank), "--port", str(_ENGINE_PORT)]
         return ["vllm", "serve", self.model, *options]
 
     def gateway_command(self, upstreams: Sequence[str]) -> list[str]:
-        """The command of a gateway before engines."""
+        """Return the command that starts a gateway for the engines at these addresses."""
         urls = [word for url in upstreams for word in ("--upstream", url)]
         options = ["--host", "0.0.0.0", "--port", str(_GATEWAY_PORT)]
         return ["mergekit-mediator", "gateway", self.model, *urls, *options]
 
 
 def dockerfile() -> str:
-    """An image that vLLM and the gateway run in."""
+    """Return the Dockerfile of an image for vLLM and the gateway."""
     return (
         "FROM vllm/vllm-openai:v0.32.0\n"
         f"RUN pip install --no-deps mergekit-mediator && pip install {_PACKAGES} 'mcp>=2'\n"
@@ -66,7 +66,7 @@ def dockerfile() -> str:
 
 
 def compose(deployment: Deployment) -> dict[str, Any]:
-    """Docker compose: engines with one GPU each, and a gateway."""
+    """Make the file of Docker Compose: engines with one GPU each, and a gateway."""
     mounts = ["cache:/root/.cache"]
     if deployment.folder:
         mounts.append(f"{deployment.folder}:{deployment.folder}:ro")
@@ -96,7 +96,7 @@ def compose(deployment: Deployment) -> dict[str, Any]:
 
 
 def kubernetes(deployment: Deployment) -> list[dict[str, Any]]:
-    """Kubernetes: engines as a set with names, so that the gateway reaches each; gateways; their services."""
+    """Make the manifests of Kubernetes: engines with names, so that a gateway reaches each; gateways; services."""
     probe = {"httpGet": {"path": "/health", "port": _ENGINE_PORT}}
     engine = {
         "name": "engine",
@@ -132,10 +132,10 @@ def kubernetes(deployment: Deployment) -> list[dict[str, Any]]:
 
 
 def ray_serve(deployment: Deployment) -> dict[str, Any]:
-    """Ray Serve LLM: it loads exported adapters itself; the gateway names them `mediator:EXPERT`.
+    """Make the file of Ray Serve LLM: it loads exported adapters; a gateway names them `mediator:EXPERT`.
 
     Raises:
-        EngineError: the adapters are not where Ray can load them from.
+        EngineError: Ray cannot load adapters from their address.
     """
     if not deployment.adapters.startswith(_RAY_LOADS_FROM):
         raise EngineError(
@@ -165,7 +165,7 @@ def ray_serve(deployment: Deployment) -> dict[str, Any]:
 
 
 def semantic_router(deployment: Deployment) -> dict[str, Any]:
-    """vllm-project/semantic-router: `classify` is its classifier, and each expert a model of one engine."""
+    """Make the file of vllm-project/semantic-router: `classify` is its classifier, each expert a model of an engine."""
     engine = [{"name": "vllm", "endpoint": f"127.0.0.1:{_ENGINE_PORT}", "protocol": "http"}]
     classifier = {
         "name": "mediator",
@@ -196,6 +196,7 @@ def semantic_router(deployment: Deployment) -> dict[str, Any]:
 
 
 def _decision(expert: str) -> dict[str, Any]:
+    """Make the rule that sends texts with a score of at least 0.5 for an expert to that expert."""
     condition = {"type": "classifier", "name": "expert", "label": expert, "predicate": {"gte": 0.5}}
     rules = {"operator": "AND", "on_unknown": "no_match", "conditions": [condition]}
     return {"name": expert, "priority": 100, "rules": rules, "modelRefs": [{"model": expert}]}
@@ -204,9 +205,11 @@ def _decision(expert: str) -> dict[str, Any]:
 def _workload(
     kind: str, name: str, replicas: int, container: dict[str, Any], folder: str | None
 ) -> dict[str, Any]:
-    """Pods of one container, which sees a folder of its host if one is named."""
+    """Make pods of one container, which sees a folder of its host if one is named."""
     labels = {"app": name}
-    pod: dict[str, Any] = {"containers": [container]}
+    # Without this, Kubernetes describes the service `mediator` in variables such as MEDIATOR_PORT, which look
+    # like settings.
+    pod: dict[str, Any] = {"containers": [container], "enableServiceLinks": False}
     if folder:
         mount = {"name": "artifact", "mountPath": folder, "readOnly": True}
         pod["containers"] = [{**container, "volumeMounts": [mount]}]
@@ -224,17 +227,18 @@ def _workload(
 
 
 def _service(
-    name: str, port: int, more: Mapping[str, Any], of: str | None = None
+    name: str, port: int, fields: Mapping[str, Any], app: str | None = None
 ) -> dict[str, Any]:
+    """Make the service of the pods of an app; the default app has the service's name."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": name},
-        "spec": {"selector": {"app": of or name}, "ports": [{"port": port}], **more},
+        "spec": {"selector": {"app": app or name}, "ports": [{"port": port}], **fields},
     }
 
 
-# By the name of the tool.
+# The function that makes a tool's file, by the tool's name.
 DEPLOYMENTS: dict[str, Callable[[Deployment], Any]] = {
     "compose": compose,
     "kubernetes": kubernetes,

@@ -1,55 +1,53 @@
-"""An OpenAI-compatible front for engines that take no plugin: it routes, names the adapter and forwards.
+"""An OpenAI-compatible front for engines without a plugin: it routes a request, names its adapter, forwards it.
 
-Nothing is kept between requests, so any number of gateways may stand beside each other. An engine that fails
-before the first byte of its answer is replaced by another one; after that, the client sees the break.
+A gateway remembers no conversation, so several gateways may serve the same engines. If an engine fails before
+the first byte of its answer, another engine answers. If it fails later, the client sees the break.
 """
 
 import asyncio
 import hashlib
-import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Literal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Literal
 
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 
+from mergekit_mediator.engines.bodies import LARGEST_BODY, json_object, read_body
 from mergekit_mediator.engines.conversation import routables
 from mergekit_mediator.engines.deciders import Decider
+from mergekit_mediator.engines.forward import forward_request
 from mergekit_mediator.engines.middleware import RouteRequests, Scope
 from mergekit_mediator.engines.names import AUTO, check_names, name_of
-from mergekit_mediator.engines.replicas import Replica, Replicas
+from mergekit_mediator.engines.replicas import Replicas
 from mergekit_mediator.engines.service import RequestError, Service
 from mergekit_mediator.engines.settings import ServiceSettings
 from mergekit_mediator.errors import EngineError, PromptError
 from mergekit_mediator.serve.mixture import DENSE_NAME, Mixture
 
 Affinity = Literal["conversation", "adapter"]
-# Headers that belong to one connection, and those that the HTTP libraries write themselves.
-_HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", "trailer"}
-_OURS = {"host", "content-length", "accept-encoding", "content-encoding", "date", "server"}
-_AWAY = {502, 503, 504}  # what proxies and starting engines answer
 _SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
 class NamedAdapters:
-    """Adapters by their names: engines hold those of experts, and those with the plugin make blends."""
+    """The adapters of engines by name: engines hold the experts' adapters; engines with the plugin make blends."""
 
     def __init__(self, replicas: Replicas, template: str) -> None:
-        """
+        """Name adapters by a template.
+
         Args:
             replicas: the engines.
-            template: how they name an expert's adapter, such as `{expert}` or `{base}:{expert}`.
+            template: the engines' name of an expert's adapter, such as `{expert}` or `{base}:{expert}`.
         """
         self._replicas, self._template = replicas, template
 
     async def add(self, mixture: Mixture) -> None:
-        """Refuse what no engine can answer as.
+        """Refuse a blend that no engine makes.
 
         Raises:
-            EngineError: a blend, and no engine makes blends.
+            EngineError: the mixture is a blend, and no engine makes blends.
         """
         is_blend = not mixture.is_dense and not mixture.alone
         if is_blend and not any(replica.blends for replica in self._replicas.alive):
@@ -58,10 +56,10 @@ class NamedAdapters:
             )
 
     async def remove(self, mixture: Mixture) -> None:
-        """Leave the engines as they are: they let blends go themselves."""
+        """Do nothing: engines remove blends themselves."""
 
     def engine_name(self, mixture: Mixture) -> str:
-        """The name that the engines have for a mixture."""
+        """Return the model name by which the engines know a mixture."""
         base = self._replicas.base or DENSE_NAME
         if mixture.is_dense:
             return DENSE_NAME if DENSE_NAME in self._replicas.models else base
@@ -72,7 +70,7 @@ class NamedAdapters:
     @property
     def dense_names(self) -> frozenset[str]:
         """The engines' names of their own model."""
-        return frozenset(r.base for r in self._replicas.all if r.base)
+        return frozenset(replica.base for replica in self._replicas.all if replica.base)
 
 
 def gateway_app(
@@ -84,24 +82,27 @@ def gateway_app(
     key: str | None = None,
     affinity: Affinity = "conversation",
 ) -> FastAPI:
-    """The gateway as an ASGI application.
+    """Make the gateway's ASGI application, which closes the router when it shuts down.
 
     Args:
-        experts: of the artifact.
+        experts: the artifact's experts, in its order.
         decider: routes prompts.
-        settings: of the service.
-        urls: of the engines.
-        template: how engines name an expert's adapter.
-        key: for asking engines for their models; requests bring their own.
-        affinity: what stays on one engine as long as that is not much busier than others: the turns of a
-            `conversation`, or all requests of an `adapter`, for more experts than an engine's slots.
+        settings: the service's settings.
+        urls: the addresses of the engines.
+        template: the engines' name of an expert's adapter.
+        key: the API key for the engines' lists of models; requests bring their own key.
+        affinity: one engine gets all turns of a `conversation`, or all requests of an `adapter`, which suits
+            more experts than an engine has slots; a much busier engine passes requests to others.
 
     Raises:
-        EngineError: an expert whose name means something else here, or a template that names no expert.
+        EngineError: an expert's name means something else on engines, the template names no expert, or an
+            address is no HTTP address.
+        MixtureError: the fallback is no expert.
+        SettingError: the settings need another router.
     """
     check_names(experts)
     _check_template(template)
-    limits = httpx.Limits(max_connections=None)  # engines bound what they take
+    limits = httpx.Limits(max_connections=None)  # engines bound the number of requests themselves
     client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=limits)
     replicas = Replicas(urls, client, key)
     service = Service(experts, decider, NamedAdapters(replicas, template), settings)
@@ -146,12 +147,16 @@ def gateway_app(
 
     @app.post("/v1/{path:path}")
     async def forward(request: Request, path: str) -> Response:
-        body = await request.body()
         try:
+            if ".." in path.split("/"):  # engines protect paths below /v1 alone by their API key
+                raise RequestError("the path leads out of /v1", 404, "NotFoundError")
+            body = await read_body(request.receive, LARGEST_BODY)
+            if body is None:
+                limit = f"a body of at most {LARGEST_BODY >> 20} MiB is required, got a larger one"
+                raise RequestError(limit, 413, "BadRequestError")
             model, conversation = _about(body)
-            stays = model if affinity == "adapter" else conversation
-            order = replicas.order(model, stays)
-            response = await _forwarded(client, order, request, path, body, retries)
+            order = replicas.order(model, model if affinity == "adapter" else conversation)
+            response = await forward_request(client, order, request, path, body, retries)
         except RequestError as error:
             response = JSONResponse(error.body(), error.status)
         requests.labels(str(response.status_code)).inc()
@@ -164,88 +169,33 @@ def gateway_app(
     return app
 
 
-async def _forwarded(
-    client: httpx.AsyncClient,
-    order: list[Replica],
-    request: Request,
-    path: str,
-    body: bytes,
-    retries: Counter,
-) -> Response:
-    """The answer of the first engine that begins one.
-
-    Raises:
-        RequestError: no engine answers.
-    """
-    headers = _passed(request.headers)
-    reason = "no engine is there"
-    for attempt, replica in enumerate(order):
-        if attempt:
-            retries.inc()
-        query = f"?{request.url.query}" if request.url.query else ""
-        url = f"{replica.url}/v1/{path}{query}"
-        asked = client.build_request("POST", url, headers=headers, content=body)
-        with replica.answering():  # until its answer begins; a stream counts itself
-            try:
-                answer = await client.send(asked, stream=True)
-                if answer.status_code in _AWAY:
-                    await answer.aread()
-                    await answer.aclose()
-                    reason = f"{replica.url} answers with status {answer.status_code}"
-                    continue
-                return await _begun(answer, replica)
-            except httpx.TransportError as error:
-                replica.alive = False
-                reason = f"{replica.url}: {type(error).__name__}: {error}"
-    raise RequestError(f"no engine answers: {reason}", 503, "ServiceUnavailableError")
-
-
-async def _begun(answer: httpx.Response, replica: Replica) -> Response:
-    """An answer whose first bytes are there; one that is no stream is whole.
-
-    Raises:
-        httpx.TransportError: the engine failed before.
-    """
-    headers = _passed(answer.headers)
-    if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-        content = await answer.aread()
-        await answer.aclose()
-        return Response(content, answer.status_code, headers)
-    parts = answer.aiter_bytes()
-    first = await anext(parts, b"")
-
-    async def stream() -> AsyncIterator[bytes]:
-        with replica.answering():
-            try:
-                yield first
-                async for part in parts:
-                    yield part
-            finally:
-                await answer.aclose()
-
-    return StreamingResponse(stream(), answer.status_code, headers)
-
-
 def _about(body: bytes) -> tuple[str, str]:
-    """The model of a request, and a digest of what the turns of its conversation have in common."""
-    try:
-        fields: Any = json.loads(body)
+    """Return the model of a request, and a digest that all turns of its conversation share.
+
+    A request that has no opening shares its digest with equal requests.
+    """
+    model, opening = "", body
+    with suppress(PromptError):
+        fields = json_object(body)
         model = str(fields.get("model", ""))
-        opening = routables(fields)[0]
-    except (ValueError, AttributeError, PromptError):
-        return "", ""
-    return model, hashlib.sha256(repr(opening).encode()).hexdigest()
-
-
-def _passed(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers that go on to the other side."""
-    return {k: v for k, v in headers.items() if k.lower() not in _HOP | _OURS}
+        opening = repr(routables(fields)[0]).encode()
+    return model, hashlib.sha256(opening).hexdigest()
 
 
 def _check_template(template: str) -> None:
+    """Refuse a template that gives every expert the same name.
+
+    Raises:
+        EngineError: the template lacks `{expert}`, or has another field than `{expert}` and `{base}`.
+    """
     try:
         names = {template.format(expert=expert, base="base") for expert in "ab"}
     except (KeyError, IndexError, ValueError) as error:
-        raise EngineError(f"{template!r}: only {{expert}} and {{base}} may be named") from error
+        raise EngineError(
+            f"adapter name {template!r}: the fields {{expert}} and {{base}} are allowed, no others: use for "
+            "example {base}:{expert}"
+        ) from error
     if len(names) == 1:
-        raise EngineError(f"{template!r}: {{expert}} required, such as {{base}}:{{expert}}")
+        raise EngineError(
+            f"adapter name {template!r}: {{expert}} is required: use for example {{base}}:{{expert}}"
+        )

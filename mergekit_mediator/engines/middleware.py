@@ -1,38 +1,48 @@
 """An ASGI middleware that routes requests of OpenAI's form before a server sees them.
 
-It reads the body of a request, replaces `model` by the name of the adapter that answers, and says in the
-response what was decided. Everything else passes through untouched.
+It reads a request's body, replaces `model` by the name of the adapter that answers, and adds the decision to
+the response. All other requests pass unchanged.
 """
 
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from mergekit_mediator.engines.bodies import (
+    LARGEST_BODY,
+    Message,
+    Receive,
+    json_object,
+    read_body,
+)
 from mergekit_mediator.engines.conversation import PROMPT_FIELDS
 from mergekit_mediator.engines.service import RequestError, Resolved, Service
+from mergekit_mediator.errors import PromptError
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HEADER = b"x-mediator-mixture"
-_LARGEST_BODY = 64 << 20
+# The blank line that ends an event of a stream.
+_END_OF_EVENT = re.compile(rb"\r?\n\r?\n")
 
 
 class RouteRequests:
-    """Routes the POST requests of an application that name a model."""
+    """A middleware that routes the POST requests which name a model or hold a prompt."""
 
     def __init__(self, app: App, service: Callable[[Scope], Awaitable[Service | None]]) -> None:
-        """
+        """Wrap an application.
+
         Args:
-            app: the application.
-            service: gives the service of a request's application, or None while there is none.
+            app: the application that gets the routed requests.
+            service: returns the service of a request's application, or None while there is none.
         """
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request: route it if it can be routed, else pass it on unchanged."""
         service = None
         if scope["type"] == "http" and scope["method"] == "POST" and _is_json(scope):
             service = await self._service(scope)
@@ -40,7 +50,10 @@ class RouteRequests:
             await self._app(scope, receive, send)
             return
         try:
-            raw = await _read_body(receive)
+            raw = await read_body(receive, LARGEST_BODY)
+            if raw is None:
+                limit = f"a body of at most {LARGEST_BODY >> 20} MiB is required, got a larger one"
+                raise RequestError(limit, 413, "BadRequestError")
             body = _parse(raw)
             if body is None or not _names_a_model(body):
                 await self._app(scope, _replay(raw, receive), send)
@@ -51,22 +64,30 @@ class RouteRequests:
                     return
                 changed = json.dumps({**body, "model": service.engine_name(answer)}).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], len(changed))}
-                saying = _Saying(send, answer, service.settings.say)
-                await self._app(scope, _replay(changed, receive), saying)
+                response = _Response(send, answer, service.settings.say)
+                await self._app(scope, _replay(changed, receive), response)
         except RequestError as error:
             await _respond(send, error.status, error.body())
 
 
-class _Saying:
-    """Adds the decision to a response: as a header, and to a JSON object or the first event of a stream."""
+class _Response:
+    """A sender that adds the decision to a response: to its headers, and to its JSON object or first event."""
 
     def __init__(self, send: Send, answer: Resolved, say: tuple[str, ...]) -> None:
+        """Wrap a sender.
+
+        Args:
+            send: the ASGI function that takes the response's messages.
+            answer: the decision.
+            say: the places for the decision: `header`, `body`, both or none.
+        """
         self._send, self._answer, self._say = send, answer, say
         self._start: Message | None = None
         self._body = b""
         self._is_stream = self._done = False
 
     async def __call__(self, message: Message) -> None:
+        """Send one message of the response, with the decision if this is its place."""
         if message["type"] == "http.response.start":
             headers = list(message.get("headers", ()))
             if "header" in self._say:
@@ -75,7 +96,7 @@ class _Saying:
             self._is_stream = kind.startswith(b"text/event-stream")
             in_body = "body" in self._say and message["status"] == 200
             if in_body and (self._is_stream or kind.startswith(b"application/json")):
-                headers = [(k, v) for k, v in headers if k != b"content-length"]
+                headers = [pair for pair in headers if pair[0] != b"content-length"]
                 self._start = {**message, "headers": headers}
                 if self._is_stream:
                     await self._send(self._start)
@@ -91,25 +112,30 @@ class _Saying:
             await self._whole(message)
 
     async def _first_event(self, message: Message) -> None:
+        """Hold a stream back until its first event is whole, and send that event with the decision."""
         self._body += message.get("body", b"")
         more = message.get("more_body", False)
-        if b"\n\n" not in self._body and more:
+        end = _END_OF_EVENT.search(self._body)
+        if end is None and more:
             return
-        event, separator, rest = self._body.partition(b"\n\n")
-        lines = [self._with_decision(line) for line in event.split(b"\n")]
+        length = len(self._body) if end is None else end.start()
+        lines = self._body[:length].splitlines(keepends=True)
         self._done = True
-        body = b"\n".join(lines) + separator + rest
+        body = b"".join(map(self._with_decision, lines)) + self._body[length:]
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     def _with_decision(self, line: bytes) -> bytes:
+        """Add the decision to a line of an event, if the line is data and a JSON object."""
         if not line.startswith(b"data: {"):
             return line
         fields = _parse(line.removeprefix(b"data: "))
         if fields is None:
             return line
-        return b"data: " + json.dumps({**fields, "mediator": self._answer.as_json()}).encode()
+        end = line[len(line.rstrip(b"\r\n")) :]
+        return b"data: " + json.dumps({**fields, "mediator": self._answer.as_json()}).encode() + end
 
     async def _whole(self, message: Message) -> None:
+        """Hold a JSON response back until it is whole, and send it with the decision."""
         self._body += message.get("body", b"")
         if message.get("more_body", False):
             return
@@ -126,45 +152,23 @@ class _Saying:
 
 def _is_json(scope: Scope) -> bool:
     kind = dict(scope["headers"]).get(b"content-type", b"application/json")
-    return bool(kind.startswith(b"application/json"))
+    return bool(kind.lower().startswith(b"application/json"))
 
 
 def _names_a_model(body: dict[str, Any]) -> bool:
-    """Whether a request names a model, or asks a question without: the engine's own model answers then."""
+    """Tell whether a request names a model, or has a prompt and no model: then the dense expert answers."""
     model = body.get("model")
     return isinstance(model, str) or (model is None and not body.keys().isdisjoint(PROMPT_FIELDS))
 
 
-async def _read_body(receive: Receive) -> bytes:
-    """The body of a request.
-
-    Raises:
-        RequestError: it is too large.
-    """
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            break
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > _LARGEST_BODY:
-            limit = f"a body of at most {_LARGEST_BODY >> 20} MiB is taken"
-            raise RequestError(limit, 413, "BadRequestError")
-        if not message.get("more_body", False):
-            break
-    return b"".join(parts)
-
-
 def _replay(body: bytes, rest: Receive) -> Receive:
-    """What the application receives: the body at once, then whatever comes, such as a disconnection."""
-    told = False
+    """Make the application's receiver: it gives the body at once, then later messages, such as a disconnection."""
+    is_sent = False
 
     async def receive() -> Message:
-        nonlocal told
-        if not told:
-            told = True
+        nonlocal is_sent
+        if not is_sent:
+            is_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
         return await rest()
 
@@ -172,16 +176,16 @@ def _replay(body: bytes, rest: Receive) -> Receive:
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object; return None for all else, which passes unchanged."""
     try:
-        fields = json.loads(raw)
-    except ValueError:
+        return json_object(raw)
+    except PromptError:
         return None
-    return fields if isinstance(fields, dict) else None
 
 
 def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    rest = [(k, v) for k, v in headers if k != b"content-length"]
-    return [*rest, (b"content-length", str(length).encode())]
+    others = [(name, value) for name, value in headers if name != b"content-length"]
+    return [*others, (b"content-length", str(length).encode())]
 
 
 async def _respond(send: Send, status: int, body: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The engines behind a gateway: which are alive, which adapters they list, and how busy they are."""
+"""The engines behind a gateway: which of them are alive, which adapters they list, and how busy they are."""
 
 import asyncio
 import zlib
@@ -8,17 +8,18 @@ from contextlib import contextmanager
 import httpx
 
 from mergekit_mediator.engines.names import AUTO
+from mergekit_mediator.errors import EngineError
 
-# How much busier than the mean an engine may be and still get the conversations that it knows: consistent
-# hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, arXiv 1608.01350).
+# An engine gets the conversations that it knows until it is busier than the mean by this factor and this number:
+# consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, arXiv 1608.01350).
 _BALANCE, _SPARE = 1.25, 4
 
 
 def most_in_flight(total: int, replicas: int) -> float:
-    """The requests beyond which an engine is left alone.
+    """Return the number of requests from which on an engine counts as busy.
 
     Args:
-        total: requests that all engines answer.
+        total: the number of requests that all engines answer now.
         replicas: the number of engines.
     """
     return _BALANCE * total / replicas + _SPARE
@@ -28,14 +29,23 @@ class Replica:
     """One engine.
 
     Attributes:
-        url: of its server, without a path.
-        alive: whether it answered last time.
-        models: the names that it lists.
-        base: the name of its own model, if it is known.
-        in_flight: requests that it is answering.
+        url: the address of its server, without a path.
+        alive: whether it answered the last time it was asked.
+        models: the model names that it lists.
+        base: the name of its own model, or None while that is unknown.
+        in_flight: the number of requests that it answers now.
     """
 
     def __init__(self, url: str) -> None:
+        """Start as an engine that is alive and has listed nothing.
+
+        Args:
+            url: the address of the server, with or without `/v1`.
+
+        Raises:
+            EngineError: the address is no HTTP address.
+        """
+        _check_address(url)
         self.url = url.rstrip("/").removesuffix("/v1")
         self.alive, self.in_flight = True, 0
         self.models: tuple[str, ...] = ()
@@ -43,12 +53,12 @@ class Replica:
 
     @property
     def blends(self) -> bool:
-        """Whether it makes blends itself, as engines with the vLLM plugin do."""
+        """Whether the engine makes blends itself, as engines with the vLLM plugin do."""
         return AUTO in self.models
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Count a request while it is answered."""
+        """Count a request of this engine inside a context."""
         self.in_flight += 1
         try:
             yield
@@ -57,60 +67,66 @@ class Replica:
 
 
 class Replicas:
-    """All engines; each is asked for its models now and then."""
+    """All engines of a gateway."""
 
     def __init__(self, urls: Sequence[str], client: httpx.AsyncClient, key: str | None) -> None:
-        """
+        """Start with engines that are not asked yet.
+
         Args:
-            urls: of the engines.
-            client: for requests to them.
-            key: for asking them for their models, if they want one.
+            urls: the addresses of the engines.
+            client: sends the requests to them.
+            key: the API key for the lists of models, or None.
+
+        Raises:
+            EngineError: an address is no HTTP address.
         """
         self.all = tuple(Replica(url) for url in urls)
         self._client, self._key = client, key
 
     @property
     def alive(self) -> tuple[Replica, ...]:
-        """The engines that answered last time."""
+        """The engines that answered the last time they were asked."""
         return tuple(replica for replica in self.all if replica.alive)
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names that any engine alive lists."""
+        """The model names that the engines alive list, each once."""
         return tuple(dict.fromkeys(name for replica in self.alive for name in replica.models))
 
     @property
     def base(self) -> str | None:
-        """The name of the engines' own model, if any has said it."""
-        return next((r.base for r in (*self.alive, *self.all) if r.base), None)
+        """The name of the engines' own model, or None while no engine has listed it."""
+        replicas = (*self.alive, *self.all)
+        return next((replica.base for replica in replicas if replica.base), None)
 
     def order(self, model: str, key: str) -> list[Replica]:
-        """The engines to try for a request, the best first.
+        """Order the engines for a request, the best first.
 
-        Those alive come first, those that hold the adapter before others, and those that are not much busier
-        than the mean. Among the rest a hash of the key decides, so that requests of one key meet on one
-        engine: turns of a conversation find the keys and values of earlier ones there.
+        Engines alive come first; of these, the ones that hold the adapter; of these, the ones that are not
+        much busier than the mean. A hash of the key orders the rest, so that one engine gets all requests of
+        a key: the turns of a conversation find the keys and values of earlier turns there.
 
         Args:
             model: the adapter's name.
-            key: what requests that belong together have in common.
+            key: a text that requests share if they belong together.
         """
         alive = self.alive
-        bound = most_in_flight(sum(r.in_flight for r in alive), max(1, len(alive)))
+        total = sum(replica.in_flight for replica in alive)
+        bound = most_in_flight(total, max(1, len(alive)))
 
         def rank(replica: Replica) -> tuple[bool, bool, bool, int]:
             place = zlib.crc32(f"{replica.url} {key}".encode())
-            busy = replica.in_flight >= bound
-            return not replica.alive, model not in replica.models, busy, place
+            is_busy = replica.in_flight >= bound
+            return not replica.alive, model not in replica.models, is_busy, place
 
         return sorted(self.all, key=rank)
 
     async def ask(self) -> None:
-        """Ask every engine for its models; one that does not answer counts as dead until it does."""
+        """Ask every engine for its models; an engine without an answer is dead until it answers again."""
         await asyncio.gather(*(self._ask(replica) for replica in self.all))
 
     async def ask_forever(self, seconds: float) -> None:
-        """Ask again and again, so many seconds apart."""
+        """Ask every engine again and again, with this many seconds between."""
         while True:
             await asyncio.sleep(seconds)
             await self.ask()
@@ -123,9 +139,28 @@ class Replicas:
             )
             cards = response.raise_for_status().json()["data"]
             names = tuple(str(card["id"]) for card in cards)
-            own = [str(card["id"]) for card in cards if not card.get("parent")]
+            bases = [str(card["id"]) for card in cards if not card.get("parent")]
         except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
             replica.alive = False
             return
         replica.alive, replica.models = True, names
-        replica.base = next((name for name in own if name != AUTO), None)
+        replica.base = next((name for name in bases if name != AUTO), None)
+
+
+def _check_address(url: str) -> None:
+    """Refuse an address that no request can be sent to.
+
+    Raises:
+        EngineError: the address is no HTTP address.
+    """
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise EngineError(
+            f"engine {url!r}: an address such as http://localhost:8000 is required: {error}"
+        ) from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise EngineError(
+            f"engine {url!r}: an address such as http://localhost:8000 is required: begin it with "
+            "http:// or https://"
+        )

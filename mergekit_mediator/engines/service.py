@@ -1,9 +1,10 @@
-"""Which adapter answers a request: named, blended or routed; and which blends are alive."""
+"""Choose the adapter that answers a request (a named expert, a blend or `auto`), and bound the blends."""
 
 import asyncio
+import math
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,12 +25,12 @@ from mergekit_mediator.serve.mixture import DENSE, Mixture
 
 
 class RequestError(Exception):
-    """A request that cannot be answered, as OpenAI's errors are.
+    """A request that cannot be answered, told in the form of OpenAI's errors.
 
     Attributes:
-        status: of HTTP.
+        status: the HTTP status of the response.
         kind: OpenAI's type of the error.
-        param: the field of the request, if it is one's fault.
+        param: the field of the request that is wrong, or None.
     """
 
     def __init__(self, message: str, status: int, kind: str, param: str | None = None) -> None:
@@ -37,7 +38,7 @@ class RequestError(Exception):
         self.status, self.kind, self.param = status, kind, param
 
     def body(self) -> dict[str, Any]:
-        """The error as an object."""
+        """Return the response's JSON object."""
         fields = {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}
         return {"error": fields}
 
@@ -47,9 +48,9 @@ class Resolved:
     """The mixture that answers a request.
 
     Attributes:
-        name: of its adapter.
-        mixture: the weights by expert.
-        figures: of the decision, if the request was routed: `entropy` in nats and `ood`.
+        name: the name of the mixture's adapter; see `names.name_of`.
+        mixture: the mixture.
+        figures: the routing decision's `entropy` in nats and `ood` score; empty if the request named a model.
     """
 
     name: str
@@ -57,23 +58,31 @@ class Resolved:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The decision as a response says it."""
+        """Return the JSON object that tells the client the mixture and the figures."""
         return {"mixture": dict(self.mixture.weights), **self.figures}
 
 
 class Adapters(Protocol):
-    """Where adapters are put to be used: an engine."""
+    """The adapters of an engine."""
 
     async def add(self, mixture: Mixture) -> None:
-        """Make a mixture's adapter usable by its name; nothing happens if it is."""
+        """Give a mixture's adapter to the engine, unless the engine has it.
+
+        Raises:
+            MediatorError: the engine cannot be given the adapter.
+        """
         ...
 
     async def remove(self, mixture: Mixture) -> None:
-        """Take a blend's adapter away."""
+        """Take a blend's adapter out of the engine.
+
+        Raises:
+            MediatorError: the engine fails.
+        """
         ...
 
     def engine_name(self, mixture: Mixture) -> str:
-        """The name that requests have for a mixture which was added."""
+        """Return the model name by which the engine knows an added mixture."""
         ...
 
     @property
@@ -83,10 +92,10 @@ class Adapters(Protocol):
 
 
 class Service:
-    """Resolves the models that requests name.
+    """A resolver of the model names in requests to adapters of one engine.
 
-    Blends live as long as they are in use, and `settings.blends` of them beyond that: the least recently
-    used leave, so no client fills memory by naming them.
+    At most `settings.blends` blends are alive, and a blend in use stays alive. The least recently used blend
+    leaves for a new one, so no client fills memory by naming blends.
     """
 
     def __init__(
@@ -96,16 +105,18 @@ class Service:
         adapters: Adapters,
         settings: ServiceSettings,
     ) -> None:
-        """
+        """Start without blends.
+
         Args:
-            experts: of the artifact.
+            experts: the artifact's experts, in its order.
             decider: routes prompts.
-            adapters: of the engine.
-            settings: of the service.
+            adapters: the engine's adapters.
+            settings: the service's settings.
 
         Raises:
             MixtureError: the fallback is no expert.
-            SettingError: an action for requests out of distribution, and a router that does not know them.
+            SettingError: the settings have an action for requests that are out of distribution, and the
+                router does not recognise such requests.
         """
         self.experts, self.settings = experts, settings
         self._decider, self._adapters = decider, adapters
@@ -113,34 +124,38 @@ class Service:
         self._fallback = (
             None if settings.fallback is None else Mixture.of(settings.fallback, experts)
         )
-        knows_far = settings.ood_threshold is not None or decider.thresholds[1] is not None
-        if settings.ood_action != "blend" and not knows_far:
+        has_threshold = settings.ood_threshold is not None or decider.thresholds[1] is not None
+        if settings.ood_action != "blend" and not has_threshold:
             raise SettingError(
-                f"MEDIATOR_OOD_ACTION: {settings.ood_action} needs a router that knows what is out of "
-                f"distribution, and {decider.name} does not: run `mergekit-mediator calibrate`, or set "
-                "MEDIATOR_OOD_THRESHOLD"
+                f"MEDIATOR_OOD_ACTION: {settings.ood_action} needs a router with a threshold for requests "
+                f"that are out of distribution, and {decider.name} has none: run `mergekit-mediator "
+                "calibrate`, or set MEDIATOR_OOD_THRESHOLD"
             )
-        self._blends: OrderedDict[Mixture, int] = OrderedDict()  # with the requests that use each
+        # The number of requests that use each blend; the least recently used blend comes first.
+        self._blends: OrderedDict[Mixture, int] = OrderedDict()
         self._lock = asyncio.Lock()
 
-    def engine_name(self, answer: "Resolved") -> str:
-        """The name that the engine has for a mixture."""
+    def engine_name(self, answer: Resolved) -> str:
+        """Return the model name by which the engine knows the adapter that answers."""
         return self._adapters.engine_name(answer.mixture)
 
     @asynccontextmanager
     async def resolved(
         self, model: str | None, body: Mapping[str, Any]
     ) -> AsyncIterator[Resolved | None]:
-        """The mixture of a request, usable inside the context; None for a model of the engine's own.
+        """Keep the adapter that answers a request in the engine inside a context.
 
         Args:
-            model: as the request names it; None or empty is the dense expert, which engines take it for.
-            body: of the request, whose prompt is routed for `auto`.
+            model: the request's model name; None or an empty name is the dense expert, as in engines.
+            body: the request's JSON object; its prompts are routed if the model is `auto`.
+
+        Yields:
+            The mixture; None if the model is another one of the engine.
 
         Raises:
-            RequestError: an unknown expert, weights that are no mixture, a request that cannot be routed
-                or is refused, more blends at once than may be alive, or an adapter that the engine
-                cannot be given.
+            RequestError: an expert is unknown, the weights make no mixture, the request cannot be routed
+                or is refused, more blends are in use than may be alive, or the engine cannot be given the
+                adapter.
         """
         answer = await self._resolve(model, body)
         if answer is None:
@@ -164,20 +179,18 @@ class Service:
         try:
             mixture = parse(model, self.experts, self.settings.grid)
         except MixtureError as error:
-            unknown = "unknown expert" in str(error)
+            is_unknown = str(error).startswith("unknown expert")
             raise RequestError(
                 str(error),
-                404 if unknown else 400,
-                "NotFoundError" if unknown else "BadRequestError",
+                404 if is_unknown else 400,
+                "NotFoundError" if is_unknown else "BadRequestError",
                 "model",
             ) from error
         return None if mixture is None else Resolved(name_of(mixture), mixture)
 
     async def _add(self, mixture: Mixture) -> None:
-        try:
+        with _unavailable():
             await self._adapters.add(mixture)
-        except MediatorError as error:
-            raise RequestError(str(error), 503, "ServiceUnavailableError", "model") from error
 
     async def _route(self, body: Mapping[str, Any]) -> Resolved:
         try:
@@ -198,45 +211,63 @@ class Service:
         mixture = rounded(Mixture.of_row(weights.tolist(), self.experts), self.settings.grid)
         figures = {"entropy": round(float(decision.entropy.mean()), 4)}
         ood = float(decision.ood.mean())
-        if ood == ood:  # a router without a distance gives NaN
+        if not math.isnan(ood):  # a router without a distance gives NaN
             figures["ood"] = round(ood, 4)
         return Resolved(name_of(mixture), mixture, figures)
 
     async def _begin(self, answer: Resolved, routed: bool) -> Resolved:
-        """Count a request that uses a blend, after making room for the blend.
+        """Give a blend to the engine, after making room for it, and count the request that uses it.
 
-        A routed request whose blend the engine cannot be given is answered by its likeliest expert.
+        If the engine cannot be given the blend, the likeliest expert answers a routed request.
         """
+        blend = answer.mixture
         async with self._lock:
+            is_new = blend not in self._blends
             try:
-                if answer.mixture not in self._blends:
+                if is_new:
                     await self._make_room()
-                await self._add(answer.mixture)
+                    # The blend counts while the engine loads it: a request that is cancelled then leaves a
+                    # blend that can be removed.
+                    self._blends[blend] = 0
+                await self._add(blend)
             except RequestError:
+                if is_new:
+                    self._blends.pop(blend, None)
                 if not routed:
                     raise
                 return await self._likeliest(answer)
-            self._blends[answer.mixture] = self._blends.get(answer.mixture, 0) + 1
-            self._blends.move_to_end(answer.mixture)
+            self._blends[blend] += 1
+            self._blends.move_to_end(blend)
             return answer
 
     async def _make_room(self) -> None:
-        """Let the least recently used blends leave, as far as one more needs it."""
-        while len(self._blends) >= max(1, self.settings.blends):
+        """Remove least recently used blends until one more may be alive."""
+        while len(self._blends) >= self.settings.blends:
             idle = next((blend for blend, users in self._blends.items() if not users), None)
             if idle is None:
                 raise RequestError(
-                    f"{len(self._blends)} blends are in use, and no more may be alive "
-                    "(MEDIATOR_BLENDS): try again later",
+                    f"{len(self._blends)} blends are in use, and at most {self.settings.blends} may be "
+                    "alive (MEDIATOR_BLENDS): try again later, or name one expert",
                     429,
                     "RateLimitError",
                     "model",
                 )
             del self._blends[idle]
-            await self._adapters.remove(idle)
+            with _unavailable():
+                await self._adapters.remove(idle)
 
     async def _likeliest(self, answer: Resolved) -> Resolved:
+        """Give the likeliest expert of a blend to the engine, to answer in the blend's place."""
         name = max(answer.mixture.weights, key=lambda pair: pair[1])[0]
         alone = Mixture.of(name, self.experts)
         await self._add(alone)
         return Resolved(name, alone, answer.figures)
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """Turn an engine's failure into a refusal of the request."""
+    try:
+        yield
+    except MediatorError as error:
+        raise RequestError(str(error), 503, "ServiceUnavailableError", "model") from error

@@ -1,4 +1,4 @@
-"""The settings of a service, from the environment: engines have no options for plugins."""
+"""The settings of a service. They come from the environment, because engines have no options for plugins."""
 
 import os
 from collections.abc import Mapping
@@ -16,21 +16,28 @@ RouterName = Literal["auto", "embedding", "hidden", "response", "likelihood"]
 
 
 def _cache_directory() -> Path:
+    """Return the default folder for adapters."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "mergekit-mediator"
 
 
 class ServiceSettings(BaseModel):
-    """How a service routes requests and names mixtures.
+    """The settings by which a service routes requests and names mixtures.
 
     Attributes:
-        router: `auto` is the best one that needs no second model in memory, or the best one if there is none.
-        policy, entropy_threshold, ood_threshold, ood_action, fallback, route_on: see `settings.Settings`.
-        grid: weights of blends are multiples of 1/grid, so that requests share them.
-        blends: at most so many blends are alive.
-        say: where a response says what was decided: `header`, `body`, both or none.
+        router: the router's name; `auto` is `embedding` if the artifact is calibrated for it, and else the
+            best router that the artifact has.
+        policy: see `serve.settings.Settings`, as for the next five.
+        entropy_threshold: see there.
+        ood_threshold: see there.
+        ood_action: see there.
+        fallback: see there.
+        route_on: see there.
+        grid: the weights of blends are multiples of 1/grid, so that requests share blends.
+        blends: the most blends that are alive at once; 0 allows no blend, and the likeliest expert answers.
+        say: the places of a response that tell the decision: `header`, `body`, both or none.
         cache: the folder for exported adapters.
-        rank: of exported adapters; None is the largest that the engine takes.
+        rank: the rank of exported adapters; None is the largest rank that the engine allows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,27 +67,32 @@ class ServiceSettings(BaseModel):
         """Read `MEDIATOR_ROUTER`, `MEDIATOR_POLICY` and so on.
 
         Raises:
-            SettingError: an unknown name, or a value that a setting cannot have.
+            SettingError: there is no such setting, or its value is not allowed.
         """
-        given = {
+        values = {
             name.removeprefix(_PREFIX).lower(): value
             for name, value in environment.items()
             if name.startswith(_PREFIX)
         }
         try:
-            settings = cls.model_validate(given)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             name = _PREFIX + str(first["loc"][0]).upper()
+            if first["type"] == "extra_forbidden":
+                names = ", ".join(_PREFIX + field.upper() for field in cls.model_fields)
+                raise SettingError(
+                    f"{name}: there is no such setting: the settings are {names}"
+                ) from error
             raise SettingError(f"{name}: {first['msg']}, got {first['input']!r}") from error
-        settings.answering()  # refuses at once what it would refuse at the first request
+        settings.answering()  # refuses a wrong value at the start, before the first request
         return settings
 
     def answering(self) -> Settings:
-        """The settings that turn a decision into a mixture.
+        """Return the settings that turn a routing decision into a mixture.
 
         Raises:
-            SettingError: a value that a setting cannot have.
+            SettingError: a value is not allowed.
         """
         settings = Settings()
         for name in ("policy", "entropy_threshold", "ood_threshold", "ood_action", "fallback"):

@@ -1,15 +1,14 @@
 """The vLLM plugin: `VLLM_PLUGINS=mediator vllm serve OUT --enable-lora` answers as experts, blends and `auto`.
 
-vLLM's API server calls `attach_router` and then `init_state`. Experts are loaded as adapters at the start,
-blends when first asked for; requests are routed inside vLLM's authentication. It needs vLLM 0.32: lists of
-adapters and of models are its internals.
+vLLM's API server calls `attach_router` and then `init_state`. The engine gets the experts' adapters at the start,
+and a blend's adapter with the first request for it. Routing runs behind vLLM's authentication. The plugin needs
+vLLM 0.32, because the lists of adapters and of models are internals of vLLM.
 """
 
 import asyncio
 import logging
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_mediator.engines.adapter_store import AdapterStore
@@ -19,28 +18,27 @@ from mergekit_mediator.engines.names import AUTO, adapter_id, check_names, name_
 from mergekit_mediator.engines.service import Service
 from mergekit_mediator.engines.settings import ServiceSettings
 from mergekit_mediator.errors import EngineError, MediatorError, first_line
-from mergekit_mediator.models.loading import local_directory
 from mergekit_mediator.serve.mixture import DENSE, Mixture
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.share.pull import fetch_artifact
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
 
 VERSIONS = (0, 32)
-# Blends stay on disk for this many servers that share the cache.
+# The disk holds the blends of this many servers that share the cache.
 _SERVERS_OF_A_MACHINE = 4
 _LOG = logging.getLogger("vllm.mediator")
 
 
 class Plugin:
-    """What vLLM's entry point `vllm.endpoint_plugins` expects."""
+    """The plugin of vLLM's entry point `vllm.endpoint_plugins`."""
 
     name = "mediator"
     required_tasks = ("generate",)
 
     def attach_router(self, app: "FastAPI") -> None:
-        """Put the routing of requests before vLLM's own routes, and list `auto` among the models."""
+        """Route requests before vLLM's own routes see them, and list `auto` among the models."""
         from fastapi import Request
         from fastapi.responses import JSONResponse
 
@@ -56,7 +54,7 @@ class Plugin:
     async def init_state(self, engine_client: Any, state: "State", args: Namespace) -> None:
         """Load the artifact's experts into the engine.
 
-        Ends the server with one line and status 1 where the artifact or the engine does not fit.
+        If the artifact or the engine does not fit, the server ends with one line and status 1.
         """
         try:
             state.mediator = await start(engine_client, state)
@@ -66,29 +64,27 @@ class Plugin:
 
 
 async def start(engine_client: Any, state: "State") -> Service:
-    """A service for a vLLM server whose model is an artifact.
+    """Start the service of a vLLM server whose model is an artifact.
 
     Raises:
-        EngineError: a version of vLLM that this plugin does not know, or an engine without adapters.
+        EngineError: the plugin does not know this version of vLLM, or the engine allows no adapters.
         MediatorError: the artifact cannot be served.
     """
     _check_version()
     lora = engine_client.vllm_config.lora_config
     if lora is None:
-        raise EngineError("the engine takes no adapters: start vLLM with --enable-lora")
+        raise EngineError("the engine allows no adapters: start vLLM with --enable-lora")
     config = engine_client.model_config
     settings = ServiceSettings.from_environment()
-    root = await asyncio.to_thread(_root, config.model, config.revision)
-    manifest = read_manifest(root)
+    root, manifest = await asyncio.to_thread(fetch_artifact, config.model, config.revision)
     check_names(manifest.expert_names)
     most_blends = _SERVERS_OF_A_MACHINE * settings.blends
     store = AdapterStore(root, _rank(settings, lora.max_lora_rank), settings.cache, most_blends)
     adapters = EngineAdapters(engine_client, state.openai_serving_models, store)
     for name in store.names:
         await adapters.add(Mixture.of(name, store.names))
-        lost = store.lost(name)
-        if lost:
-            _LOG.warning("expert %s: %s", name, lost)
+        if loss := store.lost(name):
+            _LOG.warning("expert %s: %s", name, loss)
     await adapters.add(DENSE)
     decider = await asyncio.to_thread(choose_decider, root, manifest, settings.router)
     _LOG.info("experts %s; routed by %s", ", ".join(store.names), decider.name)
@@ -99,22 +95,24 @@ class EngineAdapters:
     """The adapters of a vLLM engine."""
 
     def __init__(self, engine_client: Any, models: Any, store: AdapterStore) -> None:
-        """
+        """Start without adapters.
+
         Args:
-            engine_client: vLLM's.
-            models: vLLM's `OpenAIServingModels`, whose adapters requests may name.
-            store: where adapters are written.
+            engine_client: vLLM's client of the engine.
+            models: vLLM's `OpenAIServingModels`, which lists the adapters that requests may name.
+            store: writes the adapters.
         """
         self._engine, self._models, self._store = engine_client, models, store
         self.dense_is_adapter = _is_cpu()
         self._lock = asyncio.Lock()
 
     async def add(self, mixture: Mixture) -> None:
-        """Load a mixture's adapter, once.
+        """Load a mixture's adapter into the engine, once.
 
         Raises:
+            ArtifactError: an expert's file cannot be read.
             ExportError: the adapter cannot be written.
-            EngineError: the engine refuses it.
+            EngineError: the engine refuses the adapter.
         """
         from vllm.lora.request import LoRARequest
 
@@ -124,22 +122,24 @@ class EngineAdapters:
         if name in self._models.lora_requests and self._store.has(mixture):
             return
         async with self._lock:
-            # another server may have deleted the files, which the engine reads again when it needs them
+            # Another server may have deleted the files, and the engine reads them again when it needs them.
             path = await asyncio.to_thread(self._store.path, mixture)
             if name in self._models.lora_requests:
                 return
             request = LoRARequest(name, adapter_id(self._store.digest, name), str(path))
             try:
                 await self._engine.add_lora(request)
-            except Exception as error:  # the engine sends no other type
-                raise EngineError(f"{path}: vLLM refuses it: {first_line(error)}") from error
+            except Exception as error:  # vLLM raises no narrower type
+                raise EngineError(
+                    f"{path}: vLLM refuses the adapter: {first_line(error)}"
+                ) from error
             self._models.lora_requests[name] = request
 
     def engine_name(self, mixture: Mixture) -> str:
-        """The name that the engine has for a mixture.
+        """Return the model name by which the engine knows a mixture.
 
-        On CPUs, requests without an adapter are answered by one in a mixed batch (vLLM #48421): there the
-        dense expert is an adapter, too, which changes nothing.
+        On CPUs, an adapter answers the requests without an adapter in a mixed batch (vLLM #48421). There the
+        dense expert has an adapter too, which changes nothing.
         """
         if mixture.is_dense and not self.dense_is_adapter:
             return str(self._models.base_model_paths[0].name)
@@ -151,32 +151,36 @@ class EngineAdapters:
         return frozenset(path.name for path in self._models.base_model_paths)
 
     async def remove(self, mixture: Mixture) -> None:
-        """Take a blend out of the engine."""
-        request = self._models.lora_requests.pop(name_of(mixture), None)
-        if request is not None:
+        """Remove a blend's adapter from the engine.
+
+        Raises:
+            EngineError: the engine fails.
+        """
+        name = name_of(mixture)
+        request = self._models.lora_requests.pop(name, None)
+        if request is None:
+            return
+        try:
             await self._engine.remove_lora(request.lora_int_id)
+        except Exception as error:  # vLLM raises no narrower type
+            raise EngineError(f"{name}: vLLM cannot remove it: {first_line(error)}") from error
 
 
 async def _service_of(scope: Scope) -> Service | None:
+    """Return the service of a vLLM server; None while the server starts."""
     return getattr(scope["app"].state, "mediator", None)
 
 
-def _root(model: str, revision: str | None) -> Path:
-    root = local_directory(model, revision)
-    verify_files(root, read_manifest(root))
-    return root
-
-
 def _rank(settings: ServiceSettings, largest: int) -> int:
-    """The rank to export experts with.
+    """Return the rank of the exported adapters.
 
     Raises:
-        EngineError: a rank that the engine does not take.
+        EngineError: the engine does not allow the rank.
     """
     rank = settings.rank or largest
     if rank > largest:
         raise EngineError(
-            f"MEDIATOR_RANK: at most {largest} required, which the engine was started with, got {rank}: "
+            f"MEDIATOR_RANK: at most {largest} is required, the engine's largest rank, got {rank}: "
             f"start vLLM with --max-lora-rank {rank}"
         )
     return rank
@@ -192,8 +196,8 @@ def _check_version() -> None:
     import vllm
 
     if tuple(vllm.__version_tuple__[:2]) != VERSIONS:
-        known = ".".join(map(str, VERSIONS))
+        version = ".".join(map(str, VERSIONS))
         raise EngineError(
-            f"vLLM {known} required, got {vllm.__version__}: install vllm=={known}.*, or serve with "
+            f"vLLM {version} required, got {vllm.__version__}: install vllm=={version}.*, or serve with "
             "`mergekit-mediator gateway`"
         )

@@ -8,18 +8,16 @@ For offline batches by expert, norms and biases included:
     llm.collective_rpc("leave_expert")
     llm.reset_prefix_cache()
 
-Keys and values that were computed before are those of other weights, so prefix caches are to be reset whenever
-an expert enters or leaves. vLLM's loader maps names, packed weights and slices of parallel workers.
+Keys and values in a prefix cache come from the weights before, so reset the prefix cache whenever an expert enters
+or leaves. vLLM's own loader maps names, packed weights and the slices of parallel workers.
 """
 
-from pathlib import Path
 from typing import Any
 
 from mergekit_mediator.errors import EngineError
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.weight_patch import WeightPatch, weight_patches
-from mergekit_mediator.models.loading import local_directory
-from mergekit_mediator.store.manifest import verify_files
+from mergekit_mediator.share.pull import fetch_artifact
 
 
 class ExpertWeights:
@@ -29,16 +27,20 @@ class ExpertWeights:
     _mediator_patches: tuple[WeightPatch, ...] = ()
 
     def enter_expert(self, model: str, expert: str) -> int:
-        """Put an expert in place; gives how many weights it changes.
+        """Put an expert in place.
 
         Args:
             model: the artifact that the engine serves: a directory or a repository on the Hub.
-            expert: its name.
+            expert: the expert's name.
+
+        Returns:
+            The number of weights that the expert changes.
 
         Raises:
-            EngineError: an expert is in place, or the engine's weights are packed and cannot be changed.
+            EngineError: an expert is in place, or the engine has packed its weights.
             ArtifactError: the artifact does not match its manifest.
-            ExportError: an unknown expert.
+            ShareError: the repository cannot be read.
+            ExportError: the expert is unknown.
         """
         if self._mediator_patches:
             raise EngineError("an expert is in place: leave it first")
@@ -47,21 +49,23 @@ class ExpertWeights:
                 "this engine has packed its weights, as vLLM does on processors, and they cannot be "
                 "changed: serve the experts as adapters there"
             )
-        root: Path = local_directory(model, None)
-        experts = StoredExperts(root)
-        verify_files(root, experts.manifest)
-        patches = tuple(weight_patches(experts, {expert: 1.0}))
+        root, _ = fetch_artifact(model)
+        patches = tuple(weight_patches(StoredExperts(root), {expert: 1.0}))
+        self._mediator_patches = (
+            patches  # before loading: an expert that enters by half can still leave
+        )
         load_patches(self.model_runner.model, patches)
-        self._mediator_patches = patches
         return len(patches)
 
     def leave_expert(self) -> int:
-        """Put the dense expert back, bit for bit; gives how many weights were changed."""
-        patches, self._mediator_patches = self._mediator_patches, ()
+        """Put the dense expert back, bit for bit; return the number of changed weights."""
+        patches = self._mediator_patches
         load_patches(self.model_runner.model, patches, dense=True)
+        self._mediator_patches = ()
         return len(patches)
 
     def _mediator_is_packed(self) -> bool:
+        """Tell whether vLLM has packed the weights: a packed weight is empty."""
         return any(weight.numel() == 0 for weight in self.model_runner.model.parameters())
 
 
@@ -69,9 +73,9 @@ def load_patches(model: Any, patches: tuple[WeightPatch, ...], dense: bool = Fal
     """Write patches through a model's own loader.
 
     Args:
-        model: of vLLM.
-        patches: of an expert.
-        dense: write the dense expert's values instead.
+        model: vLLM's model.
+        patches: an expert's patches.
+        dense: write the dense expert's values instead of the expert's.
     """
     from vllm.model_executor.model_loader import checkpoint_weight_patch as vllm
 

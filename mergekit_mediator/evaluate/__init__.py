@@ -1,3 +1,4 @@
-"""Scores artifacts and their rivals on tasks.
+"""Score artifacts and their rivals on tasks.
 
-Every system is scored by the same function on the same examples."""
+The same function scores every system on the same examples.
+"""

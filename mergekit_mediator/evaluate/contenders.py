@@ -1,4 +1,4 @@
-"""Contenders of an evaluation: weights that answer prompts, wherever they come from."""
+"""Contenders of an evaluation: weights that answer prompts, from a checkpoint, an adapter or an artifact."""
 
 import hashlib
 import warnings
@@ -18,9 +18,10 @@ from mergekit_mediator.serve.model import MediatorModel
 class Contender:
     """Weights that answer prompts.
 
-    identity: tells these weights from all others, so that scores can be kept by it.
-    load: gives the model for as long as it is used, in a dtype, of which `auto` is the stored one, and
-        with code of its own if that may run. A model that is loaded already stays as it is.
+    Attributes:
+        identity: a text that no other weights have; scores are stored under it.
+        load: takes a dtype (`auto` is the stored dtype) and whether the model's own code may run, and
+            returns a context that yields the model. A model that is loaded already keeps its dtype.
     """
 
     identity: str
@@ -28,17 +29,21 @@ class Contender:
 
 
 def located(what: str, source: str) -> str:
-    """A model, or `model+adapter`, with directories of this machine as absolute paths.
+    """Make the directories in the name of a model, or of `model+adapter`, absolute.
+
+    Args:
+        what: the model's part in the evaluation, for the error text.
+        source: directories of this machine, or names on the Hub.
 
     Raises:
-        InputError: a path that is not on this machine.
+        InputError: a path is not on this machine.
     """
     parts = []
     for part in source.split("+"):
         path = Path(part)
         if not path.is_dir() and (path.is_absolute() or part[0] == "." or part.count("/") > 1):
             raise InputError(
-                f"{what}: {part} is not on this machine: name where it is with --base DIR or "
+                f"{what}: {part} is not on this machine: name its directory with --base DIR or "
                 "--expert NAME=DIR"
             )
         parts.append(str(path.resolve()) if path.is_dir() else part)
@@ -46,7 +51,7 @@ def located(what: str, source: str) -> str:
 
 
 def checkpoint(source: str | Path) -> Contender:
-    """An ordinary model, in a directory or on the Hub; or one with an adapter, `model+adapter`."""
+    """Make a contender of a model in a directory or on the Hub, or of `model+adapter`."""
     model, _, adapter = str(source).partition("+")
     if adapter:
         return adapted(model, Path(adapter))
@@ -59,12 +64,15 @@ def checkpoint(source: str | Path) -> Contender:
 
 
 def mixed(model: MediatorModel, mixture: Named) -> Contender:
-    """An artifact under one mixture."""
+    """Make a contender of an artifact under one mixture."""
     return Contender(model.mixture_digest(mixture), lambda *_: model.mixture(mixture))
 
 
 def adapted(source: str | Path, adapter: Path) -> Contender:
-    """An ordinary model with a LoRA adapter merged in, as PEFT does it."""
+    """Make a contender of a model into which PEFT merges a LoRA adapter.
+
+    The context of `Contender.load` raises InputError if PEFT is not installed.
+    """
 
     @contextmanager
     def load(dtype: str, trust_remote_code: bool) -> Iterator[Any]:
@@ -73,7 +81,8 @@ def adapted(source: str | Path, adapter: Path) -> Contender:
         except ImportError as error:
             raise InputError(f"adapter {adapter} needs PEFT: pip install peft") from error
         model = load_plain(source, dtype, trust_remote_code)
-        with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are merged once
+        # PEFT warns of tied embeddings; they are merged once, as they should be.
+        with warnings.catch_warnings(action="ignore"):
             merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         yield merged
 
@@ -81,17 +90,16 @@ def adapted(source: str | Path, adapter: Path) -> Contender:
 
 
 def weight_bytes(folder: Path) -> int:
-    """The size of a checkpoint's or adapter's weight files."""
+    """Count the bytes of the weight files of a checkpoint or an adapter."""
     return sum(path.stat().st_size for path in _weight_files(folder))
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    found = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-    return sorted(found)
+    return sorted([*folder.glob("*.safetensors")] or [*folder.glob("*.bin")])
 
 
 def _identity(source: str | Path) -> str:
-    """Of the files' names, sizes and times; of a repository on the Hub, its name."""
+    """Hash a source's name, and the names, sizes and times of its weight files if it is a directory."""
     files = _weight_files(Path(source))
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr((str(source), stats)).encode()).hexdigest()[:16]

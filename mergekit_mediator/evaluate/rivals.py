@@ -1,4 +1,4 @@
-"""What an artifact is compared with, merged from the same models by mergekit's own commands."""
+"""Make the rivals of an artifact from the same models, with mergekit's own commands."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from mergekit_mediator.evaluate.contenders import located
 from mergekit_mediator.merge import plugin
 
 AVERAGE = "average"
-# By name mergekit's method and the coefficients that its examples and the methods' papers try.
+# By name: mergekit's method, and the coefficients that mergekit's examples and the methods' papers try.
 STATIC: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
     AVERAGE: ("linear", ({"weight": 1.0},)),
     "task_arithmetic": (
@@ -45,7 +45,7 @@ KNOWN = (*STATIC, EXTRACTED, TWIN, BY_ROUTER)
 
 
 class Rivals:
-    """Makes rivals in a folder; what is there already is used again, with the time that it took."""
+    """Make rivals in a folder; a rival that is there already is used again, with its recorded time."""
 
     def __init__(
         self,
@@ -54,15 +54,16 @@ class Rivals:
         work: Path,
         trust_remote_code: bool = False,
     ) -> None:
-        """
+        """Find the models.
+
         Args:
-            base: a directory or a repository on the Hub.
-            experts: by name, in mergekit's notation: a model, or `model+adapter`.
-            work: the folder.
-            trust_remote_code: let code run that comes with the models.
+            base: a directory, or a repository on the Hub.
+            experts: the experts by name, in mergekit's notation: a model, or `model+adapter`.
+            work: the folder of the rivals.
+            trust_remote_code: let the models' own code run.
 
         Raises:
-            InputError: a model that is a path, and not on this machine.
+            InputError: a model's path is not on this machine.
         """
         self.base, self._work = located("the base", base), work
         self.experts = {name: located(f"expert {name}", e) for name, e in experts.items()}
@@ -75,7 +76,14 @@ class Rivals:
         )
 
     def static(self, method: str, coefficients: Mapping[str, Any]) -> tuple[Path, float]:
-        """A merge of all experts by one of `STATIC`; gives its folder, and the CPU seconds it took."""
+        """Merge all experts by a method of `STATIC`.
+
+        Returns:
+            The folder of the merge, and the CPU seconds that it took.
+
+        Raises:
+            InputError: mergekit refuses the merge.
+        """
         config: dict[str, Any] = {
             "merge_method": STATIC[method][0],
             "models": [{"model": expert} for expert in self.experts.values()],
@@ -88,48 +96,68 @@ class Rivals:
         return self.merged(config, described(method, coefficients).replace(" ", "-"))
 
     def again(self, config: Path, models: Mapping[str, str]) -> tuple[Path, float]:
-        """The merge of an artifact's own configuration; gives its folder, and the CPU seconds it took.
+        """Repeat the merge of an artifact from its configuration.
 
-        models: where models are that are no longer where the configuration says.
+        Args:
+            config: the file of the configuration.
+            models: the present place of each model that has moved, by its name in the configuration.
+
+        Returns:
+            The folder of the merge, and the CPU seconds that it took.
+
+        Raises:
+            InputError: mergekit refuses the merge.
         """
-        parsed = yaml.safe_load(config.read_text(encoding="utf-8"))
-        for entry in parsed.get("models", ()):
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        for entry in content.get("models", ()):
             entry["model"] = models.get(entry["model"], entry["model"])
-        parsed["base_model"] = self.base
-        return self.merged(parsed, "mediator")
+        content["base_model"] = self.base
+        return self.merged(content, "mediator")
 
     def merged(self, config: Mapping[str, Any], label: str) -> tuple[Path, float]:
-        """The merge of a configuration; gives its folder, and the CPU seconds it took."""
+        """Merge by a configuration.
+
+        Returns:
+            The folder of the merge, and the CPU seconds that it took.
+
+        Raises:
+            InputError: mergekit refuses the merge.
+        """
 
         def merge(out: Path) -> None:
             plugin.install()
-            parsed = MergeConfiguration.model_validate(dict(config))
-            mergekit.merge.run_merge(parsed, str(out), options=self._options)
+            merge_config = MergeConfiguration.model_validate(dict(config))
+            mergekit.merge.run_merge(merge_config, str(out), options=self._options)
 
-        return self._made(label, merge)
+        return self._once(label, merge)
 
     def adapter(self, expert: str, reference: str, rank: int, label: str) -> tuple[Path, float]:
-        """`mergekit-extract-lora` of an expert from a reference, embeddings too.
+        """Run `mergekit-extract-lora` on an expert relative to a reference, with the embeddings.
 
-        Gives the adapter's folder, and the CPU seconds it took.
+        Returns:
+            The folder of the adapter, and the CPU seconds that it took.
+
+        Raises:
+            InputError: mergekit refuses the extraction.
         """
 
         def extract(out: Path) -> None:
-            given = {"--model": self.experts[expert], "--base-model": reference}
-            given |= {"--out-path": str(out), "--max-rank": str(rank)}
-            given |= {"--lora-merge-cache": str(self._options.lora_merge_cache)}
-            arguments = [text for pair in given.items() for text in pair]
-            # what is tied to the embeddings is changed with them
+            options = {"--model": self.experts[expert], "--base-model": reference}
+            options |= {"--out-path": str(out), "--max-rank": str(rank)}
+            options |= {"--lora-merge-cache": str(self._options.lora_merge_cache)}
+            arguments = [text for pair in options.items() for text in pair]
+            # A tied lm_head changes with the embeddings.
             flags = ["--embed-lora", "--exclude-regex", "lm_head", "--quiet"]
             flags += ["--trust-remote-code"] * self._options.trust_remote_code
             extract_lora.main([*arguments, *flags], standalone_mode=False)
 
-        return self._made(f"{label}-{expert}-{rank}", extract)
+        return self._once(f"{label}-{expert}-{rank}", extract)
 
-    def _made(self, label: str, make: Callable[[Path], None]) -> tuple[Path, float]:
+    def _once(self, label: str, make: Callable[[Path], None]) -> tuple[Path, float]:
+        """Make a folder unless it is there; return it, and the CPU seconds that it took."""
         out, note = self._work / label, self._work / f"{label}.json"
         if not note.exists():
-            # of the processor: that other programs run on the machine too does not change it
+            # CPU time does not count the time of other programs on the machine.
             began = time.process_time()
             try:
                 make(out)
@@ -140,41 +168,42 @@ class Rivals:
 
 
 def truncated(adapter: Path, rank: int) -> Path:
-    """An extracted adapter cut to a smaller rank: singular vectors stand in the order of their values.
+    """Cut an extracted adapter to a smaller rank, in a folder beside it, unless that folder is there.
 
-    It is made once; scores are remembered by its files.
+    Extracted singular vectors stand in descending order of their values, so the first ones stay. Files that are
+    there stay as they are, because scores are remembered by their times.
     """
     out = adapter.with_name(f"{adapter.name}-to-{rank}")
-    if (out / "adapter_config.json").exists():  # written last
+    if (out / "adapter_config.json").exists():  # this file is written last
         return out
     out.mkdir(exist_ok=True)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config |= {"r": rank, "lora_alpha": rank}
     for pattern in ("rank_pattern", "alpha_pattern"):
         config[pattern] = {m: r for m, r in config[pattern].items() if r < rank}
-    cut = {}
+    tensors = {}
     for name, weight in load_file(adapter / "adapter_model.safetensors").items():
         part = weight[:rank] if "_A" in name else weight[:, :rank] if "_B" in name else weight
-        cut[name] = part.contiguous()
-    save_file(cut, out / "adapter_model.safetensors")
+        tensors[name] = part.contiguous()
+    save_file(tensors, out / "adapter_model.safetensors")
     (out / "adapter_config.json").write_text(json.dumps(config))
     return out
 
 
 def described(method: str, coefficients: Mapping[str, Any]) -> str:
-    """A merge in a few words, such as `ties weight 1.0 density 0.2`."""
+    """Describe a merge in a few words, such as `ties weight 1.0 density 0.2`."""
     numbers = {k: v for k, v in coefficients.items() if not isinstance(v, bool)}
     return " ".join([method, *(f"{name} {value}" for name, value in numbers.items())])
 
 
 def known(names: Sequence[str]) -> tuple[str, ...]:
-    """The rivals of these names; `all` is every one.
+    """Check the names of rivals; `all` stands for every rival.
 
     Raises:
-        InputError: a name that is none's.
+        InputError: no rival has a name.
     """
-    chosen = KNOWN if list(names) == ["all"] else tuple(filter(None, map(str.strip, names)))
-    for name in chosen:
+    checked = KNOWN if list(names) == ["all"] else tuple(filter(None, map(str.strip, names)))
+    for name in checked:
         if name not in KNOWN:
-            raise InputError(f"rival {name!r}: unknown: choose of {', '.join(KNOWN)}, or all")
-    return chosen
+            raise InputError(f"unknown rival {name!r}: choose from {', '.join(KNOWN)}, or all")
+    return checked

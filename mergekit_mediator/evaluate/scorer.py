@@ -1,4 +1,4 @@
-"""Scores contenders on tasks, example by example, and remembers every answer."""
+"""Score contenders on tasks, example by example, and remember every answer's score."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ Tasks = Mapping[str, Task]
 
 
 class Scorer:
-    """Scores contenders; what was scored once, in this process or an earlier one, is not run again."""
+    """Score contenders; an answer that this process or an earlier one has scored is not scored again."""
 
     def __init__(
         self,
@@ -32,53 +32,58 @@ class Scorer:
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        """
+        """Read the scores of earlier processes.
+
         Args:
-            tokenizer: of all contenders.
-            memory: the file that answers are remembered in.
+            tokenizer: the tokenizer of all contenders.
+            memory: the file of remembered scores; None remembers them in this process alone.
             quiet: show no progress.
-            dtype: that contenders are loaded in; `auto` is the one they are stored in. With `float32`
-                scores do not depend on which examples share a batch.
-            trust_remote_code: let code run that comes with contenders.
+            dtype: the dtype of loaded contenders; `auto` is the stored dtype. With `float32` the score of
+                an example does not depend on the examples that share its batch.
+            trust_remote_code: let the contenders' own code run.
 
         Raises:
             OutputError: the file is damaged.
         """
         self._tokenizer, self._memory, self._quiet = tokenizer, memory, quiet
         self._dtype, self._trust_remote_code = dtype, trust_remote_code
-        self._known: dict[str, AnswerScore] = {}
+        self._scores: dict[str, AnswerScore] = {}
         if memory is not None and memory.exists():
             try:
-                kept = json.loads(memory.read_text(encoding="utf-8"))
-                self._known = {key: AnswerScore(*values) for key, values in kept.items()}
+                content = json.loads(memory.read_text(encoding="utf-8"))
+                self._scores = {key: AnswerScore(*values) for key, values in content.items()}
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise OutputError(
-                    f"{memory}: holds no scores: {error}: remove it to score everything anew"
+                    f"{memory}: the file holds no scores: {error}: remove it to score everything anew"
                 ) from error
 
     def alike(self, name: str, tasks: Tasks, contender: Contender) -> dict[str, Score]:
-        """By task, with the same weights for every example."""
+        """Score one contender on all examples; return its score by task.
+
+        Raises:
+            MediatorError: see `score`.
+        """
         everywhere = {task: [contender] * len(t.examples) for task, t in tasks.items()}
         return self.score(name, tasks, everywhere)
 
     def score(
         self, name: str, tasks: Tasks, answering: Mapping[str, Sequence[Contender]]
     ) -> dict[str, Score]:
-        """By task, with weights of its own for every example.
+        """Score a system that may answer each example with another contender; return its score by task.
 
         Args:
-            name: of the system, for the progress bar.
-            tasks: by name.
-            answering: by task, who answers each of its examples.
+            name: the system's name, for the progress bar.
+            tasks: the tasks by name.
+            answering: for each task, the contender that answers each example.
 
         Raises:
-            MediatorError: a contender that cannot be loaded, or a task that cannot be scored.
+            MediatorError: a contender cannot be loaded, or a task cannot be scored.
         """
         missing: dict[str, dict[str, list[Example]]] = {}
         contenders: dict[str, Contender] = {}
         for task, answerers in answering.items():
             for example, contender in zip(tasks[task].examples, answerers, strict=True):
-                if self._key(contender, example) not in self._known:
+                if self._key(contender, example) not in self._scores:
                     contenders[contender.identity] = contender
                     by_task = missing.setdefault(contender.identity, {})
                     by_task.setdefault(task, []).append(example)
@@ -90,13 +95,13 @@ class Scorer:
                     for examples in by_task.values():
                         answers = score_answers(model, self._tokenizer, examples)
                         for example, answer in zip(examples, answers, strict=True):
-                            self._known[self._key(contenders[identity], example)] = answer
+                            self._scores[self._key(contenders[identity], example)] = answer
                         bar.update(len(examples))
                 self._save()
         return {
             task: Score.of(
                 [
-                    self._known[self._key(contender, example)]
+                    self._scores[self._key(contender, example)]
                     for example, contender in zip(tasks[task].examples, answerers, strict=True)
                 ]
             )
@@ -106,10 +111,10 @@ class Scorer:
     def _save(self) -> None:
         if self._memory is not None:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
-            kept = {key: astuple(answer) for key, answer in self._known.items()}
-            written = self._memory.with_suffix(".partial")
-            written.write_text(json.dumps(kept), encoding="utf-8")
-            written.replace(self._memory)
+            content = {key: astuple(answer) for key, answer in self._scores.items()}
+            partial = self._memory.with_suffix(".partial")
+            partial.write_text(json.dumps(content), encoding="utf-8")
+            partial.replace(self._memory)
 
     def _key(self, contender: Contender, example: Example) -> str:
         text = json.dumps([example.prompt, example.answer])
@@ -118,10 +123,10 @@ class Scorer:
 
 
 def score(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 8) -> Score:
-    """Sum up `score_answers`.
+    """Score a causal language model on examples; see `score_answers`.
 
     Raises:
-        TaskError: no examples, or a tokenizer without an end of sequence.
+        TaskError: there is no example, or the tokenizer has no end of sequence.
     """
     return Score.of(score_answers(model, tokenizer, examples, batch_size))
 
@@ -131,37 +136,47 @@ def score_answers(
 ) -> list[AnswerScore]:
     """Score a causal language model on each example, with one forward pass and no decoding.
 
-    The model reads prompt, answer and end of sequence, padded on the right. If at every answer
-    position the most likely token is the answer's, then greedy decoding writes the answer, since
-    it sees the same tokens; so the exact match of greedy decoding needs no decoding. What all
-    prompts begin with, such as instructions, is read once where the model keeps an ordinary cache.
+    The model reads prompt, answer and end of sequence, padded on the right. If the answer's token is the most
+    likely one at every position of the answer, greedy decoding writes the answer, since it sees the same
+    tokens. So the exact match of greedy decoding needs no decoding. A prefix that all prompts share, such as
+    instructions, is read once if the model has an ordinary cache.
 
-    model: any `AutoModelForCausalLM`, or what has its forward.
+    Args:
+        model: an `AutoModelForCausalLM`, or an object with its forward.
+        tokenizer: the model's tokenizer.
+        examples: the examples.
+        batch_size: the number of examples in a forward pass.
+
+    Returns:
+        The scores, in the order of the examples.
 
     Raises:
-        TaskError: a tokenizer without an end of sequence.
+        TaskError: the tokenizer has no end of sequence.
     """
     end = tokenizer.eos_token_id
     if end is None:
-        raise TaskError("the tokenizer has no end-of-sequence token, which ends an answer")
+        raise TaskError(
+            "the tokenizer has no end-of-sequence token, and every answer must end with one: set "
+            "eos_token in the tokenizer"
+        )
     pairs = []
     for example in examples:
         answer = tokenizer(example.answer, add_special_tokens=False).input_ids
         pairs.append((render(tokenizer, example.prompt), [*answer, end]))
-    # alike in length together: less padding, and answers in the same columns
+    # Batches of similar lengths need little padding and have their answers in the same columns.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     scores: dict[int, AnswerScore] = {}
     with torch.inference_mode():
         prefix = read_prefix(model, [prompt for prompt, _ in pairs])
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            found = answer_logits(model, [pairs[i] for i in rows], prefix)
-            for i, logits in zip(rows, found, strict=True):
+            batch = answer_logits(model, [pairs[i] for i in rows], prefix)
+            for i, logits in zip(rows, batch, strict=True):
                 target = torch.tensor(pairs[i][1], device=logits.device)
-                chosen = logits.float().log_softmax(-1).gather(-1, target[:, None])
+                log_likelihoods = logits.float().log_softmax(-1).gather(-1, target[:, None])
                 scores[i] = AnswerScore(
                     right=bool((logits.argmax(-1) == target).all()),
-                    log_likelihood=float(chosen.double().sum()),
+                    log_likelihood=float(log_likelihoods.double().sum()),
                     tokens=len(target),
                 )
     return [scores[i] for i in range(len(pairs))]

@@ -1,6 +1,6 @@
-"""What is evaluated: prompts with one right answer each, from files and from two libraries.
+"""Tasks: prompts with one right answer each, from files and from two libraries.
 
-Tensors, models and tokenizers do not appear here; `evaluate` scores a model on a `Task`.
+This file knows no tensors, models or tokenizers; `scorer` scores a model on a `Task`.
 """
 
 import json
@@ -18,9 +18,10 @@ from mergekit_mediator.models.prompts import Prompt
 class Example:
     """One prompt and its only right answer.
 
-    prompt: the text of a single user turn, or a conversation as chat templates take it:
-        mappings with `role` and `content`.
-    answer: the text that the model must write, without the end-of-sequence token.
+    Attributes:
+        prompt: the text of a single user turn, or the messages of a conversation: mappings with `role` and
+            `content`, as chat templates take them.
+        answer: the text that the model must write, without the end-of-sequence token.
     """
 
     prompt: Prompt
@@ -29,10 +30,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A named, non-empty set of examples.
+    """A named set of examples.
+
+    Attributes:
+        name: the task's name.
+        examples: at least one example.
 
     Raises:
-        TaskError: there are no examples.
+        TaskError: there is no example.
     """
 
     name: str
@@ -46,10 +51,10 @@ class Task:
 def from_jsonl(path: str | Path, name: str | None = None) -> Task:
     """Read lines of `{"prompt": "...", "answer": "..."}`, or with `messages` in place of `prompt`.
 
-    Blank lines are passed over. The task is named after the file unless `name` is given.
+    Blank lines are skipped. The default name of the task is the file's name without its ending.
 
     Raises:
-        TaskError: the file cannot be read, holds no line, or a line is not of that form.
+        TaskError: the file cannot be read or holds no line, or a line has another form.
     """
     path = Path(path)
     try:
@@ -76,7 +81,7 @@ def from_reasoning_gym(
     try:
         problems = reasoning_gym.create_dataset(name, size=size, seed=seed, **(config or {}))
         items = [problems[i] for i in range(size)]
-    # its configurations check themselves with assert
+    # reasoning-gym checks its configurations with assert.
     except (ValueError, TypeError, AssertionError) as error:
         raise TaskError(f"reasoning-gym task {name!r}, config {config}: {error}") from error
     return Task(name, tuple(Example(x["question"], str(x["answer"])) for x in items))
@@ -87,34 +92,38 @@ def from_lm_eval(
 ) -> Task:
     """Take the documents of a task of the Language Model Evaluation Harness, without few-shot examples.
 
-    The target is the one answer of a `generate_until` or `loglikelihood` task, or the text of the
-    right choice of a `multiple_choice` task, stripped of surrounding blanks.
+    The answer is the target of a `generate_until` or `loglikelihood` task, or the text of the right choice of
+    a `multiple_choice` task, stripped of surrounding blanks.
 
-    name: a registered task, or the path of a task's YAML file.
-    limit: at most so many documents, the first ones; all if None.
-    include_path: a directory with task files of one's own, looked up instead of the harness's.
+    Args:
+        name: a registered task, or the path of a task's YAML file.
+        limit: the most documents to take, from the first on; None takes all.
+        include_path: a directory of the user's task files, which replaces the harness's own directory.
 
     Raises:
-        TaskError: `lm_eval` is not installed, does not know or cannot load the task, or the task
-            has no single right answer.
+        TaskError: `lm_eval` is not installed, it does not know or cannot load the task, or the task has no
+            single right answer.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise TaskError(f"task {name!r} needs the harness: pip install lm_eval") from error
+        raise TaskError(f"task {name!r} needs lm_eval: pip install lm_eval") from error
     try:
-        own = name.endswith((".yaml", ".yml")) or include_path is not None
-        # indexing the harness's own thousands of tasks takes seconds
+        is_file = name.endswith((".yaml", ".yml"))
+        # The harness's own tasks are left out if nothing needs them: to index thousands takes seconds.
         manager = TaskManager(
             include_path=str(include_path) if include_path is not None else None,
-            include_defaults=not own,
+            include_defaults=not is_file and include_path is None,
         )
-        loaded = manager.load([name])["tasks"]
+        tasks = manager.load([name])["tasks"]
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise TaskError(f"lm_eval cannot load task {name!r}: {error}") from error
-    if len(loaded) != 1:
-        raise TaskError(f"{name!r} is a group of {len(loaded)} lm_eval tasks: name one of them")
-    task = next(iter(loaded.values()))
+    if len(tasks) != 1:
+        raise TaskError(
+            f"lm_eval task {name!r}: one task is required, got a group of {len(tasks)}: name one of "
+            "them"
+        )
+    task = next(iter(tasks.values()))
     documents = list(task.eval_docs)[:limit]
     return Task(name, tuple(_harness_examples(name, task, documents)))
 
@@ -150,25 +159,26 @@ _FORMS = "NAME=FILE.jsonl, NAME=gym:TASK or NAME=lm_eval:TASK"
 
 
 def load_tasks(specifications: Sequence[str], limit: int, seed: int) -> dict[str, Task]:
-    """Tasks by name from `NAME=FILE.jsonl`, `NAME=gym:TASK` or `NAME=lm_eval:TASK`.
+    """Load tasks by name from `NAME=FILE.jsonl`, `NAME=gym:TASK` or `NAME=lm_eval:TASK`.
 
     After a reasoning-gym task its settings may follow as JSON: `NAME=gym:chain_sum{"max_terms": 2}`.
 
     Args:
-        specifications: one for each task.
-        limit: at most so many examples of each, the first ones.
-        seed: of generated tasks.
+        specifications: one text for each task.
+        limit: the most examples of each task, from the first on.
+        seed: the seed of generated tasks.
 
     Raises:
-        TaskError: a specification of another form, two of one name, or data that cannot be loaded.
+        TaskError: a specification has another form, two specifications have one name, or a task cannot be
+            loaded.
     """
     tasks = {}
     for text in specifications:
         name, _, source = text.partition("=")
         if not name or not source:
-            raise TaskError(f"task {text!r}: {_FORMS} required")
+            raise TaskError(f"task {text!r}: {_FORMS} is required")
         if name in tasks:
-            raise TaskError(f"task {name!r} is given twice: put its examples into one file")
+            raise TaskError(f"task {name!r} is named twice: put its examples into one file")
         kind, _, rest = source.partition(":")
         if kind == "gym":
             task, brace, settings = rest.partition("{")
@@ -181,27 +191,32 @@ def load_tasks(specifications: Sequence[str], limit: int, seed: int) -> dict[str
 
 
 def split(tasks: Mapping[str, Task], limit: int) -> tuple[dict[str, Task], dict[str, Task]]:
-    """The first examples of each task, and those of the others that are not among them.
+    """Split each task into examples to report and other examples to choose coefficients on.
+
+    Returns:
+        The first `limit` examples of each task, and the further examples that differ from all of them.
 
     Raises:
-        TaskError: a task has no others.
+        TaskError: a task has no further examples.
     """
-    first, others = {}, {}
+    reported, tuning = {}, {}
     for name, task in tasks.items():
-        first[name] = Task(name, task.examples[:limit])
-        rest = tuple(e for e in task.examples[limit:] if e not in first[name].examples)
+        reported[name] = Task(name, task.examples[:limit])
+        rest = tuple(e for e in task.examples[limit:] if e not in reported[name].examples)
         if not rest:
             raise TaskError(
-                f"task {name!r}: {len(task.examples)} examples, and coefficients are chosen on "
-                f"others than the {limit} that are reported: add examples, or lower --limit"
+                f"task {name!r}: all {len(task.examples)} examples are reported (--limit {limit}), "
+                "none is left to choose coefficients on: add examples, or lower --limit"
             )
-        others[name] = Task(name, rest)
-    return first, others
+        tuning[name] = Task(name, rest)
+    return reported, tuning
 
 
 def _settings(specification: str, text: str) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(text or "{}")
     except ValueError as error:
-        raise TaskError(f"task {specification!r}: settings are no JSON: {error}") from error
+        raise TaskError(
+            f"task {specification!r}: settings in JSON are required, got {text!r}: {error}"
+        ) from error
     return settings

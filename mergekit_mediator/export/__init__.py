@@ -1,4 +1,4 @@
-"""Turns an artifact's experts into the formats of other tools: adapters, checkpoints, files of engines.
+"""An artifact's experts in the formats of other tools: adapters, patches of weights, and engines' start commands.
 
-It knows no mergekit and no running model.
+The room knows no mergekit and no running model.
 """

@@ -12,22 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_mediator.errors import ExportError, first_line
-from mergekit_mediator.export.low_rank import LowRank, side_by_side
+from mergekit_mediator.export.low_rank import LowRank, side_by_side, squared_norm
 from mergekit_mediator.models.modules import Kind
 
 _PREFIX = "base_model.model."
-# What the file says of the adapter besides its tensors: squares by module, and what was dropped.
+# The key of the file's metadata that holds the squares of each module, and the dropped weights.
 _ABOUT = "mergekit_mediator"
 _NAMES = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The change of one module: `left @ right.T` of its matrix `[out, in]`.
+    """The change of one module's matrix `[out, in]`: `left @ right.T`.
 
     Attributes:
-        kind: of the module. The matrix of an embedding is `[vocabulary, hidden]`.
-        low_rank: its factors.
+        kind: the module's kind. The matrix of an embedding is `[vocabulary, hidden]`.
+        low_rank: the factors.
     """
 
     kind: Kind
@@ -36,13 +36,13 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The change that an expert or a blend makes, as far as thin factors hold it.
+    """The part of an expert's or a blend's change that thin factors hold.
 
     Attributes:
-        modules: by the module's name, such as `model.layers.0.mlp.down_proj`.
-        dropped: the names of changed weights that an adapter cannot hold: norms, biases, and weights that are
-            no module of their own.
-        dropped_energy: the squared norm of their changes.
+        modules: the factors by module name, such as `model.layers.0.mlp.down_proj`.
+        dropped: the names of changed weights that an adapter cannot hold: norms, biases, and weights that
+            belong to no module.
+        dropped_energy: the squared norm of the dropped weights' changes.
     """
 
     modules: Mapping[str, Factors]
@@ -56,28 +56,31 @@ class Adapter:
 
     @property
     def squared_norm(self) -> float:
-        """The squared norm of the change that the modules stand for."""
+        """The squared norm of the modules' exact change."""
         return sum(factors.low_rank.squared_norm for factors in self.modules.values())
 
     @property
     def squared_error(self) -> float:
-        """The part of the squared change that is lost in the modules, in [0, 1]."""
+        """The part of the modules' squared change that the factors lose, in [0, 1]."""
         error = sum(factors.low_rank.squared_error for factors in self.modules.values())
         return error / self.squared_norm if self.squared_norm else 0.0
 
     def of_one_rank(self) -> "Adapter":
-        """The same change with every module of the largest rank, for engines that know one rank only."""
+        """Return the same change with the largest rank in every module, for engines that know one rank only."""
         rank = self.rank
-        padded = {m: replace(f, low_rank=f.low_rank.padded(rank)) for m, f in self.modules.items()}
+        padded = {
+            module: replace(factors, low_rank=factors.low_rank.padded(rank))
+            for module, factors in self.modules.items()
+        }
         return replace(self, modules=padded)
 
 
 def blend(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:
-    """The weighted sum of adapters, cut to a rank where the ranks of all together exceed it.
+    """Return the weighted sum of adapters, and cut a module whose ranks together exceed the largest rank.
 
     Args:
         parts: the weight and the adapter of each expert.
-        rank: the largest that is allowed.
+        rank: the largest rank of a module.
     """
     by_module: dict[str, list[tuple[float, Factors]]] = {}
     for weight, adapter in parts:
@@ -86,9 +89,7 @@ def blend(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:
     modules = {}
     for module, terms in by_module.items():
         left, right = side_by_side([(w, f.low_rank.left, f.low_rank.right) for w, f in terms])
-        norm = float(
-            ((left.double().T @ left.double()) * (right.double().T @ right.double())).sum()
-        )
+        norm = squared_norm(left, right)
         modules[module] = Factors(terms[0][1].kind, LowRank(left, right, norm, 0.0).cut(rank))
     dropped = dict.fromkeys(name for _, adapter in parts for name in adapter.dropped)
     return Adapter(modules, tuple(dropped), sum(w * w * a.dropped_energy for w, a in parts))
@@ -100,17 +101,20 @@ def write_peft(
     """Write an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        adapter: with at least one module.
+        adapter: an adapter with at least one module.
         out: the directory to create.
-        base: the model that the adapter is for, as the configuration names it.
-        dtype: of the factors.
-        config: more fields of the configuration.
+        base: the configuration's name of the model that the adapter is added to.
+        dtype: the dtype of the written factors.
+        config: further fields of the configuration.
 
     Raises:
-        ExportError: the adapter changes no module, or the directory cannot be written.
+        ExportError: the adapter has no module, or the directory cannot be written.
     """
     if not adapter.modules:
-        raise ExportError(f"{out}: nothing to write: no module is changed that an adapter can hold")
+        raise ExportError(
+            f"{out}: an adapter needs a changed linear or embedding layer, got none: serve this expert "
+            "with MediatorModel"
+        )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     modules = adapter.modules.items()
@@ -128,7 +132,7 @@ def write_peft(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": largest,
-        "lora_alpha": largest,  # the scale is in the factors
+        "lora_alpha": largest,  # the factors hold the scale
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "target_modules": sorted(ranks),
@@ -154,30 +158,41 @@ def read_peft(folder: Path) -> Adapter:
     """Read an adapter that `write_peft` wrote.
 
     Raises:
-        ExportError: it cannot be read.
+        ExportError: the adapter cannot be read.
     """
     path = folder / "adapter_model.safetensors"
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads(file.metadata()[_ABOUT])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read: {error}") from error
-    modules = {}
-    for module, (norm, squared_error) in about["squares"].items():
-        kind: Kind = "linear"
-        start = f"{_PREFIX}{module}.lora_"
-        if f"{start}A.weight" in tensors:
-            left, right = tensors[f"{start}B.weight"], tensors[f"{start}A.weight"].T
-        else:
-            kind = "embedding"
-            left, right = tensors[f"{start}embedding_A"].T, tensors[f"{start}embedding_B"]
-        modules[module] = Factors(kind, LowRank(left.float(), right.float(), norm, squared_error))
-    return Adapter(modules, tuple(about["dropped"]), about["energy"])
+        modules = {
+            module: _from_peft(module, tensors, norm, error)
+            for module, (norm, error) in about["squares"].items()
+        }
+        return Adapter(modules, tuple(about["dropped"]), about["energy"])
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{path}: cannot be read as an adapter of mergekit-mediator: {first_line(error)}: delete the "
+            "folder, and it is written again"
+        ) from error
+
+
+def _from_peft(
+    module: str, tensors: Mapping[str, Tensor], squared_norm: float, squared_error: float
+) -> Factors:
+    """Read a module's factors from PEFT's tensors; a transposed matrix comes back as a linear one."""
+    kind: Kind = "linear"
+    start = f"{_PREFIX}{module}.lora_"
+    if f"{start}A.weight" in tensors:
+        left, right = tensors[f"{start}B.weight"], tensors[f"{start}A.weight"].T
+    else:
+        kind = "embedding"
+        left, right = tensors[f"{start}embedding_A"].T, tensors[f"{start}embedding_B"]
+    return Factors(kind, LowRank(left.float(), right.float(), squared_norm, squared_error))
 
 
 def _as_peft(factors: Factors) -> tuple[Tensor, Tensor]:
-    """PEFT's A `[r, in]` and B `[out, r]`; of an embedding, A is `[r, vocabulary]` and B `[hidden, r]`."""
+    """Return PEFT's A `[r, in]` and B `[out, r]`; of an embedding, A `[r, vocabulary]` and B `[hidden, r]`."""
     left, right = factors.low_rank.left, factors.low_rank.right
     if factors.kind in ("embedding", "transposed"):
         left, right = right, left

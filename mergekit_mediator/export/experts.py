@@ -1,6 +1,6 @@
 """The change that a mixture makes to each weight of the checkpoint that is served."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,19 +11,20 @@ from torch import Tensor
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.models.loading import DenseCheckpoint
-from mergekit_mediator.store.manifest import Manifest, open_expert, read_manifest
+from mergekit_mediator.store.expert_file import open_expert
+from mergekit_mediator.store.manifest import Manifest, read_manifest
 
-# What a change is added to: the dense expert, or the base as far as the artifact knows it.
+# The model that a change is added to: the dense expert, or the base as far as the artifact knows it.
 Reference = Literal["dense", "base"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """The sum Σ_t c_t Δ_t that is added to one weight.
+    """The sum Σ_t c_t Δ_t that a mixture adds to one weight.
 
     Attributes:
-        weight: its name in the checkpoint.
-        shape: of the weight.
+        weight: the weight's name in the checkpoint.
+        shape: the weight's shape.
         parts: the coefficient c_t and the stored weight Δ_t of every expert that takes part.
     """
 
@@ -33,11 +34,15 @@ class Change:
 
     @property
     def is_factored(self) -> bool:
-        """Whether it is a product of thin factors, with nothing besides."""
+        """Whether every part is a product of thin factors alone."""
         return all(part.factors and not part.positions.numel() for _, part in self.parts)
 
     def tensor(self, dense: Tensor) -> Tensor:
-        """The change in float32, of the weight's shape, given the dense expert's weight."""
+        """Return the change in the weight's shape, float32.
+
+        Args:
+            dense: the dense expert's weight.
+        """
         flat = dense.reshape(-1)
         total = torch.zeros(flat.numel())
         for coefficient, part in self.parts:
@@ -53,25 +58,28 @@ class StoredExperts:
     """The experts of an artifact, read weight by weight without a model.
 
     Attributes:
-        root: of the artifact.
-        manifest: of the artifact.
+        root: the artifact's directory.
+        reference: the model that changes are added to.
+        manifest: the artifact's manifest.
         dense: the dense expert's checkpoint.
     """
 
     def __init__(self, root: Path, reference: Reference = "dense") -> None:
-        """
+        """Open the experts' files.
+
         Args:
-            root: of the artifact; its files are verified by the caller.
-            reference: what changes are added to. The base is known where experts are stored relative to
-                it: with `bits`, `budget` or adapters' own factors.
+            root: the artifact's directory; the caller has verified its files.
+            reference: the model that changes are added to. `base` needs experts that are stored relative
+                to the base: with `reference: base`, with `bits`, with `budget`, or as factors of adapters.
 
         Raises:
             ArtifactError: the artifact cannot be read.
-            ExportError: an unknown reference, or experts that are stored relative to the dense expert.
+            ExportError: the reference is unknown, or is `base` and an expert is stored relative to the dense
+                expert.
         """
         if reference not in get_args(Reference):
             names = " or ".join(get_args(Reference))
-            raise ExportError(f"relative to {reference!r}: {names} required")
+            raise ExportError(f"relative to {reference!r}: {names} is required")
         self.root, self.reference = root, reference
         self.manifest: Manifest = read_manifest(root)
         self.dense = DenseCheckpoint(root)
@@ -81,44 +89,56 @@ class StoredExperts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts, in the artifact's order."""
+        """The names of the experts, in the artifact's order."""
         return self.manifest.expert_names
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The weights that any expert changes, in the order of the layers."""
+        """The names of the weights that any expert changes, in the order of the layers."""
         stored = {weight for file in self._files.values() for weight in file.weights}
-        ordered = (w for layer in self.manifest.layers for w in layer.weights if w in stored)
-        return tuple(dict.fromkeys(ordered))
+        ordered = (weight for layer in self.manifest.layers for weight in layer.weights)
+        return tuple(dict.fromkeys(weight for weight in ordered if weight in stored))
 
     def changes(self, mixture: Mapping[str, float]) -> Iterator[Change]:
-        """The change of every weight that a mixture makes, weight by weight.
+        """Read the change that a mixture makes, weight by weight.
 
         Args:
-            mixture: weights by expert, above 0.
+            mixture: a weight above 0 by expert.
+
+        Yields:
+            The change of each weight that the mixture changes.
 
         Raises:
-            ExportError: an unknown expert.
+            ExportError: an expert is unknown.
         """
-        for name in mixture:
-            if name not in self._files:
-                known = ", ".join(self._files)
-                raise ExportError(f"unknown expert {name!r}; this artifact has {known}")
+        self.check_names(mixture)
         for weight in self.weights:
             change = self.change(weight, mixture)
             if change.parts:
                 yield change
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse names that no expert has.
+
+        Raises:
+            ExportError: an expert is unknown.
+        """
+        for name in names:
+            if name not in self._files:
+                experts = ", ".join(self._files)
+                raise ExportError(f"unknown expert {name!r}; this artifact has {experts}")
+
     def change(self, weight: str, mixture: Mapping[str, float]) -> Change:
-        """The change of one weight; without parts where the mixture leaves it as it is."""
+        """Read the change of one weight; it has no parts if the mixture does not change the weight."""
         total = sum(mixture.values()) if self.reference == "dense" else 0.0
         return self._sum(weight, mixture, total)
 
     def to_base(self, weight: str) -> Change:
-        """The change that leads from the dense expert to the base, as far as the artifact knows the base."""
+        """Read the change from the dense expert's weight to the base's, as far as the artifact knows the base."""
         return self._sum(weight, {}, 1.0)
 
     def _sum(self, weight: str, mixture: Mapping[str, float], total: float) -> Change:
+        """Read every expert's part of a change; `total` is Σ_t p_t, the weight of the experts' shares."""
         parts: list[tuple[float, StoredWeight]] = []
         shape: tuple[int, ...] = ()
         for name, file in self._files.items():
@@ -134,6 +154,11 @@ class StoredExperts:
         return Change(weight, shape, tuple(parts))
 
     def _refuse_differences_from_dense(self) -> None:
+        """Refuse experts that are stored relative to the dense expert.
+
+        Raises:
+            ExportError: there is such an expert.
+        """
         if self.manifest.parameters.get("reference") == "base":
             return
         for name, file in self._files.items():

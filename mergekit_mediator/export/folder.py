@@ -1,30 +1,28 @@
-"""A folder of adapters, one for each expert, and what they hold of the experts."""
+"""A folder of adapters, one for each expert, and the figures of each adapter."""
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.adapter import Adapter, write_peft
 from mergekit_mediator.export.experts import StoredExperts
+from mergekit_mediator.export.new_folder import new_folder
 from mergekit_mediator.export.peft_lora import Holdable, to_adapter
 
 
 @dataclass(frozen=True)
 class ExportedExpert:
-    """What an adapter holds of an expert.
+    """The figures of an expert's adapter.
 
     Attributes:
-        name: of the expert, and of the adapter's folder.
-        rank: the largest of the adapter's modules.
-        modules: the names of the changed modules' last parts, such as `q_proj`.
+        name: the name of the expert and of the adapter's folder.
+        rank: the largest rank of a module.
+        modules: the last parts of the changed modules' names, such as `q_proj`.
         error: the part of the modules' squared change that the rank leaves out, in [0, 1].
-        dropped: how many changed weights no adapter holds: norms, biases, weights without a module.
-        dropped_part: their part of the whole squared change, in [0, 1].
-        bytes: of the adapter's files.
+        dropped: the number of changed weights that no adapter holds: norms, biases, weights without a module.
+        dropped_part: the dropped weights' part of the whole squared change, in [0, 1].
+        bytes: the bytes of the adapter's files.
     """
 
     name: str
@@ -37,7 +35,13 @@ class ExportedExpert:
 
     @classmethod
     def of(cls, name: str, adapter: Adapter, folder: Path) -> "ExportedExpert":
-        """The summary of an adapter that was written to a folder."""
+        """Collect the figures of an adapter.
+
+        Args:
+            name: the expert's name.
+            adapter: the adapter.
+            folder: the folder of the adapter's files.
+        """
         whole = adapter.squared_norm + adapter.dropped_energy
         return cls(
             name,
@@ -50,7 +54,7 @@ class ExportedExpert:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The attributes by name."""
+        """Return the attributes by name."""
         return asdict(self)
 
 
@@ -61,40 +65,30 @@ def export_adapters(
     names: Sequence[str] | None = None,
     one_rank: bool = False,
 ) -> list[ExportedExpert]:
-    """Write an adapter for each expert to a new folder, which appears when all are there.
+    """Write an adapter for each expert to a new folder, which appears when all adapters are written.
 
     Args:
-        experts: of an artifact whose files are verified.
+        experts: the experts of an artifact whose files are verified.
         out: the folder; it must be absent or empty.
-        rank: the largest of any module.
-        names: these experts only.
+        rank: the largest rank of a module.
+        names: the experts to export; None for all.
         one_rank: give every module of an adapter the same rank.
 
+    Returns:
+        The figures of each adapter.
+
     Raises:
-        ExportError: the folder is not empty or cannot be written, an unknown expert, a rank that is not
-            positive, or an expert that changes no module.
+        ExportError: the folder is not empty or cannot be written, an expert is unknown or changes no module,
+            or the rank is below 1.
     """
     holdable = Holdable.of(experts.root)
     base = experts.manifest.base.source if experts.reference == "base" else str(experts.root)
     dtype = experts.dense.weight(experts.weights[0]).dtype
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ExportError(f"{out}: is not empty: choose another folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
-    try:
-        exported = []
-        for name in experts.names if names is None else names:
+    exported = []
+    with new_folder(out) as folder:
+        for name in experts.names if names is None else dict.fromkeys(names):
             adapter = to_adapter(experts, {name: 1.0}, rank, holdable)
             written = adapter.of_one_rank() if one_rank else adapter
-            write_peft(written, partial / name, base, dtype)
-            exported.append(ExportedExpert.of(name, adapter, partial / name))
-        partial.chmod(0o755)
-        partial.rename(out)
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_peft(written, folder / name, base, dtype)
+            exported.append(ExportedExpert.of(name, adapter, folder / name))
     return exported

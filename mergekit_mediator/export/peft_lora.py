@@ -1,4 +1,4 @@
-"""Experts as LoRA adapters: every changed matrix as thin factors, all else named and counted."""
+"""Experts as LoRA adapters: thin factors of every changed matrix, and the names of all other changed weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Holdable:
     """The modules that an adapter can change.
 
     Attributes:
-        kinds: by the weight's name.
-        users: by the weight's name, the modules that use it; a tied weight has two.
+        kinds: the kind of each module, by the weight's name.
+        users: the names of the modules that use a weight, by the weight's name; a tied weight has two.
     """
 
     kinds: Mapping[str, Kind]
@@ -25,11 +25,11 @@ class Holdable:
 
     @classmethod
     def of(cls, root: Path) -> "Holdable":
-        """Those of a checkpoint."""
+        """Find the modules of a checkpoint."""
         kinds = weight_kinds(root)
         modules = {name: name.removesuffix(".weight") for name in kinds}
         users: dict[str, tuple[str, ...]] = {name: (module,) for name, module in modules.items()}
-        embeddings = [n for n, kind in kinds.items() if kind == "embedding"]
+        embeddings = [name for name, kind in kinds.items() if kind == "embedding"]
         if embeddings and "lm_head.weight" in kinds and is_tied(root):
             users[embeddings[0]] = (modules[embeddings[0]], "lm_head")
         return cls(kinds, users)
@@ -38,19 +38,19 @@ class Holdable:
 def to_adapter(
     experts: StoredExperts, mixture: Mapping[str, float], rank: int, holdable: Holdable
 ) -> Adapter:
-    """The adapter that is nearest to a mixture.
+    """Make the adapter that is nearest to a mixture.
 
     Args:
-        experts: of an artifact.
-        mixture: weights by expert.
-        rank: the largest of any module.
+        experts: the artifact's experts.
+        mixture: a weight above 0 by expert.
+        rank: the largest rank of a module.
         holdable: the modules that an adapter can change.
 
     Raises:
-        ExportError: an unknown expert, or a rank that is not positive.
+        ExportError: an expert is unknown, or the rank is below 1.
     """
     if rank < 1:
-        raise ExportError(f"rank: at least 1 required, got {rank}")
+        raise ExportError(f"rank: at least 1 is required, got {rank}")
     modules: dict[str, Factors] = {}
     dropped, energy = [], 0.0
     for change in experts.changes(mixture):
@@ -62,6 +62,6 @@ def to_adapter(
             continue
         factors = low_rank(change, dense, rank)
         for module in holdable.users[change.weight]:
-            own: Kind = "linear" if module == "lm_head" else kind
-            modules[module] = Factors(own, factors)
+            module_kind: Kind = "linear" if module == "lm_head" else kind
+            modules[module] = Factors(module_kind, factors)
     return Adapter(modules, tuple(dropped), energy)

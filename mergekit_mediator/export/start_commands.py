@@ -7,20 +7,20 @@ from pathlib import Path
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.folder import ExportedExpert
 
-# The ranks that vLLM takes as --max-lora-rank (vllm/config/lora.py, 0.32).
+# The ranks that vLLM allows as --max-lora-rank (vllm/config/lora.py, 0.32).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_command(model: str, folder: Path, exported: Sequence[ExportedExpert]) -> str:
-    """How vLLM is started with the adapters by name; without the plugin it does not route.
+    """Make the command that starts vLLM with the adapters by name; without the plugin it does not route.
 
     Args:
-        model: what the adapters are added to.
-        folder: of the adapters.
-        exported: the adapters.
+        model: the model that the adapters are added to.
+        folder: the folder of the adapters.
+        exported: the figures of the adapters.
 
     Raises:
-        ExportError: a rank that vLLM does not take.
+        ExportError: a rank is above every rank that vLLM allows.
     """
     rank = vllm_rank(max(expert.rank for expert in exported))
     modules = [f"{expert.name}={folder / expert.name}" for expert in exported]
@@ -29,24 +29,24 @@ def vllm_command(model: str, folder: Path, exported: Sequence[ExportedExpert]) -
 
 
 def vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM takes and that is enough.
+    """Return the smallest rank that vLLM allows and that is at least this rank.
 
     Raises:
-        ExportError: a rank above all that vLLM takes.
+        ExportError: the rank is above every rank that vLLM allows.
     """
-    enough = next((r for r in VLLM_RANKS if r >= rank), None)
-    if enough is None:
-        raise ExportError(f"rank {rank}: vLLM takes at most {VLLM_RANKS[-1]}: export a smaller one")
-    return enough
+    largest = VLLM_RANKS[-1]
+    if rank > largest:
+        raise ExportError(f"rank {rank}: vLLM takes at most {largest}: export a smaller rank")
+    return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
 
 
 def sglang_command(model: str, folder: Path, exported: Sequence[ExportedExpert]) -> str:
-    """How SGLang is started with the adapters by name; requests name `MODEL:EXPERT`.
+    """Make the command that starts SGLang with the adapters by name; requests name `MODEL:EXPERT`.
 
     Args:
-        model: what the adapters are added to.
-        folder: of the adapters.
-        exported: the adapters.
+        model: the model that the adapters are added to.
+        folder: the folder of the adapters.
+        exported: the figures of the adapters.
     """
     targets = sorted({module for expert in exported for module in expert.modules})
     rank = max(expert.rank for expert in exported)
@@ -57,15 +57,15 @@ def sglang_command(model: str, folder: Path, exported: Sequence[ExportedExpert])
 
 
 def llama_cpp_commands(model: str, folder: Path, exported: Sequence[ExportedExpert]) -> str:
-    """How llama.cpp converts base and adapters, and is started with all of them switched off.
+    """Make the commands that convert base and adapters to GGUF, and start llama.cpp with all adapters off.
 
-    A request then says what each adapter weighs, as `"lora": [{"id": 0, "scale": 0.6}, ...]`, with explicit
+    A request then gives the weight of each adapter, as `"lora": [{"id": 0, "scale": 0.6}, ...]`, with explicit
     zeros for the others.
 
     Args:
-        model: what the adapters are added to.
-        folder: of the adapters.
-        exported: the adapters.
+        model: the model that the adapters are added to.
+        folder: the folder of the adapters.
+        exported: the figures of the adapters.
     """
     base = str(folder / "base.gguf")
     files = [str(folder / f"{expert.name}.gguf") for expert in exported]

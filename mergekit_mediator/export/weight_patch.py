@@ -1,4 +1,4 @@
-"""An expert or a blend as new values at the coordinates that it changes: exactly what transformers serves."""
+"""An expert or a blend as new values at the coordinates that it changes: the exact weights that `serve` uses."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class WeightPatch:
     """The values of one weight that a mixture changes.
 
     Attributes:
-        weight: its name in the checkpoint.
-        shape: of the weight.
-        positions: of the changed values in the flattened weight, `[k]` int64, ascending.
-        values: under the mixture, `[k]` in the checkpoint's dtype.
-        dense: in the dense expert, `[k]` in the checkpoint's dtype.
+        weight: the weight's name in the checkpoint.
+        shape: the weight's shape.
+        positions: the places of the changed values in the flattened weight, `[k]` int64, ascending.
+        values: the values under the mixture, `[k]` in the checkpoint's dtype.
+        dense: the values in the dense expert, `[k]` in the checkpoint's dtype.
     """
 
     weight: str
@@ -30,14 +30,17 @@ class WeightPatch:
 
 
 def weight_patches(experts: StoredExperts, mixture: Mapping[str, float]) -> Iterator[WeightPatch]:
-    """The patches that turn the dense expert into a mixture, weight by weight.
+    """Make the patches that turn the dense expert into a mixture, weight by weight.
 
     Args:
-        experts: of an artifact, relative to its dense expert.
-        mixture: weights by expert.
+        experts: the artifact's experts, relative to its dense expert.
+        mixture: a weight above 0 by expert.
+
+    Yields:
+        The patch of each weight that the mixture changes.
 
     Raises:
-        ExportError: an unknown expert.
+        ExportError: an expert is unknown.
     """
     for change in experts.changes(mixture):
         dense = experts.dense.weight(change.weight).contiguous()

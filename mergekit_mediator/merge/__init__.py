@@ -1,3 +1,4 @@
-"""Turns a mergekit configuration into an artifact.
+"""Turn a mergekit configuration into an artifact.
 
-This is the only room that knows how mergekit loads, plans and writes."""
+This is the only room that knows how mergekit loads, plans and writes.
+"""

@@ -1,4 +1,4 @@
-"""The architecture that all models of a merge have in common."""
+"""The one architecture of all models of a merge."""
 
 from collections.abc import Sequence
 
@@ -14,33 +14,33 @@ from mergekit_mediator.merge.planner import is_tied
 def common_architecture(
     base: ModelReference, experts: Sequence[ModelReference], options: MergeOptions
 ) -> ModelArchitecture:
-    """mergekit's definition of the architecture; reads model configurations, no weights.
+    """Find mergekit's definition of the architecture; read the models' configurations, but no weights.
 
     Args:
         base: the base model.
-        experts: its fine-tunes.
-        options: of the merge; say whether code of the models may be run.
+        experts: the fine-tunes of the base.
+        options: the options of the merge; they say whether the models' own code may run.
 
     Raises:
-        InputError: a model cannot be found, has another architecture than the base or ties other weights,
-            or mergekit knows no such architecture.
+        InputError: a model cannot be found, its architecture or its tied weights differ from the base's,
+            or mergekit does not know the architecture.
     """
     models = (base, *experts)
     configs = {model: _config(model, model == base, options) for model in models}
-    of_base = configs[base]
+    base_config = configs[base]
     for model, config in configs.items():
-        if config.architectures != of_base.architectures:
+        if config.architectures != base_config.architectures:
             raise InputError(
-                f"model {model}: architecture {_names(config)}, but the base {base} is "
-                f"{_names(of_base)}: experts must be fine-tunes of the base"
+                f"model {model}: its architecture is {_names(config)}, but the base {base} is "
+                f"{_names(base_config)}: experts must be fine-tunes of the base"
             )
-        if is_tied(config) != is_tied(of_base):
+        if is_tied(config) != is_tied(base_config):
             raise InputError(
                 f"model {model}: tie_word_embeddings is {is_tied(config)}, but "
-                f"{is_tied(of_base)} in the base: untie or tie all models alike"
+                f"{is_tied(base_config)} in the base: tie the embeddings of all models, or of none"
             )
     try:
-        architecture = arch_info_for_config(of_base)
+        architecture = arch_info_for_config(base_config)
         if architecture is None:
             from mergekit.architecture.auto import infer_architecture_info
 
@@ -65,8 +65,8 @@ def _config(
                 ".py files, then give --trust-remote-code"
             ) from error
         raise InputError(
-            f"{key} {model}: neither a model directory here nor one "
-            f"that the Hub gives: {first_line(error)}"
+            f"{key} {model}: its configuration cannot be read: {first_line(error)}: name a model "
+            "directory, or a model on the Hub"
         ) from error
     return config
 

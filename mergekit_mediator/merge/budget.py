@@ -1,4 +1,7 @@
-"""What a configuration may spend on experts, and what a first pass found, -> the slope of each expert."""
+"""The slopes that spend the `bits` or the `budget` of a configuration.
+
+A first pass measures the costs of each weight; `slopes_for` turns them into one slope for each expert.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,9 +20,7 @@ from mergekit_mediator.merge.passes import Measured
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.store.expert_file import header_bytes
 
-# The part of what a budget leaves for experts that is kept back for the error of the prediction.
-RESERVE = 0.01
-# Of manifest and card: what they say of every weight besides its name, and the rest.
+# Manifest and card take so many bytes for each weight besides its name, and so many for everything else.
 _LISTED_BYTES, _CARD_BYTES = 10, 8000
 
 
@@ -30,74 +31,82 @@ def slopes_for(
     dense: Mapping[str, Size],
     checkpoint_bytes: int,
     other_bytes: int,
-    reserve: float = RESERVE,
+    reserve: float = 0.01,
 ) -> dict[ModelReference, float]:
-    """The slope of each expert: that which takes its `bits`, or its share of a `budget`.
+    """Find for each expert the slope that spends its `bits`, or its share of the `budget`.
 
-    One slope for all weights of an expert means that no byte would save more squared error elsewhere in
-    it; how experts share a budget is `Allocation`'s.
+    All weights of an expert have one slope, so that no byte would save more squared error in another
+    weight. `Allocation` divides a budget among the experts.
 
     Args:
-        config: of the merge.
-        names: of the routed weights.
-        measured: by name, with costs.
+        config: the configuration of the merge.
+        names: the names of the routed weights.
+        measured: the figures of each weight by name, with costs.
         dense: the sizes of the dense expert's weights by name.
-        checkpoint_bytes: of the dense expert's checkpoint, with tokenizer and configuration: what `1x` is.
-        other_bytes: that were written besides it and count too.
-        reserve: the part of the rest that is not spent.
+        checkpoint_bytes: the bytes of the dense expert's checkpoint with tokenizer and configuration. They
+            are the `1x` of a budget.
+        other_bytes: the bytes of other files that count towards the budget.
+        reserve: the fraction of the bytes for experts that stays unspent, because sizes are predictions.
+
+    Returns:
+        The slope of each expert, in squared error per stored number; empty if the configuration has neither
+        `bits` nor `budget`, or if experts can store none of the weights.
 
     Raises:
-        ConfigError: the budget leaves too little, or the bits are fewer than the least possible.
+        ConfigError: the budget leaves too little for experts, or fewer `bits` are asked for than the
+            smallest form takes.
     """
     models = list(config.experts)
     numel = parameters(names, measured, dense)
     if not numel or (config.bits is None and config.budget is None):
         return {}
-    found = tradeoffs(names, measured)
+    of_experts = tradeoffs(names, measured)
     if config.bits is not None:
         return {
             model: slope_for(tradeoff[0], numel, config.bits)
-            for model, tradeoff in zip(models, found, strict=True)
+            for model, tradeoff in zip(models, of_experts, strict=True)
         }
     fixed = fixed_bytes(config, list(dense), names, checkpoint_bytes + other_bytes)
     left = config.budget_bytes(checkpoint_bytes) - fixed
     if left <= 0:
         raise ConfigError(
-            f"budget: {config.budget} is {config.budget_bytes(checkpoint_bytes):,} bytes, and the dense "
-            f"expert, its tokenizer and the headers of {len(models)} experts take {fixed:,} alone"
+            f"budget: {config.budget} is {config.budget_bytes(checkpoint_bytes):,} bytes, but the dense "
+            f"expert, its tokenizer and the headers of {len(models)} experts alone take {fixed:,}: raise it"
         )
-    slopes = Allocation(found).slopes(8 * left * (1 - reserve))
+    slopes = Allocation(of_experts).slopes(8 * left * (1 - reserve))
     return dict(zip(models, slopes, strict=True))
 
 
 def check_budget(config: MediatorConfig, dense: Mapping[str, Size]) -> None:
-    """Refuse before any weight is read a budget that the dense expert's weights alone exceed.
+    """Refuse a budget that the weights of the dense expert alone use up, before any weight is read.
 
     Args:
-        config: of the merge.
+        config: the configuration of the merge.
         dense: the sizes of the dense expert's weights by name.
 
     Raises:
-        ConfigError: it leaves nothing for experts.
+        ConfigError: the budget leaves nothing for experts.
     """
     required = sum(size.bytes for size in dense.values())
     if config.budget is not None and config.budget_bytes(required) <= required:
         raise ConfigError(
-            f"budget: {config.budget} is {config.budget_bytes(required):,} bytes, and the dense "
-            f"expert takes {required:,} alone: raise it above 1x"
+            f"budget: {config.budget} is {config.budget_bytes(required):,} bytes, but the dense "
+            f"expert alone takes {required:,}: raise it above 1x"
         )
 
 
 def bytes_over(
     config: MediatorConfig, names: Sequence[str], checkpoint_bytes: int, written: int
 ) -> int:
-    """By how much an artifact will exceed its budget; negative if it stays within, 0 without one.
+    """Count the bytes by which an artifact will exceed its budget.
+
+    The count is negative if the artifact stays below its budget, and 0 if it has none.
 
     Args:
-        config: of the merge.
-        names: of all weights.
+        config: the configuration of the merge.
+        names: the names of all weights.
         checkpoint_bytes: as for `slopes_for`.
-        written: bytes of everything but manifest and card.
+        written: the bytes of all files but manifest and card.
     """
     if config.budget is None:
         return 0
@@ -107,18 +116,21 @@ def bytes_over(
 def predict(
     inputs: OpenInputs, weights: Sequence[PlannedWeight], measured: Mapping[str, Measured]
 ) -> list[Point]:
-    """What every budget would keep, if all layers are routed.
+    """Predict what experts keep within each of many budgets, with all layers routed.
 
     Args:
         inputs: the models.
-        weights: all of them.
-        measured: by name, with costs.
+        weights: all weights of the merge.
+        measured: the figures of each weight by name, with costs.
+
+    Returns:
+        The points of the curve, see `delta.curve`.
     """
     dense = dense_sizes(inputs, weights)
     names = list(dense)
-    along = [path for path in inputs.base_directory().iterdir() if path.suffix in (".json", ".txt")]
+    paths = [path for path in inputs.base_directory().iterdir() if path.suffix in (".json", ".txt")]
     checkpoint_bytes = sum(size.bytes for size in dense.values())
-    checkpoint_bytes += sum(path.stat().st_size for path in along)
+    checkpoint_bytes += sum(path.stat().st_size for path in paths)
     fixed = fixed_bytes(inputs.config, names, names, checkpoint_bytes)
     numel = parameters(names, measured, dense) * len(inputs.experts)
     return curve(Allocation(tradeoffs(names, measured)), numel, checkpoint_bytes, fixed)
@@ -127,12 +139,15 @@ def predict(
 def parameters(
     names: Sequence[str], measured: Mapping[str, Measured], dense: Mapping[str, Size]
 ) -> int:
-    """How many of the parameters of these weights can be stored within a budget."""
+    """Count the parameters of those named weights that `bits` or a `budget` can store."""
     return sum(dense[name].numel for name in names if measured[name].costs)
 
 
 def tradeoffs(names: Sequence[str], measured: Mapping[str, Measured]) -> list[Tensor]:
-    """By expert, what storing these weights takes and leaves at each slope; see `tradeoff.tradeoff`."""
+    """Sum the costs of the named weights for each expert, in the order of the configuration.
+
+    Each sum is `[2, n_slopes]` float64: bits, and the squared error that remains; see `delta.tradeoff`.
+    """
     by_weight = [measured[name].costs for name in names if measured[name].costs]
     return [torch.stack(of_expert).sum(dim=0) for of_expert in zip(*by_weight, strict=True)]
 
@@ -140,17 +155,17 @@ def tradeoffs(names: Sequence[str], measured: Mapping[str, Measured]) -> list[Te
 def fixed_bytes(
     config: MediatorConfig, names: Sequence[str], routed: Sequence[str], written: int
 ) -> int:
-    """What an artifact takes before anything of an expert is stored.
+    """Count the bytes of an artifact whose experts store nothing.
 
     Args:
-        config: of the merge.
-        names: of all weights.
-        routed: of those that experts may store.
-        written: bytes of the dense expert and all that is written before experts are.
+        config: the configuration of the merge.
+        names: the names of all weights.
+        routed: the names of the weights that experts may store.
+        written: the bytes of the dense expert and of the other files that the merge writes before experts.
     """
     return written + described_bytes(names) + len(config.experts) * header_bytes(routed)
 
 
 def described_bytes(names: Sequence[str]) -> int:
-    """What manifest and card take at most, with weights of these names."""
+    """Give an upper bound in bytes on manifest and card, from the names of all weights."""
     return _CARD_BYTES + sum(len(name) + _LISTED_BYTES for name in names)

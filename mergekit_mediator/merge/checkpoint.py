@@ -1,4 +1,4 @@
-"""Everything of an artifact but its weights: configuration, tokenizer, card, and the manifest."""
+"""The files of an artifact besides weights: configuration, tokenizer, card and manifest."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,11 @@ from transformers.utils.hub import cached_file
 
 from mergekit_mediator import __version__
 from mergekit_mediator.errors import first_line
-from mergekit_mediator.merge.card import license_of, write_card
+from mergekit_mediator.merge.card import write_card
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.loaders import OpenInputs
+from mergekit_mediator.merge.model_cards import license_of
 from mergekit_mediator.remote_code import own_modules, write_remote_code
 from mergekit_mediator.store.manifest import (
     CONFIG_SOURCE,
@@ -36,14 +37,14 @@ from mergekit_mediator.store.manifest import (
 
 @dataclass(frozen=True)
 class Merged:
-    """What the passes of a merge found out, for its manifest.
+    """The results of a merge's passes that the manifest states.
 
     Attributes:
-        layers: in order, decided.
-        parameter_count: of the dense expert.
-        base_digests: by file of the base model.
-        slopes: by expert, see `budget.slopes_for`; empty where experts are stored without `bits` or `budget`.
-        tuned: by the name of each expert that was tuned.
+        layers: the plans of the layers in order, all decided.
+        parameter_count: the number of the dense expert's parameters.
+        base_digests: the digest of each weight file of the base model by name.
+        slopes: the slope of each expert, see `budget.slopes_for`; empty without `bits` or `budget`.
+        tuned: the figures of each tuned expert by name.
     """
 
     layers: Sequence[LayerPlan]
@@ -54,7 +55,13 @@ class Merged:
 
 
 def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out: Path) -> None:
-    """Configuration, tokenizer and the files that go along with them, all by mergekit's own code."""
+    """Write the configuration, the tokenizer and the files that go with them, by mergekit's own code.
+
+    Args:
+        inputs: the models.
+        merge_config: the configuration of the merge.
+        out: the directory of the artifact.
+    """
     built, options = inputs.build_tokenizer(), inputs.options
     if built is not None:
         pad = merge_config.tokenizer.pad_to_multiple_of if merge_config.tokenizer else None
@@ -70,10 +77,10 @@ def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out:
             mergekit.merge._copy_tokenizer(merge_config, str(out), options=options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the system, such as a full disk; transformers' own have no number
+                raise  # an error of the system, such as a full disk; errors of transformers have no number
             tqdm.write(
                 f"warning: no tokenizer copied from {inputs.base}: {first_line(error)}: "
-                "the merge goes on without, copy one from elsewhere"
+                "the merge goes on without a tokenizer: copy one into the output"
             )
     files = inputs.architecture.tagalong_files or []
     mergekit.merge._copy_tagalong_files(merge_config, str(out), files=files, options=options)
@@ -81,31 +88,31 @@ def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out:
 
 
 def write_config(inputs: Inputs, out: Path) -> None:
-    """`config.json`, with the remote code that it names."""
+    """Write `config.json` and the remote code that it names."""
     inputs.out_config.save_pretrained(out)
     write_remote_code(out)
 
 
 def _copy_code(base: ModelPath, out: Path) -> None:
-    """Copy the modules that configuration and tokenizer name from the base; nothing of them runs here.
+    """Copy the modules that the configuration and the tokenizer name from the base, without running them.
 
-    mergekit copies none, and transformers only that of the configuration. What the base lacks itself is
-    left out.
+    mergekit copies no modules, and transformers copies those of the configuration alone. A module that the
+    base lacks is skipped.
     """
-    wanted = own_modules(out)
-    while wanted:
-        name = f"{wanted.pop()}.py"
+    modules = own_modules(out)
+    while modules:
+        name = f"{modules.pop()}.py"
         if not (out / name).exists():
             try:
-                found = str(cached_file(base.path, name, revision=base.revision))
+                source = str(cached_file(base.path, name, revision=base.revision))
             except OSError:
                 continue
-            shutil.copyfile(found, out / name)
-            wanted += [module for module in get_relative_imports(found) if module.isidentifier()]
+            shutil.copyfile(source, out / name)
+            modules += [name for name in get_relative_imports(source) if name.isidentifier()]
 
 
 def digest_base(inputs: OpenInputs) -> dict[str, FileDigest]:
-    """The digests of the base model's weight files."""
+    """Compute the digests of the base model's weight files by name."""
     root = inputs.base_directory()
     files = [p.name for pattern in ("*.safetensors", "*.bin") for p in root.glob(pattern)]
     return digests(root, sorted(files))
@@ -118,7 +125,18 @@ def describe(
     merged: Merged,
     out: Path,
 ) -> Manifest:
-    """Write card and configuration to `out`; gives the manifest of everything that is there."""
+    """Write the card and the configuration's text, and describe the whole artifact.
+
+    Args:
+        inputs: the models.
+        merge_config: the configuration of the merge.
+        config_source: the text of the configuration; None to write it from `merge_config`.
+        merged: the results of the passes.
+        out: the directory of the artifact, complete but for card, configuration and manifest.
+
+    Returns:
+        The manifest, with the digests of the files in `out`.
+    """
     parameters = _parameters(merge_config, inputs)
     if merged.slopes:
         names = inputs.config.experts
@@ -155,25 +173,25 @@ def describe(
 def _expert(
     config: MergeConfiguration, model: ModelReference, name: str, tuned: Tuned | None
 ) -> ExpertEntry:
-    own = model.lora or model.model
+    source = model.lora or model.model
     return ExpertEntry(
         name=name,
         source=_source(model),
-        revision=own.revision,
-        license=license_of(str(own.path), own.revision),
-        weight=_given(config, model, "weight", 1.0),
+        revision=source.revision,
+        license=license_of(str(source.path), source.revision),
+        weight=_setting(config, model, "weight", 1.0),
         file=f"experts/{name}.safetensors",
         tuned=tuned,
     )
 
 
 def _source(model: ModelReference) -> str:
-    """What the user wrote, without revisions: they are stored beside it."""
+    """Give the model's name as the user wrote it, without revisions: the manifest has a field for these."""
     return f"{model.model.path}+{model.lora.path}" if model.lora else f"{model.model.path}"
 
 
-def _given(config: MergeConfiguration, model: ModelReference, name: str, default: Any) -> Any:
-    """A per-model parameter as the configuration gives it: a number, gradient or filter."""
+def _setting(config: MergeConfiguration, model: ModelReference, name: str, default: Any) -> Any:
+    """Find a parameter of one model in the configuration: a number, a gradient or a filter."""
     for entry in config.models or []:
         if entry.model == model and name in (entry.parameters or {}):
             value = entry.parameters[name]
@@ -182,13 +200,13 @@ def _given(config: MergeConfiguration, model: ModelReference, name: str, default
 
 
 def _parameters(config: MergeConfiguration, inputs: Inputs) -> dict[str, Any]:
-    """All parameters with their defaults, as plain values."""
+    """Collect the parameters of the whole merge with their defaults, as plain values."""
     hidden = {"experts", "prompts", "base_model", "storage_given"}
-    own = inputs.config.model_dump(exclude=hidden, exclude_none=True)
+    settings = inputs.config.model_dump(exclude=hidden, exclude_none=True)
     selection = inputs.config.selection
-    if selection.rule != own["route"]:
-        own.pop("route")
+    if selection.rule != settings["route"]:
+        settings.pop("route")
     if selection.rule == "routed_fraction":
-        own["routed_by"] = own["conflict"] if selection.by_conflict else "place"
-    given = config.model_dump(mode="json", include={"parameters"}).get("parameters") or {}
-    return {"density": 0.1, "lambda": 1.0, **given, **own}
+        settings["routed_by"] = settings["conflict"] if selection.by_conflict else "place"
+    parameters = config.model_dump(mode="json", include={"parameters"}).get("parameters") or {}
+    return {"density": 0.1, "lambda": 1.0, **parameters, **settings}

@@ -1,14 +1,14 @@
-"""MediatorConfig: what a merge configuration asks of this method, typed and checked before any weight is read."""
+"""`MediatorConfig`: the parameters of this method, typed and checked before any weight is read."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mergekit_mediator.delta.stored_weight import Values
+from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.conflict import Metric
 from mergekit_mediator.merge.layers import Selection
@@ -32,27 +32,31 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(x|[kmgt]?b)")
 
 
 class MediatorConfig(BaseModel):
-    """The parameters that hold for a whole merge. Those of `PER_WEIGHT` stay with mergekit.
+    """The parameters of a whole merge. mergekit resolves those of `PER_WEIGHT`.
 
     Attributes:
-        conflict: the metric that the selection of layers looks at.
-        denoise: fraction of each task vector, largest first, that counts as a change for `sign`.
-        route: which layers are routed, unless one of the next three says it. `auto` becomes `all` for
-            adapters that keep their own factors: these are small, and conflict says nothing of them.
-        conflict_threshold, routed_fraction, routed_layers: see `plan.Selection`. A fraction is of the layers
-            nearest the middle, or of most conflict if `conflict` is given.
-        values: how sparse experts store their values.
-        bits: per parameter of the routed weights and per expert, instead of `density` and `values`:
-            low rank plus sparse, divided among the weights so that least squared error remains.
-        budget: of the whole directory, as a multiple of the dense expert's checkpoint with its tokenizer
-            (`1.25x`) or in bytes (`24GB`); routes all layers and divides the bits among all weights of
-            all experts.
-        storage_given: whether `density`, `values`, `bits` or `budget` is in the configuration.
-        reference: what the dense expert holds in routed layers: the weighted mean, or the base.
-        base_model: what all experts are fine-tunes of.
-        experts: name by model, in the order of the configuration; at least two.
-        prompts: by model, a file of prompts that what is stored of it is tuned on; see `distil`. Takes
-            `bits` or a `budget`.
+        conflict: the metric by which the selection ranks layers.
+        denoise: the fraction in (0, 1] of each task vector, largest first, that counts as a change for
+            `sign`.
+        route: the layers to route, unless one of the next three parameters chooses them. `auto` becomes
+            `all` for adapters that keep their own factors: these are small whatever their conflict.
+        conflict_threshold: route the layers whose conflict, in [0, 1], is above it.
+        routed_fraction: route this fraction in [0, 1] of the layers, those nearest the middle block, or those
+            of most conflict if the configuration has `conflict`.
+        routed_layers: route these layers, such as `embed,0-3,30`.
+        values: the form in which sparse experts store their values.
+        bits: bits per parameter of the routed weights for each expert, instead of `density` and `values`.
+            Experts are then low rank plus sparse, and weights share the bits so that least squared error
+            remains.
+        budget: the size of the whole directory, as a multiple of the dense expert's checkpoint with its
+            tokenizer (`1.25x`) or in bytes (`24GB`). It routes all layers, and all weights of all experts
+            share the bits.
+        storage_given: whether the configuration has `density`, `values`, `bits` or `budget`.
+        reference: the dense expert's weights in routed layers: the weighted mean, or the base.
+        base_model: the model of which all experts are fine-tunes.
+        experts: the name of each expert by its model, in the order of the configuration.
+        prompts: by model, a file of prompts on which the stored form of this expert is tuned, see
+            `merge.tuning`. It requires `bits` or a `budget`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,7 +79,7 @@ class MediatorConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_layers(cls, fields: Any) -> Any:
-        """YAML reads `routed_layers: 3` and `budget: 2` as numbers."""
+        """Turn numbers into text: YAML reads `routed_layers: 3` and `budget: 2` as numbers."""
         for name in ("routed_layers", "budget"):
             if isinstance(fields.get(name), int | float):
                 fields[name] = str(fields[name])
@@ -90,17 +94,21 @@ class MediatorConfig(BaseModel):
 
     @property
     def needs_costs(self) -> bool:
-        """Whether what is stored depends on what storing it costs."""
+        """Whether the stored form of an expert depends on the costs of its weights."""
         return self.bits is not None or self.budget is not None
 
     @property
     def density_decides(self) -> bool:
-        """Whether experts keep a fraction of each weight, and not what a budget or their factors give."""
+        """Whether `density` says how much experts keep, and not `bits`, a `budget` or their own factors."""
         return not (self.needs_costs or self.keeps_factors)
 
     @property
     def keeps_factors(self) -> bool:
-        """Whether all experts are adapters of the base, which is none, and nothing says how to store them."""
+        """Whether experts may keep their own factors.
+
+        They may if all are adapters of the base, if the base is no adapter itself, and if no parameter says
+        how to store experts.
+        """
         if self.storage_given or self.base_model.lora is not None:
             return False
         return all(
@@ -109,10 +117,16 @@ class MediatorConfig(BaseModel):
         )
 
     def budget_bytes(self, checkpoint_bytes: int) -> int:
-        """The budget in bytes, given those of the dense expert's checkpoint."""
+        """Give the budget in bytes.
+
+        Args:
+            checkpoint_bytes: the bytes of the dense expert's checkpoint, the `1x` of a budget.
+        """
         match = _BUDGET.fullmatch((self.budget or "1x").strip().lower())
         if match is None:
-            raise ConfigError(f"budget: {self.budget!r} is neither a multiple nor a size")
+            raise ConfigError(
+                f"budget: a multiple such as 1.25x or a size such as 24GB required, got {self.budget!r}"
+            )
         number, unit = float(match[1]), match[2]
         return round(number * (checkpoint_bytes if unit == "x" else _UNITS[unit]))
 
@@ -124,8 +138,10 @@ class MediatorConfig(BaseModel):
         if self.conflict_threshold is not None:
             return Selection("conflict_threshold", threshold=self.conflict_threshold)
         if self.routed_fraction is not None:
-            given = "conflict" in self.model_fields_set
-            return Selection("routed_fraction", fraction=self.routed_fraction, by_conflict=given)
+            by_conflict = "conflict" in self.model_fields_set
+            return Selection(
+                "routed_fraction", fraction=self.routed_fraction, by_conflict=by_conflict
+            )
         if self.routed_layers is not None:
             return Selection("routed_layers", layers=self.routed_layers)
         return Selection(self.route)
@@ -135,67 +151,86 @@ class MediatorConfig(BaseModel):
         """Read and check the parameters of a mergekit configuration.
 
         Raises:
-            ConfigError: an unknown, misplaced, contradictory or out-of-range parameter, no base
-                model, fewer than two experts, or two experts of one name.
+            ConfigError: a parameter is unknown, misplaced or out of range, two parameters contradict each
+                other, there is no base model, there is no expert, or two share a name.
         """
         if config.base_model is None:
-            raise ConfigError("base_model: required by merge_method: mediator, but not given")
+            raise ConfigError("base_model: required by merge_method: mediator, but missing: add it")
         for key, dtype in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
             if dtype is not None and dtype.removeprefix("torch.") not in _DTYPES:
                 raise ConfigError(f"{key}: one of {', '.join(_DTYPES)} required, got {dtype!r}")
         hidden = {"base_model", "experts", "prompts", "storage_given"}
-        known = (set(cls.model_fields) - hidden) | PER_WEIGHT | PER_EXPERT
-        own: dict[str, Any] = {}
+        names = (set(cls.model_fields) - hidden) | PER_WEIGHT | PER_EXPERT
+        settings: dict[str, Any] = {}
         for where, parameters in shared_parameters(config):
             for name, setting in parameters.items():
                 if name in PER_EXPERT:
-                    raise ConfigError(f"{where}: {name!r} belongs to one model's parameters")
-                check_known(name, where, known)
+                    raise ConfigError(
+                        f"{where}: {name!r} belongs to one model's parameters: put it there"
+                    )
+                check_known(name, where, names)
                 if name in PER_WEIGHT:
                     check_per_weight(name, setting, where)
                     continue
                 if where != "parameters":
                     raise ConfigError(
-                        f"{where}: {name!r} holds for the whole merge: put it top level"
+                        f"{where}: {name!r} holds for the whole merge: put it into the top-level parameters"
                     )
-                own[name] = scalar(setting, f"{where}: {name}")
-        _check_selection(own)
-        given = _given_storage(config)
-        if "bits" in given and given & {"density", "values", "budget"}:
-            raise ConfigError(f"parameters: {' and '.join(sorted(given))} contradict each other")
-        if "budget" in given and given & {"density", "values"}:
-            raise ConfigError(f"parameters: {' and '.join(sorted(given))} contradict each other")
-        own["storage_given"] = bool(given)
+                settings[name] = scalar(setting, f"{where}: {name}")
+        _check_alone([name for name in ("route", *_RULES) if name in settings])
+        storage = _storage_parameters(config)
+        if storage & {"bits", "budget"}:
+            _check_alone(sorted(storage))
+        settings["storage_given"] = bool(storage)
         try:
             parsed = cls(
-                **own,
+                **settings,
                 base_model=config.base_model,
-                experts=named_experts(config, known),
+                experts=named_experts(config, names),
                 prompts=prompt_files(config),
             )
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error
         if parsed.prompts and not parsed.needs_costs:
             raise ConfigError(
-                "prompts: they tune what a `budget` or `bits` store of an expert: give one of these"
+                "prompts: they tune experts that are stored within `bits` or a `budget`: give one of these"
             )
+        if len(parsed.experts) == 1:
+            parsed = parsed._of_one_expert()
         if parsed.route == "auto" and parsed.keeps_factors:
             return parsed.model_copy(update={"route": "all"})
         return parsed
 
+    def _of_one_expert(self) -> "MediatorConfig":
+        """Complete the configuration of one expert, which is stored relative to the base in all layers.
 
-def _check_selection(own: Mapping[str, Any]) -> None:
-    given = [name for name in ("route", *_RULES) if name in own]
-    if len(given) > 1:
+        Raises:
+            ConfigError: nothing says how few bytes the expert takes, or the mean of the experts is asked for.
+        """
+        if not (self.needs_costs or self.keeps_factors):
+            raise ConfigError(
+                "models: one expert is stored within `bits` or a `budget`, got neither: give one of these, or "
+                "add models"
+            )
+        if self.reference == "mean" and "reference" in self.model_fields_set:
+            raise ConfigError(
+                "reference: the mean of one expert is this expert, and nothing would be left to store: remove it"
+            )
+        chosen = {"route", *_RULES} & self.model_fields_set
+        return self.model_copy(update={"reference": "base"} | ({} if chosen else {"route": "all"}))
+
+
+def _check_alone(names: Sequence[str]) -> None:
+    if len(names) > 1:
         raise ConfigError(
-            f"parameters: {' and '.join(given)} contradict each other: give one of them"
+            f"parameters: {' and '.join(names)} contradict each other: give one of them"
         )
 
 
-def _given_storage(config: MergeConfiguration) -> set[str]:
-    """Which of the parameters that say how experts are stored are in the configuration."""
-    everywhere = [*shared_parameters(config), *sources(config)]
-    return {name for _, parameters in everywhere for name in parameters} & _STORAGE
+def _storage_parameters(config: MergeConfiguration) -> set[str]:
+    """Find those parameters of the configuration that say how experts are stored."""
+    groups = [*shared_parameters(config), *sources(config)]
+    return {name for _, parameters in groups for name in parameters} & _STORAGE
 
 
 def _one_line(error: ValidationError) -> str:

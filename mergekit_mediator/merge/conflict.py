@@ -1,15 +1,15 @@
-"""How much the task vectors of several experts conflict, per tensor and per layer.
+"""The conflict between the task vectors of several experts, for each tensor and each layer.
 
 With task vectors τ_t = θ_t − θ_0 in float32, for the coordinates j of a layer:
 
-- sign: of the coordinates that at least two experts changed after denoising, the fraction where two
-  of them have opposite signs. Denoising keeps, per tensor and expert, the `denoise` fraction of the
-  largest |τ|, with all ties at the threshold; an exact zero is never a change.
+- sign: of the coordinates that at least two experts changed after denoising, the fraction in which two
+  of them have opposite signs. Denoising keeps the `denoise` fraction of the largest |τ| of each tensor and
+  expert, with all ties at the threshold; an exact zero is never a change.
 - mass: Σ_j 2·min(P_j, N_j) / Σ_j (P_j + N_j), with P and N the summed positive and negative parts.
   Since P + N = Σ_t |τ_t| and P − N = Σ_t τ_t, it is 1 − Σ_j |Σ_t τ_tj| / Σ_j Σ_t |τ_tj|.
 - dispersion: Σ_t ‖τ_t − τ̄‖² / Σ_t ‖τ_t‖², which is 1 − ‖Σ_t τ_t‖² / (T · Σ_t ‖τ_t‖²) for T experts.
 
-All are in [0, 1] and 0 where nothing changed. The formulas are this project's own.
+All metrics are in [0, 1], and 0 if no expert changed a coordinate. The formulas are this project's own.
 """
 
 import math
@@ -30,10 +30,10 @@ METRICS: tuple[Metric, ...] = ("sign", "mass", "dispersion")
 
 @dataclass(frozen=True)
 class Conflict:
-    """The sums that the three metrics are made of; adding those of tensors gives those of a layer."""
+    """The sums behind the three metrics. The sum of the tensors' conflicts is the conflict of their layer."""
 
     shared: int = 0  # coordinates that at least two experts changed, after denoising
-    opposed: int = 0  # of those, where two experts have opposite signs
+    opposed: int = 0  # shared coordinates on which two experts have opposite signs
     total_mass: float = 0.0  # Σ_j Σ_t |τ_tj|
     common_mass: float = 0.0  # Σ_j |Σ_t τ_tj|
     total_energy: float = 0.0  # Σ_t ‖τ_t‖²
@@ -44,41 +44,47 @@ class Conflict:
 
     @property
     def sign(self) -> float:
+        """The metric `sign`, in [0, 1]."""
         return self.opposed / self.shared if self.shared else 0.0
 
     @property
     def mass(self) -> float:
+        """The metric `mass`, in [0, 1]."""
         return _complement(self.common_mass, self.total_mass)
 
     @property
     def dispersion(self) -> float:
+        """The metric `dispersion`, in [0, 1]."""
         return _complement(self.common_energy, self.total_energy)
 
     def value(self, metric: Metric) -> float:
-        """One metric by name, in [0, 1]."""
+        """Give the metric of a name, in [0, 1]."""
         return float(getattr(self, metric))
 
 
 class Accumulator:
-    """Takes the experts' versions of one weight one by one and forgets each: only sums and signs stay.
+    """Sums and signs of one weight's task vectors, of experts that come one by one.
+
+    No expert stays in memory, so memory does not grow with the number of experts.
 
     Attributes:
-        total: Σ_t τ_t of the experts so far, flat, float32.
-        finite: whether all weights so far are finite; only their sums are looked at, so that False also
-            stands for weights of which a few thousand add up to infinity.
+        total: Σ_t τ_t of the experts so far, `[numel]` float32.
+        finite: whether all numbers so far are finite. Sums of chunks are checked rather than each number, so
+            it is also False if the finite numbers of a chunk sum to infinity.
     """
 
     def __init__(self, base: Tensor, denoise: float, device: str = "cpu") -> None:
-        """
+        """Start without experts.
+
         Args:
-            base: any shape, any floating dtype.
-            denoise: fraction in (0, 1] of each task vector that counts as a change for `sign`.
-            device: where the arithmetic is done, chunk by chunk; the inputs may be elsewhere.
+            base: θ_0, of any shape and floating dtype.
+            denoise: the fraction in (0, 1] of each task vector that counts as a change for `sign`.
+            device: the device that computes, chunk by chunk; the inputs may be on another device.
         """
         self._base, self._denoise, self._device = base, denoise, device
         self.total = torch.zeros(base.numel(), device=device)
         self._tau = torch.empty_like(self.total)
-        # by coordinate, one bit each: a positive change was seen, a negative one, changes of two experts
+        # one bit for each coordinate: a positive change, a negative change, changes of two experts
         self._positive, self._negative, self._twice = np.zeros(
             (3, -(-base.numel() // 8)), dtype=np.uint8
         )
@@ -89,11 +95,11 @@ class Accumulator:
         """Add one more expert.
 
         Args:
-            expert: of the base's shape.
+            expert: θ_t, a tensor of the base's shape and any floating dtype.
 
         Returns:
-            τ in the base's shape, float32, until the next expert is added; coordinates that are not
-            finite count as unchanged.
+            τ_t, float32 in the base's shape. The next call overwrites it. In a chunk whose sum is not finite,
+            coordinates that are not finite count as unchanged.
         """
         base, expert = self._base.reshape(-1), expert.reshape(-1)
 
@@ -115,12 +121,12 @@ class Accumulator:
         return self._tau.view(self._base.shape)
 
     def _threshold(self) -> float:
-        """The smallest |τ| that counts as a change: never 0, so that no change has no sign."""
+        """Find the smallest |τ| that counts as a change. It is above 0, so that every change has a sign."""
         smallest, numel = float(torch.finfo(torch.float32).smallest_normal), self._tau.numel()
         if self._denoise >= 1 or not numel:
             return smallest
-        kept = count_kept(numel, self._denoise)
-        threshold, _ = kth_largest(lambda part: self._tau[part].abs(), numel, kept)
+        count = count_kept(numel, self._denoise)
+        threshold, _ = kth_largest(lambda part: self._tau[part].abs(), numel, count)
         return max(threshold, smallest)
 
     def _note_signs(self, threshold: float) -> None:
@@ -129,13 +135,13 @@ class Accumulator:
             packed = slice(part.start // 8, -(-part.stop // 8))
             positive = np.packbits(compare(tau, threshold, np.greater_equal))
             negative = np.packbits(compare(tau, -threshold, np.less_equal))
-            seen = self._positive[packed] | self._negative[packed]
-            self._twice[packed] |= seen & (positive | negative)
+            changed = self._positive[packed] | self._negative[packed]
+            self._twice[packed] |= changed & (positive | negative)
             self._positive[packed] |= positive
             self._negative[packed] |= negative
 
     def conflict(self) -> Conflict:
-        """Of all experts that were added."""
+        """Give the conflict between the experts so far."""
         parts = [self.total[part] for part in chunks(self.total.numel())]
         return Conflict(
             shared=_ones(self._twice),
@@ -153,15 +159,24 @@ def measure(
     denoise: float,
     device: str = "cpu",
 ) -> Conflict:
-    """The conflict of one weight between two or more experts; the arguments are those of `Accumulator`."""
-    found = Accumulator(base, denoise, device)
+    """Measure the conflict of one weight between two or more experts; `Accumulator` describes the arguments."""
+    accumulator = Accumulator(base, denoise, device)
     for expert in experts:
-        found.add(expert)
-    return found.conflict()
+        accumulator.add(expert)
+    return accumulator.conflict()
 
 
 def task_vectors(base: Tensor, experts: Iterable[Tensor], device: str = "cpu") -> Iterator[Tensor]:
-    """θ_t − θ_0 in float32, one at a time; coordinates that are not finite count as unchanged."""
+    """Compute one task vector θ_t − θ_0 after the other.
+
+    Args:
+        base: θ_0, of any shape and floating dtype.
+        experts: θ_t, of the base's shape.
+        device: the device that computes.
+
+    Yields:
+        A float32 tensor of the base's shape; coordinates that are not finite are 0.
+    """
     reference = base.to(device=device, dtype=torch.float32)
     for expert in experts:
         tau = expert.to(device=device, dtype=torch.float32) - reference
@@ -177,7 +192,7 @@ def _energy(values: Tensor) -> float:
 
 
 def _ones(packed: NDArray[np.uint8]) -> int:
-    """How many bits are set."""
+    """Count the bits that are set."""
     parts = (packed[i : i + CHUNK] for i in range(0, packed.size, CHUNK))
     return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
 

@@ -1,4 +1,4 @@
-"""The pass that measures every weight and writes the dense expert; it gives the plan of the layers."""
+"""The pass that measures all weights, decides which layers are routed, and writes the dense expert."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ class DensePass:
     """The outcome of the pass.
 
     Attributes:
-        plans: the layers, decided.
-        measured: by the name of the weight.
-        directions: by weight, `[n_experts, rank, in]` float16, of those that the response router measures.
-        parameter_count: of the dense expert.
+        plans: the plans of the layers in order, all decided.
+        measured: the figures of each weight by name.
+        directions: the experts' leading directions, `[n_experts, rank, in]` float16, by the name of each
+            weight that the response router measures.
+        parameter_count: the number of the dense expert's parameters.
     """
 
     plans: Sequence[LayerPlan]
@@ -34,17 +35,20 @@ class DensePass:
     parameter_count: int
 
     def routed(self, weights: Sequence[PlannedWeight]) -> list[PlannedWeight]:
-        """The weights of the routed layers."""
+        """Select the weights of the routed layers."""
         return routed_weights(weights, self.plans)
 
 
 def write_dense(passes: Passes, preparation: Preparation[OpenInputs], out: Path) -> DensePass:
-    """Measure all weights, decide about the layers, and write the dense expert's checkpoint.
+    """Measure all weights, decide which layers are routed, and write the dense expert's checkpoint.
 
     Args:
-        passes: over the models.
-        preparation: of the merge.
+        passes: the passes over the models.
+        preparation: the preparation of the merge.
         out: the directory of the artifact, with the model's configuration.
+
+    Raises:
+        InputError: see `Passes.average`.
     """
     inputs, weights = preparation.inputs, preparation.weights
     config, routed = inputs.config, None
@@ -59,11 +63,11 @@ def write_dense(passes: Passes, preparation: Preparation[OpenInputs], out: Path)
         measured[weight.info.name] = averaged.measured
         if averaged.directions:
             directions[weight.info.name] = torch.stack(averaged.directions)
-        del averaged  # its dense versions are written
+        del averaged  # the dense versions are on disk
     plans = preparation.plan_layers({name: m.conflict for name, m in measured.items()})
     writer.finish({weight.info.name for weight in routed_weights(weights, plans)})
     if inputs.out_dtype is None and writer.dtype is not None:
-        # mergekit names the base's, in which wider weights would be loaded
+        # mergekit wrote the base's dtype, and loaders would narrow wider weights to it
         inputs.out_config.dtype = writer.dtype
         write_config(inputs, out)
     return DensePass(plans, measured, directions, writer.parameters)
@@ -72,7 +76,7 @@ def write_dense(passes: Passes, preparation: Preparation[OpenInputs], out: Path)
 def routed_weights(
     weights: Sequence[PlannedWeight], plans: Sequence[LayerPlan]
 ) -> list[PlannedWeight]:
-    """The weights of the layers that are routed."""
+    """Select the weights of the layers that are routed, in order."""
     layers = {plan.name for plan in plans if plan.routed}
     return [weight for weight in weights if weight.layer in layers]
 
@@ -80,7 +84,7 @@ def routed_weights(
 def _costed(
     config: MediatorConfig, weights: Sequence[PlannedWeight], routed: frozenset[str] | None
 ) -> frozenset[str]:
-    """The weights of which `bits` or a `budget` must know what storing them costs."""
+    """Name the weights whose costs `bits` or a `budget` requires: the routed ones, or all while undecided."""
     if not config.needs_costs:
         return frozenset()
     return frozenset(weight.info.name for weight in weights) if routed is None else routed

@@ -1,4 +1,4 @@
-"""The dense expert's checkpoint, written as its weights come, also before it is known which are routed."""
+"""The dense expert's checkpoint, written weight by weight, even while routing is undecided."""
 
 import tempfile
 from collections.abc import Container
@@ -14,18 +14,19 @@ from mergekit_mediator.merge.passes import DenseVersions
 
 
 class DenseWriter:
-    """Writes shards with mergekit's own writer; what routing decides about waits on disk.
+    """A writer of shards, which wraps mergekit's. Weights that depend on routing wait on disk in two versions.
 
     Attributes:
-        parameters: how many were written.
-        dtype: the widest floating-point one that was written; None if there was none.
+        parameters: the number of parameters so far.
+        dtype: the widest floating-point dtype so far; None without floating-point weights.
     """
 
     def __init__(self, out: Path, options: MergeOptions) -> None:
-        """
+        """Open the checkpoint.
+
         Args:
             out: an existing directory.
-            options: for the size of shards, and whether other threads write them.
+            options: mergekit's options. They set the size of shards, and the threads that write them.
         """
         self.parameters = 0
         self.dtype: torch.dtype | None = None
@@ -40,19 +41,28 @@ class DenseWriter:
         self._scratch = tempfile.TemporaryDirectory(dir=out)
 
     def write(self, name: str, versions: DenseVersions) -> None:
-        """Write a weight, or keep both versions on disk until `finish` knows which one is right."""
-        first = versions.averaged
-        self.parameters += first.numel()
-        if first.is_floating_point():
-            self.dtype = torch.promote_types(self.dtype or first.dtype, first.dtype)
-        if versions.routed is first:
-            self._writer.save_tensor(name, first, clone=self._clone)
+        """Write a weight, or keep its two versions on disk until `finish` chooses one.
+
+        Args:
+            name: the name of the weight.
+            versions: the weight for each outcome of routing.
+        """
+        averaged = versions.averaged
+        self.parameters += averaged.numel()
+        if averaged.is_floating_point():
+            self.dtype = torch.promote_types(self.dtype or averaged.dtype, averaged.dtype)
+        if versions.routed is averaged:
+            self._writer.save_tensor(name, averaged, clone=self._clone)
             return
         self._waiting[name] = Path(self._scratch.name, f"{len(self._waiting)}.safetensors")
-        save_file({"averaged": first, "routed": versions.routed}, self._waiting[name])
+        save_file({"averaged": averaged, "routed": versions.routed}, self._waiting[name])
 
     def finish(self, routed: Container[str]) -> None:
-        """Write what waited, in the version that routing asks for, and complete the checkpoint."""
+        """Write the weights that waited and complete the checkpoint.
+
+        Args:
+            routed: the names of the routed weights.
+        """
         for name, path in self._waiting.items():
             with safe_open(path, framework="pt") as file:
                 weight = file.get_tensor("routed" if name in routed else "averaged").clone()

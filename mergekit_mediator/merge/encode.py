@@ -1,4 +1,4 @@
-"""How every expert's version of a weight is stored: its coordinates, its factors, or within a budget."""
+"""The stored form of an expert's weight: its coordinates, its own factors, or low rank plus sparse."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from mergekit_mediator.merge.planner import PlannedWeight
 
 
 class Encoder:
-    """Encodes experts as a configuration asks."""
+    """An encoder of experts' weights, in the form that the configuration asks for."""
 
     def __init__(
         self,
@@ -30,12 +30,14 @@ class Encoder:
         slopes: Mapping[ModelReference, float],
         adapters: Mapping[ModelReference, Mapping[str, Factors]],
     ) -> None:
-        """
+        """Choose the form.
+
         Args:
-            config: of the merge.
-            device: where magnitudes are compared.
-            slopes: by expert, for `bits` and `budget`; see `slopes_for`.
-            adapters: by expert, its own factors by weight, if they are what is stored.
+            config: the configuration of the merge.
+            device: the device that compares magnitudes.
+            slopes: the slope of each expert within `bits` or a `budget`, see `slopes_for`; empty otherwise.
+            adapters: the own factors of each expert by weight, see `adapters_for`; empty if experts do not
+                store them.
         """
         self._config, self._device = config, device
         self._slopes, self._adapters = slopes, adapters
@@ -43,16 +45,21 @@ class Encoder:
     def encode(
         self, weight: PlannedWeight, model: ModelReference, dense: Tensor, load: Load
     ) -> StoredWeight | None:
-        """What one expert keeps of a routed weight; None where it is the dense expert's.
+        """Encode one expert's version of a routed weight.
 
         Args:
-            weight: which one.
-            model: which expert.
-            dense: the dense expert's weight, in the output dtype.
-            load: gives the weight of the base or of an expert; called for what is needed only.
+            weight: the weight.
+            model: the expert.
+            dense: the dense expert's weight, of the same shape, in the output dtype.
+            load: loads this weight of the base or of an expert; `encode` loads no tensor that it does not
+                use.
+
+        Returns:
+            The stored form; None if the expert has the dense expert's weight.
 
         Raises:
-            InputError: the expert's weight is not finite, or would not be in the output dtype.
+            InputError: a number of the expert's weight is infinite in the output dtype, or `values` asks for
+                quantised numbers and a number is not finite.
         """
         where = f"{weight.info.name} of {model}"
         share = weight.shares[model] / sum(weight.shares.values())
@@ -61,47 +68,59 @@ class Encoder:
             factors = self._adapters[model].get(weight.names[model].name)
             if factors is None:
                 return None
-            if dense.dtype == torch.float16:  # of the others, none has so small a range
+            if dense.dtype == torch.float16:  # no other dtype has so small a range
                 check_range(load(model), dense.dtype, where)
             return StoredWeight.of_factors(tuple(dense.shape), dense.dtype, factors, share)
         if self._slopes:
-            # a task vector is of lower rank than the difference from the mean of all experts
-            own = load(model)
-            check_range(own, dense.dtype, where)
-            (tau,) = task_vectors(load(self._config.base_model), [own])
+            # a task vector has a lower rank than the difference from the mean of all experts
+            expert = load(model)
+            check_range(expert, dense.dtype, where)
+            (tau,) = task_vectors(load(self._config.base_model), [expert])
             slope = self._slopes[model] / weight.importance
             return approximate(tau, slope, dense.dtype, share)
         density, values = weight.densities[model], self._config.values
-        own = narrowed(load(model), dense.dtype, where)
-        return encode(own, dense, density, values, self._device)
+        expert = narrowed(load(model), dense.dtype, where)
+        return encode(expert, dense, density, values, self._device)
 
 
 def adapters_for(
     inputs: OpenInputs, weights: Sequence[PlannedWeight]
 ) -> dict[ModelReference, Mapping[str, Factors]]:
-    """Every expert's own factors, if all experts are plain adapters of the base; else none.
+    """Read the own factors of every expert, if experts keep them and all are plain adapters of the base.
 
-    Only where nothing else is asked for: `density`, `values`, `bits` and `budget` all are given up by it.
-    Factors are by the names that weights have in the expert, from which slices may differ.
+    Experts keep their factors unless the configuration has `density`, `values`, `bits` or `budget`.
+
+    Args:
+        inputs: the models.
+        weights: all weights of the merge.
+
+    Returns:
+        The factors of each expert, by the name of the weight in the expert: slices may give it another name
+        in the merge. Empty if experts do not keep their factors, if an adapter is not plain, or if it changes a
+        weight whose rows mergekit aligns.
+
+    Raises:
+        InputError: the files of an adapter cannot be read.
     """
     if not inputs.config.keeps_factors:
         return {}
-    of_base = {weight.names[inputs.base].name: weight for weight in weights}
+    base_weights = {weight.names[inputs.base].name: weight for weight in weights}
 
     def base(name: str) -> Tensor | None:
-        return inputs.load(of_base[name], inputs.base) if name in of_base else None
+        return inputs.load(base_weights[name], inputs.base) if name in base_weights else None
 
     adapters: dict[ModelReference, Mapping[str, Factors]] = {}
     for model in inputs.experts:
-        factors = read_adapter(_directory(model), base)
-        own = {w.names[model].name for w in weights if not w.is_aligned}
-        if factors is None or not own.issuperset(factors):
+        factors = read_adapter(adapter_directory(model), base)
+        names = {w.names[model].name for w in weights if not w.is_aligned}
+        if factors is None or not names.issuperset(factors):
             return {}
         adapters[model] = factors
     return adapters
 
 
-def _directory(model: ModelReference) -> Path:
+def adapter_directory(model: ModelReference) -> Path:
+    """Where the files of a model's adapter are on this machine; downloads them as needed."""
     path = Path(model.lora.path)
     if path.is_dir():
         return path

@@ -1,4 +1,4 @@
-"""What a merge will read, write and need in memory, from headers and the configuration alone."""
+"""A prediction of the bytes that a merge reads, writes and holds in memory, from headers alone."""
 
 import math
 from collections.abc import Sequence
@@ -14,32 +14,37 @@ from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import count_workers
 from mergekit_mediator.tune.fit import TOKENS_AT_ONCE
 
-# Python with torch, transformers and mergekit loaded, measured.
+# The constants of memory were measured once, and no results file holds the measurements. `memory` in
+# benchmarks/results/scale.json has the peaks of whole merges.
+
+# Python with torch, transformers and mergekit loaded.
 _PROCESS_BYTES = 700_000_000
-# Bytes for each parameter of a weight: of the sums and the task vector while it is measured; while it is
-# encoded, for each that is kept, or for all within `bits` or a `budget`. Measured on a large embedding.
+# Bytes per parameter of a large embedding: its sums and its task vector during the first pass; in the second
+# pass those for each coordinate that an expert keeps, or for each parameter within `bits` or a `budget`.
 _MEASURING_BYTES = 9
 _KEPT_BYTES = 30
 _APPROXIMATING_BYTES = 20
-# While experts are tuned on prompts: the whole model in float32, the gradient of its largest weight, which is
-# copied once, and for each token numbers of every layer and of the vocabulary. Measured on a Llama.
+# Tuning of a Llama: bytes per parameter of the model in float32, bytes per parameter of its largest weight for
+# a gradient and its copy, and float32 numbers per token: of activations for each layer and hidden dimension,
+# and of logits for each token of the vocabulary.
 _TUNED_BYTES, _GRADIENT_BYTES = 4, 8
 _ACTIVATIONS, _LOGITS = 25, 2
-# Each code of factors with its rounded one, its gradient and what Adam keeps of it. A code takes two bits.
-_CODE_BYTES, _BITS_OF_A_CODE, _MOST_CODES = 20, 2, 0.25  # the last for each parameter
+# Tuning of factors: bytes per code for its values, its gradient and the state of Adam, the bits of a code in
+# the file, and the largest number of codes per parameter.
+_CODE_BYTES, _BITS_OF_A_CODE, _MOST_CODES = 20, 2, 0.25
 _CODE_BITS = {"int8": 8, "int4": 4, "sign": 1}
 
 
 @dataclass(frozen=True)
 class LayerEstimate:
-    """One layer of a merge, in bytes.
+    """The prediction for one layer.
 
     Attributes:
-        plan: its weights, its conflict if measured, and the decision if made.
+        plan: the plan of the layer.
         parameters: the number of its parameters.
-        read: of all models together, and of the experts once more if they may be stored.
-        dense: of the dense expert's checkpoint.
-        experts: of all sparse experts together, about; 0 if averaged or undecided.
+        read: bytes that the merge reads from all models; twice from experts unless the layer is averaged.
+        dense: bytes in the dense expert's checkpoint.
+        experts: the approximate bytes in the files of all experts; 0 if the layer is averaged or undecided.
     """
 
     plan: LayerPlan
@@ -51,13 +56,13 @@ class LayerEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A whole merge, in bytes.
+    """The prediction for a whole merge.
 
     Attributes:
-        layers: in order.
-        passes: 2 where experts' weights may be read once more, to store them.
-        peak_memory: predicted. It does not depend on the number of layers and experts, but where experts are
-            tuned on prompts: that takes the whole model in float32.
+        layers: the predictions for the layers in order.
+        passes: the number of passes over the experts' weights: 2 if experts may store a layer, else 1.
+        peak_memory: bytes. It does not depend on the number of layers and experts, except that tuning holds
+            the whole model in float32.
     """
 
     layers: tuple[LayerEstimate, ...]
@@ -66,17 +71,17 @@ class Estimate:
 
     @property
     def read(self) -> int:
-        """Bytes read in both passes, if layers that are undecided are routed."""
+        """Bytes that all passes read, if undecided layers turn out to be routed."""
         return sum(layer.read for layer in self.layers)
 
     @property
     def dense(self) -> int:
-        """Bytes of the dense expert."""
+        """Bytes of the dense expert's checkpoint."""
         return sum(layer.dense for layer in self.layers)
 
     @property
     def experts(self) -> int:
-        """Bytes of all sparse experts, about."""
+        """The approximate bytes of all experts' files."""
         return sum(layer.experts for layer in self.layers)
 
 
@@ -86,9 +91,9 @@ def estimate(
     """Predict a merge.
 
     Args:
-        inputs: with headers read.
-        weights: all of them.
-        plans: the layers that they make up.
+        inputs: the models, entered.
+        weights: all weights of the merge.
+        plans: the plans of all layers.
     """
     by_layer: dict[str, list[PlannedWeight]] = {}
     for weight in weights:
@@ -97,12 +102,15 @@ def estimate(
     routed = {plan.name for plan in plans if plan.routed}
     rate = _bits_per_parameter(inputs, dense, [w for w in weights if w.layer in routed])
     layers = tuple(_layer(inputs, by_layer[plan.name], plan, rate) for plan in plans)
-    stored = any(plan.routed is not False for plan in plans)
-    return Estimate(layers, 2 if stored else 1, _peak_memory(inputs, weights, dense, rate or 0.0))
+    passes = 2 if any(plan.routed is not False for plan in plans) else 1
+    return Estimate(layers, passes, _peak_memory(inputs, weights, dense, rate or 0.0))
 
 
 def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int, rate: float) -> int:
-    """Every worker has a weight of its own, and results of as many may wait for their turn."""
+    """Predict the largest memory in bytes.
+
+    Every worker holds a weight, and the result of one more weight for each worker may wait for its turn.
+    """
     config, workers = inputs.config, count_workers()
     sizes = sorted((_parameters(inputs, weight) for weight in weights), reverse=True)
     largest = max((_dense_bytes(inputs, weight) for weight in weights), default=0)
@@ -126,14 +134,19 @@ def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int, r
 
 @dataclass(frozen=True)
 class Size:
-    """Of one weight of the dense expert: parameters, and bytes in the output dtype."""
+    """The size of one weight of the dense expert.
+
+    Attributes:
+        numel: the number of its parameters.
+        bytes: its bytes in the output dtype.
+    """
 
     numel: int
     bytes: int
 
 
 def dense_sizes(inputs: Inputs, weights: Sequence[PlannedWeight]) -> dict[str, Size]:
-    """The sizes of the dense expert's weights by name, from headers."""
+    """Compute the sizes of the dense expert's weights by name, from headers."""
     return {
         weight.info.name: Size(_parameters(inputs, weight), _dense_bytes(inputs, weight))
         for weight in weights
@@ -143,12 +156,12 @@ def dense_sizes(inputs: Inputs, weights: Sequence[PlannedWeight]) -> dict[str, S
 def _bits_per_parameter(
     inputs: Inputs, dense: int, routed: Sequence[PlannedWeight]
 ) -> float | None:
-    """Of every expert, where `bits` or a `budget` says it."""
+    """Predict the bits per parameter of every expert; None without `bits` and `budget`."""
     config = inputs.config
     if config.budget is None:
         return config.bits
-    stored = sum(_parameters(inputs, weight) for weight in routed) * len(inputs.experts)
-    return 8 * max(0, config.budget_bytes(dense) - dense) / stored if stored else None
+    count = sum(_parameters(inputs, weight) for weight in routed) * len(inputs.experts)
+    return 8 * max(0, config.budget_bytes(dense) - dense) / count if count else None
 
 
 def _layer(
@@ -176,14 +189,15 @@ def _dense_bytes(inputs: Inputs, weight: PlannedWeight) -> int:
     dtype = dtype_from_name(weight.info.force_dtype or inputs.out_dtype)
     if dtype:
         return int(header.numel * dtype.itemsize)
-    found = (inputs.header(weight, model) for model in inputs.models)
-    return max(other.bytes for other in found if other)  # the widest of the inputs
+    headers = (inputs.header(weight, model) for model in inputs.models)
+    return max(other.bytes for other in headers if other)  # the widest dtype of the inputs
 
 
 def _expert_bytes(inputs: Inputs, weight: PlannedWeight, rate: float | None) -> int:
-    """Positions at their entropy, and one code for each kept coordinate; or so many bits as are given.
+    """Predict the bytes of one weight in all experts.
 
-    Adapters that are stored as their own factors take less.
+    Without a rate, a coordinate that an expert keeps takes one code, and its position takes its entropy.
+    Adapters that keep their own factors take less.
     """
     numel = _parameters(inputs, weight)
     if not numel:
@@ -193,13 +207,13 @@ def _expert_bytes(inputs: Inputs, weight: PlannedWeight, rate: float | None) -> 
     code_bits = _CODE_BITS.get(inputs.config.values, 8 * _dense_bytes(inputs, weight) // numel)
     total = 0.0
     for density in weight.densities.values():
-        kept = count_kept(numel, density)
-        total += numel * _entropy(kept / numel) + kept * code_bits
+        count = count_kept(numel, density)
+        total += numel * _entropy(count / numel) + count * code_bits
     return round(total / 8)
 
 
 def _entropy(share: float) -> float:
-    """Bits per coordinate that say which ones are kept."""
+    """Compute the entropy in bits per coordinate of a choice of this share of all coordinates."""
     if share in (0.0, 1.0):
         return 0.0
     return -share * math.log2(share) - (1 - share) * math.log2(1 - share)

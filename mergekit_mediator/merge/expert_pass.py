@@ -1,4 +1,4 @@
-"""The pass that writes the experts: as the configuration asks, within bits or a budget, tuned on prompts."""
+"""The pass that writes the experts' files, tunes experts on prompts, and keeps to a budget."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ class ExpertPass:
     """The outcome of the pass.
 
     Attributes:
-        slopes: by expert, what `bits` or a `budget` bought; empty without them.
-        tuned: by the name of each expert that has prompts.
+        slopes: the slope of each expert within `bits` or a `budget`, see `slopes_for`; empty without them.
+        tuned: the figures of each tuned expert by name.
     """
 
     slopes: Mapping[ModelReference, float]
@@ -41,15 +41,19 @@ def write_experts(
     lessons: Lessons,
     out: Path,
 ) -> ExpertPass:
-    """Write the experts' files; a second time, with less, in the rare case that a budget did not suffice.
+    """Write the experts' files. If they exceed the budget, which is rare, write smaller ones instead.
 
     Args:
-        passes: over the models.
-        workers: those of the passes; they are idle while experts are tuned.
-        weights: all of them.
-        dense: the pass before.
-        lessons: by expert; see `tuning`.
-        out: the directory of the artifact, where everything but the experts is written.
+        passes: the passes over the models.
+        workers: the workers of the passes; they are idle during tuning.
+        weights: all weights of the merge.
+        dense: the outcome of the pass before.
+        lessons: the prompts of each expert that is tuned, see `tuning`.
+        out: the directory of the artifact, complete but for experts, card and manifest.
+
+    Raises:
+        ConfigError: see `slopes_for`.
+        InputError: see `Encoder.encode`.
     """
     inputs = passes.inputs
     config, routed = inputs.config, dense.routed(weights)
@@ -65,10 +69,10 @@ def write_experts(
         files = _write(passes, weights, routed, slopes, out)
         with workers.idle():
             tuned = tune(inputs, weights, lessons, files, out)
-        over = bytes_over(config, list(sizes), checkpoint, sum(_written(out)))
-        if over <= 0:
+        excess = bytes_over(config, list(sizes), checkpoint, sum(_written(out)))
+        if excess <= 0:
             return ExpertPass(slopes, tuned)
-        spare += over
+        spare += excess
         shutil.rmtree(out / EXPERTS)
 
 
@@ -79,7 +83,7 @@ def _write(
     slopes: Mapping[ModelReference, float],
     out: Path,
 ) -> dict[ModelReference, Path]:
-    """One pass over the routed weights; gives the experts' files."""
+    """Write the experts in one pass over the routed weights; return their files."""
     config = passes.inputs.config
     (out / EXPERTS).mkdir(parents=True)
     encoder = Encoder(config, passes.device, slopes, adapters_for(passes.inputs, weights))
@@ -98,7 +102,7 @@ def _write(
 
 
 def _written(out: Path) -> tuple[int, int]:
-    """Bytes of the checkpoint, and of all else that is written by now."""
+    """Count the bytes of the checkpoint, and those of all other files so far."""
     sizes = {name: (out / name).stat().st_size for name in files_below(out)}
     checkpoint = sum(size for name, size in sizes.items() if "/" not in name)
     return checkpoint, sum(sizes.values()) - checkpoint

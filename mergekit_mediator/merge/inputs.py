@@ -1,4 +1,4 @@
-"""The models of a merge by their configurations and headers: no weight is read."""
+"""The models of a merge: their configurations and headers, without their weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,24 +25,28 @@ Self = TypeVar("Self", bound="Inputs")
 
 
 class Inputs:
-    """The models of a merge and the weights that they have in common; use a subclass.
+    """The models of a merge and the weights that they share; use a subclass.
 
-    Use as a context manager: entering reads headers, leaving lets go of the models' files.
+    It is a context manager: entering reads the headers, leaving closes the models' files.
 
     Attributes:
-        config: of the merge.
+        config: the parameters of the merge.
         base: the base model.
-        experts: in the order of the configuration.
+        experts: the experts in the order of the configuration.
         models: the base and the experts.
-        options: mergekit's own.
+        options: mergekit's options.
         merge_config: mergekit's configuration without `dtype`.
-        out_dtype: the name of the dtype to write; None is the widest of the inputs.
-        architecture: mergekit's definition.
-        out_config: the configuration of the dense expert.
+        out_dtype: the name of the output dtype; None stands for the widest dtype of the inputs.
+        architecture: mergekit's definition of the architecture.
+        out_config: the model configuration of the dense expert.
     """
 
     def __init__(self, merge_config: MergeConfiguration, options: MergeOptions) -> None:
-        """Resolve the configuration; reads model configurations, no weights.
+        """Resolve the configuration; read the models' configurations, but no weights.
+
+        Args:
+            merge_config: a configuration with `merge_method: mediator`.
+            options: mergekit's options.
 
         Raises:
             ConfigError: see `MediatorConfig.from_merge_config`.
@@ -53,7 +57,7 @@ class Inputs:
         self.experts: tuple[ModelReference, ...] = tuple(self.config.experts)
         self.models = (self.base, *self.experts)
         self.options = options
-        # mergekit would convert every input at load; the arithmetic here is float32 in any case
+        # mergekit would convert every input when it loads it; the passes compute in float32 in any case
         self.merge_config = merge_config.model_copy(update={"dtype": None}, deep=True)
         self.out_dtype: str | None = merge_config.out_dtype or merge_config.dtype
         self.architecture = common_architecture(self.base, self.experts, options)
@@ -67,7 +71,7 @@ class Inputs:
         """Read the headers of all models.
 
         Raises:
-            InputError: a model cannot be loaded, or its headers cannot be read.
+            InputError: a model cannot be loaded, or a header cannot be read.
         """
         try:
             self._headers = self._read_headers()
@@ -80,18 +84,18 @@ class Inputs:
         self._close()
 
     def _read_headers(self) -> Headers:
-        raise TypeError("the headers of `Inputs` are read by its subclasses")
+        raise TypeError("`Inputs` reads no headers: use HeaderInputs or OpenInputs")
 
     def _close(self) -> None:
         for model in self.models:
             LoaderCache().loaders.pop(model, None)
 
     def weights(self) -> list[PlannedWeight]:
-        """All weights, in the model's order, checked against the headers.
+        """Plan all weights in the model's order, and check their shapes by the headers.
 
         Raises:
-            ConfigError: all experts have weight 0 somewhere, or slices that do not fit this method.
-            InputError: a weight that is missing somewhere, or of different shapes.
+            ConfigError: all experts have `weight` 0 for a tensor, or this method cannot merge the slices.
+            InputError: the shapes of a weight differ between models.
         """
         planner = Planner(
             self.merge_config,
@@ -105,28 +109,28 @@ class Inputs:
             planner._plan()
         except MediatorError:
             raise
-        except (ValueError, RuntimeError) as error:  # mergekit's own complaints about the config
+        except (ValueError, RuntimeError) as error:  # mergekit refuses the configuration
             raise ConfigError(first_line(error)) from error
         self._tokenizer_task = planner._tokenizer_task
         for weight in planner.planned:
             self._check_shapes(weight)
-        matters = importance(weight.layer for weight in planner.planned)
-        return [replace(w, importance=matters[w.layer]) for w in planner.planned]
+        by_layer = importance(weight.layer for weight in planner.planned)
+        return [replace(w, importance=by_layer[w.layer]) for w in planner.planned]
 
     def header(self, weight: PlannedWeight, model: ModelReference) -> TensorHeader | None:
-        """A weight's header in one model; None where a checkpoint has no safetensors header."""
+        """Find the header of a weight in one model; None if its checkpoint has no such safetensors header."""
         return _find(weight.names[model], self._headers.get(model, {}))
 
     def input_bytes(
         self, weight: PlannedWeight, models: Sequence[ModelReference] | None = None
     ) -> int:
-        """The bytes that one weight takes in some models together, or in all of them."""
-        found = (self.header(weight, m) for m in (self.models if models is None else models))
-        return sum(header.bytes for header in found if header)
+        """Sum the bytes of one weight over models, by default over all."""
+        headers = (self.header(weight, m) for m in (self.models if models is None else models))
+        return sum(header.bytes for header in headers if header)
 
     @property
     def hidden_size(self) -> int:
-        """The width of the residual stream; 0 where the configuration does not say."""
+        """The width of the residual stream; 0 if the configuration does not state it."""
         text = self.out_config.get_text_config()
         return int(getattr(text, "hidden_size", 0) or 0)
 
@@ -146,9 +150,9 @@ class Inputs:
 
 
 class HeaderInputs(Inputs):
-    """The models of a merge of which headers alone are read: nothing is downloaded or merged.
+    """The models of a merge with their headers alone. No weight is downloaded, and no adapter is merged.
 
-    An adapter changes no shape, so its base model stands for it.
+    An adapter changes no shape, so the headers of its base model serve for both.
     """
 
     def _read_headers(self) -> Headers:
@@ -158,7 +162,10 @@ class HeaderInputs(Inputs):
             if path.is_dir():
                 files = sorted(p.name for p in path.glob("*.safetensors"))
                 if not files:
-                    raise InputError(f"model {model}: no *.safetensors file in {path}")
+                    raise InputError(
+                        f"model {model}: *.safetensors files required, but {path} has none: convert "
+                        "the model first"
+                    )
                 headers[model] = read_headers(path, files)
             else:
                 headers[model] = fetch_headers(model.model.path, model.model.revision)
@@ -167,7 +174,7 @@ class HeaderInputs(Inputs):
 
 
 class _HeaderLoader:
-    """Stands in for mergekit's loader where only names are asked for."""
+    """A substitute for mergekit's loader, which knows the names of tensors alone."""
 
     def __init__(self, headers: dict[str, TensorHeader]) -> None:
         self.index = self
@@ -182,8 +189,10 @@ def _find(info: WeightInfo, headers: dict[str, TensorHeader]) -> TensorHeader | 
 def shape_error(
     info: WeightInfo, model: ModelReference, shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> InputError:
-    """The error for a tensor that is not of the base's shape."""
+    """Make the error for a tensor whose shape differs from the base's."""
     message = f"{info.name}: shape {list(shape)} in {model}, but {list(expected)} in the base"
     if info.vocabulary_axis is not None:
         message += ": add `tokenizer: {source: base}` (or union) to align the vocabularies"
+    else:
+        message += ": experts must be fine-tunes of the base"
     return InputError(message)

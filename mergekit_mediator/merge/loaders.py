@@ -1,4 +1,4 @@
-"""The models of a merge with their tensors, through mergekit's loaders."""
+"""The models of a merge with their weights, which mergekit's loaders read."""
 
 import tempfile
 import threading
@@ -23,7 +23,7 @@ from mergekit_mediator.merge.headers import read_headers
 from mergekit_mediator.merge.inputs import Headers, Inputs, shape_error
 from mergekit_mediator.merge.planner import PlannedWeight
 
-# What the loaders of all file formats raise where a checkpoint is missing or damaged.
+# The loaders of all file formats raise these errors if a checkpoint is missing or damaged.
 _UNREADABLE = (
     OSError,
     TypeError,
@@ -34,19 +34,19 @@ _UNREADABLE = (
     UnpicklingError,
     SafetensorError,
 )
-# Of mapped files, so much may be in memory before they are closed and opened anew.
+# At most so many bytes of mapped files are in memory: then the files are closed and opened anew.
 MAPPED_BYTES = 1 << 27
 
 
 class OpenInputs(Inputs):
-    """The models of a merge, opened: entering downloads them and merges adapters as needed.
+    """The models of a merge with their weights. Entering downloads models and merges adapters as needed.
 
     Attributes:
-        tokenizer: that the configuration asks for, once it was built.
+        tokenizer: the tokenizer that the configuration asks for; None until it is built.
     """
 
     def __init__(self, merge_config: MergeConfiguration, options: MergeOptions) -> None:
-        """See `Inputs`."""
+        """Resolve the configuration, see `Inputs`."""
         super().__init__(merge_config, options)
         self.tokenizer: TokenizerInfo | None = None
         self._mapping, self._aligning = threading.Lock(), threading.Lock()
@@ -64,59 +64,67 @@ class OpenInputs(Inputs):
         cache.setup(self.options)
         headers: Headers = {}
         for model in self.models:
-            cache.loaders.pop(model, None)  # the files may have changed since an earlier merge
+            cache.loaders.pop(model, None)  # its files may have changed since an earlier merge
             try:
                 index = cache.get(model).index
-            except SafetensorError as error:  # of the only file that is opened here
+            except SafetensorError as error:  # the loader opens a file only if it is the only one
                 raise InputError(
                     f"model {model}: model.safetensors is truncated, or no safetensors file: "
-                    f"{first_line(error)}"
+                    f"{first_line(error)}: download it anew"
                 ) from error
             except _UNREADABLE as error:
-                raise InputError(f"model {model}: cannot be loaded: {first_line(error)}") from error
+                raise InputError(
+                    f"model {model}: cannot be loaded: {first_line(error)}: replace its files"
+                ) from error
             if index.is_safetensors:
                 files = sorted(set(index.tensor_paths.values()))
                 headers[model] = read_headers(Path(index.base_path), files)
-                absent = [n for n in index.tensor_paths if n not in headers[model]]
-                if absent:
-                    raise InputError(f"model {model}: {absent[0]} is in the index but in no file")
+                missing = [n for n in index.tensor_paths if n not in headers[model]]
+                if missing:
+                    raise InputError(
+                        f"model {model}: the index names {missing[0]}, but no file has it: download "
+                        "the model anew"
+                    )
         return headers
 
     def load(
-        self, weight: PlannedWeight, model: ModelReference, like: Tensor | None = None
+        self, weight: PlannedWeight, model: ModelReference, reference: Tensor | None = None
     ) -> Tensor:
-        """One model's tensor, aligned to one vocabulary. Safe to call from several threads.
+        """Load a weight of one model, with its rows aligned to the common vocabulary. It is thread-safe.
 
         Args:
-            weight: which one.
-            model: whose.
-            like: the base's, whose shape it must have.
+            weight: the weight.
+            model: the model.
+            reference: a tensor whose shape the weight must have.
 
         Raises:
-            InputError: it cannot be read, the model lacks it, or it is of another shape.
+            InputError: the weight cannot be read, the model lacks it, or its shape differs.
         """
         try:
             tensor = self._load(weight, model)
         except _UNREADABLE as error:
             raise InputError(f"{weight.info.name}: cannot be read: {first_line(error)}") from error
         if tensor is None:
-            raise InputError(f"{weight.info.name}: missing from {model}, but not from the others")
-        if like is not None and tensor.shape != like.shape:
-            raise shape_error(weight.info, model, tuple(tensor.shape), tuple(like.shape))
+            raise InputError(
+                f"{weight.info.name}: {model} lacks this weight, which other models have: experts must be "
+                "fine-tunes of the base"
+            )
+        if reference is not None and tensor.shape != reference.shape:
+            raise shape_error(weight.info, model, tuple(tensor.shape), tuple(reference.shape))
         return tensor
 
     def _load(self, weight: PlannedWeight, model: ModelReference) -> Tensor | None:
         if not isinstance(weight.inputs, GatherTensors):
             return self._load_aligned(weight, model)
-        of_model = ImmutableMap(data={model: weight.names[model]})
-        (task,) = weight.inputs.model_copy(update={"weight_info": of_model}).arguments().values()
+        info = ImmutableMap(data={model: weight.names[model]})
+        (task,) = weight.inputs.model_copy(update={"weight_info": info}).arguments().values()
         tensor: Tensor | None = task.execute()
         if tensor is not None:
             self._note_mapped(tensor)
         return tensor
 
     def _note_mapped(self, tensor: Tensor) -> None:
-        """A mapped file stays in memory as far as it was read, until it is closed."""
+        """Close all mapped files after `MAPPED_BYTES`: a mapped file keeps in memory the parts that were read."""
         with self._mapping:
             self._mapped += tensor.nbytes
             if self._mapped > MAPPED_BYTES:
@@ -126,7 +134,7 @@ class OpenInputs(Inputs):
                         loader.flush()
 
     def _load_aligned(self, weight: PlannedWeight, model: ModelReference) -> Tensor | None:
-        """mergekit aligns the vocabularies of all models at once: done once, and kept on disk."""
+        """Align the vocabularies of all models, which mergekit does at once, and keep the results on disk."""
         with self._aligning:
             if self._scratch is None:
                 self._scratch = tempfile.TemporaryDirectory()
@@ -138,7 +146,11 @@ class OpenInputs(Inputs):
             return file.get_tensor(str(model)) if str(model) in file.keys() else None  # noqa: SIM118
 
     def reader(self, directory: Path) -> Callable[[str], Tensor]:
-        """Gives the weights of a checkpoint that was written here, by name. Safe to call from several threads."""
+        """Open the checkpoint of a merge.
+
+        Returns:
+            A function that reads a weight by name. It is thread-safe.
+        """
         loader = LazyTensorLoader.from_disk(str(directory))
         self._written.append(loader)
 
@@ -150,11 +162,11 @@ class OpenInputs(Inputs):
         return read
 
     def build_tokenizer(self) -> TokenizerInfo | None:
-        """The tokenizer that the configuration asks for, or None if it asks for none."""
+        """Build the tokenizer that the configuration asks for; return None if it asks for none."""
         return self._run(self._tokenizer_task) if self._tokenizer_task else None
 
     def base_directory(self) -> Path:
-        """Where the base model's files are on this machine."""
+        """Find the local directory of the base model's files."""
         return Path(LoaderCache().get(self.base).index.base_path)
 
     def _run(self, task: Task[Any]) -> Any:

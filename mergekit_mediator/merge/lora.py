@@ -1,4 +1,4 @@
-"""A LoRA adapter's own factors, where they are all that it changes."""
+"""The factors of plain LoRA adapters, which change a model by their factors alone."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from torch import Tensor
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.errors import InputError
 
-# Settings that are read below, or that matter in training alone. An adapter is plain if every other
-# setting of PEFT's has its default: a setting that is new there may be a new kind of adapter.
+# `read_adapter` reads these settings, or they matter in training alone. An adapter is plain if all other
+# settings of PEFT have their defaults: a setting that PEFT adds later may be a new kind of adapter.
 _FREE = frozenset(
     (
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config"),
@@ -26,7 +26,7 @@ _FREE = frozenset(
         *("target_modules", "task_type", "use_rslora"),
     )
 )
-# The others, such as PiSSA, change the base's weights when the adapter is loaded.
+# Other initialisations, such as PiSSA, change the base's weights when PEFT loads the adapter.
 _INITIAL = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 _PREFIX = "base_model.model."
 
@@ -34,18 +34,19 @@ _PREFIX = "base_model.model."
 def read_adapter(
     directory: Path, base: Callable[[str], Tensor | None] | None = None
 ) -> dict[str, Factors] | None:
-    """The factors of a plain LoRA adapter by the name of the weight `[out, in]` that they add to.
-
-    None for an adapter that changes more than that (DoRA, biases, modules of its own, embeddings) or is
-    not stored as safetensors: it is merged into its base instead.
+    """Read the factors of a plain LoRA adapter, by the name of the weight `[out, in]` to which they add.
 
     Args:
-        directory: of the adapter.
-        base: gives a weight of the base model by name. PEFT saves the head beside the factors that add to
-            it; without `base`, or if it is another one, the adapter changes more than its factors do.
+        directory: the directory of the adapter.
+        base: gives a weight of the base model by name, or None for an unknown name. PEFT saves the head beside
+            its factors; such an adapter is plain only if `base` gives the same head.
+
+    Returns:
+        None if the adapter is not plain (DoRA, biases, modules of its own, embeddings) or has no safetensors
+        file. mergekit then merges it into its base.
 
     Raises:
-        InputError: the adapter's files cannot be read.
+        InputError: a file of the adapter cannot be read.
     """
     path = directory / "adapter_model.safetensors"
     try:
@@ -75,7 +76,7 @@ def read_adapter(
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
-    """Whether an adapter adds scale · B A to matrices, and changes nothing otherwise."""
+    """Tell whether an adapter adds scale · B A to matrices and changes nothing else."""
     if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in _INITIAL:
         return False
     others = (field for field in dataclasses.fields(LoraConfig) if field.name not in _FREE)
@@ -83,13 +84,13 @@ def _is_plain(config: dict[str, Any]) -> bool:
 
 
 def _is_of_base(name: str, tensor: Tensor, base: Callable[[str], Tensor | None] | None) -> bool:
-    """Whether a tensor of an adapter's file is a weight of the base."""
+    """Tell whether a tensor of an adapter's file equals a weight of the base."""
     weight = base(name.removeprefix(_PREFIX).replace(".base_layer.", ".")) if base else None
     return weight is not None and weight.shape == tensor.shape and bool((weight == tensor).all())
 
 
 def _scale(module: str, config: dict[str, Any]) -> float:
-    """alpha / r, or alpha / √r for rank-stabilised adapters, with the module's own alpha and r."""
+    """Compute alpha / r, or alpha / √r for rank-stabilised adapters, with the module's own alpha and r."""
     rank = _pattern(config.get("rank_pattern"), module, config.get("r", LoraConfig.r))
     alpha = _pattern(
         config.get("alpha_pattern"), module, config.get("lora_alpha", LoraConfig.lora_alpha)

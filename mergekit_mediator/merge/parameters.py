@@ -1,4 +1,4 @@
-"""Where the parameters of a merge configuration stand, and what each that mergekit resolves may be."""
+"""The places of parameters in a merge configuration, and the values that parameters may have."""
 
 import math
 import re
@@ -11,7 +11,8 @@ from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterS
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.store.manifest import EXPERT_NAME
 
-# Resolved by mergekit for each weight, so filters and gradients have a meaning; and what each may be.
+# mergekit resolves these parameters for each weight, so they may be filters and gradients. Each entry
+# describes the values that a parameter may have and tests one.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "weight": ("a finite number of at least 0", lambda value: 0 <= value < math.inf),
     "density": ("a number in (0, 1]", lambda value: 0 < value <= 1),
@@ -23,14 +24,18 @@ PER_WEIGHT = frozenset(_RANGES)
 def sources(
     config: MergeConfiguration,
 ) -> Iterator[tuple[ModelReference, Mapping[str, ParameterSetting]]]:
-    """Every input model with its own parameters, in the order of the configuration."""
+    """List every input model with its own parameters, in the order of the configuration.
+
+    Raises:
+        ConfigError: the configuration lists a model twice.
+    """
     modules = list((config.modules or {}).values())
     for models in [config.models or [], *((m.models or []) for m in modules)]:
-        seen: set[ModelReference] = set()
+        earlier: set[ModelReference] = set()
         for entry in models:
-            if entry.model in seen:
-                raise ConfigError(f"models: {entry.model} is listed twice: one model, one expert")
-            seen.add(entry.model)
+            if entry.model in earlier:
+                raise ConfigError(f"models: {entry.model} is listed twice: list it once")
+            earlier.add(entry.model)
             yield entry.model, entry.parameters or {}
     for slices in [config.slices or [], *((m.slices or []) for m in modules)]:
         for output in slices:
@@ -41,7 +46,7 @@ def sources(
 def shared_parameters(
     config: MergeConfiguration,
 ) -> Iterator[tuple[str, Mapping[str, ParameterSetting]]]:
-    """All parameters that do not belong to one model, each with the place where they stand."""
+    """List the groups of parameters that belong to no single model, each with its place."""
     yield "parameters", config.parameters or {}
     for index, output in enumerate(config.slices or []):
         yield f"slices[{index}].parameters", output.parameters or {}
@@ -52,21 +57,42 @@ def shared_parameters(
 
 
 def scalar(setting: ParameterSetting, where: str) -> Any:
-    """The one value of a setting that holds for the whole merge."""
+    """Give the value of a setting that has one value for the whole merge.
+
+    Args:
+        setting: the setting.
+        where: its place and name, for the error message.
+
+    Raises:
+        ConfigError: the setting is a gradient, a filter or a boolean.
+    """
     if not isinstance(setting, str | int | float):
-        raise ConfigError(f"{where}: takes one value, neither a gradient nor a filter")
+        raise ConfigError(
+            f"{where}: one value required, neither a gradient nor a filter: got {setting!r}"
+        )
     if isinstance(setting, bool):
-        raise ConfigError(f"{where}: takes no yes or no, got {setting}: put a name in quotes")
+        raise ConfigError(
+            f"{where}: a number or a name required, got {setting}: put a name such as 'yes' in quotes"
+        )
     return setting
 
 
 def check_per_weight(name: str, setting: ParameterSetting, where: str) -> None:
-    """Check every number that a setting holds: what mergekit interpolates lies between two of them."""
+    """Check every number of a setting. mergekit interpolates between them, so its numbers are in range too.
+
+    Args:
+        name: the name of a parameter of `PER_WEIGHT`.
+        setting: its setting: a number, a gradient or a filter.
+        where: its place, for the error message.
+
+    Raises:
+        ConfigError: a number is out of range, or a list is empty.
+    """
     if isinstance(setting, ConditionalParameter):
         check_per_weight(name, setting.value, where)
     elif isinstance(setting, list):
         if not setting:
-            raise ConfigError(f"{where}: {name} is an empty list: give it a number")
+            raise ConfigError(f"{where}: {name} is an empty list: put a number into it")
         for entry in setting:
             check_per_weight(name, entry, where)
     else:
@@ -79,67 +105,75 @@ def check_per_weight(name: str, setting: ParameterSetting, where: str) -> None:
             raise ConfigError(f"{where}: {name} must be {allowed}, got {setting!r}")
 
 
-# Belong to one expert, and are given with its model.
+# These parameters belong to one expert and stand with its model.
 PER_EXPERT = frozenset({"expert", "prompts"})
 
 
-def named_experts(config: MergeConfiguration, known: Collection[str]) -> dict[ModelReference, str]:
-    """Name by model, in the order of the configuration.
+def named_experts(config: MergeConfiguration, names: Collection[str]) -> dict[ModelReference, str]:
+    """Name the experts by their models, in the order of the configuration.
 
     Args:
-        config: of the merge.
-        known: the names of all parameters.
+        config: the configuration of the merge.
+        names: the names of all parameters.
 
     Raises:
-        ConfigError: a model's parameter that is unknown, misplaced or out of range, fewer than two
-            experts, or two of one name.
+        ConfigError: a parameter of a model is unknown, misplaced or out of range, there is no expert, or two
+            experts share a name.
     """
     experts: dict[ModelReference, str] = {}
     explicit: dict[ModelReference, str] = {}
     for model, parameters in sources(config):
         where = f"model {model}"
         for name, setting in parameters.items():
-            check_known(name, where, known)
+            check_known(name, where, names)
             if name not in PER_EXPERT and name not in ("weight", "density"):
-                raise ConfigError(f"{where}: {name!r} holds for all experts: put it top level")
+                raise ConfigError(
+                    f"{where}: {name!r} holds for all experts: put it into the top-level parameters"
+                )
             if name in PER_WEIGHT:
                 check_per_weight(name, setting, where)
             if name == "expert":
-                given = str(scalar(setting, f"{where}: expert"))
-                if explicit.setdefault(model, given) != given:
-                    raise ConfigError(f"{where}: named both {explicit[model]!r} and {given!r}")
+                expert = str(scalar(setting, f"{where}: expert"))
+                if explicit.setdefault(model, expert) != expert:
+                    raise ConfigError(
+                        f"{where}: expert is both {explicit[model]!r} and {expert!r}: choose one name"
+                    )
         if model == config.base_model:
             if parameters:
-                raise ConfigError(f"{where}: the base model takes no parameters of its own")
+                raise ConfigError(
+                    f"{where}: the base model has no parameters of its own: remove them"
+                )
             continue
         experts[model] = ""
     for model in experts:
         experts[model] = _expert_name(model, explicit.get(model))
-    if len(experts) < 2:
-        raise ConfigError(f"models: at least two experts required, got {len(experts)}")
+    if not experts:
+        raise ConfigError("models: at least one expert required, got 0: add models")
     by_name: dict[str, ModelReference] = {}
     for model, name in experts.items():
         if name.lower() in by_name:
             raise ConfigError(
                 f"models: {by_name[name.lower()]} and {model} are both named {name!r}: "
-                "give each its own `expert:` name"
+                "give each a name of its own with `expert:`"
             )
         by_name[name.lower()] = model
     return experts
 
 
 def prompt_files(config: MergeConfiguration) -> dict[ModelReference, str]:
-    """The file of prompts that each expert is tuned on, by model; only of those that have one.
+    """Find the file of prompts of each expert that is tuned, by model.
 
     Raises:
-        ConfigError: a model has two, or no plain name of a file.
+        ConfigError: a model has two files, or `prompts` is no name of a file.
     """
     files: dict[ModelReference, str] = {}
     for model, parameters in sources(config):
         if "prompts" in parameters:
-            given = str(scalar(parameters["prompts"], f"model {model}: prompts"))
-            if files.setdefault(model, given) != given:
-                raise ConfigError(f"model {model}: prompts: both {files[model]!r} and {given!r}")
+            file = str(scalar(parameters["prompts"], f"model {model}: prompts"))
+            if files.setdefault(model, file) != file:
+                raise ConfigError(
+                    f"model {model}: prompts is both {files[model]!r} and {file!r}: choose one file"
+                )
     return files
 
 
@@ -155,17 +189,23 @@ def _expert_name(model: ModelReference, explicit: str | None) -> str:
     name = re.sub(r"[^a-z0-9._-]+", "-", path.lower()).lstrip("._-")[:64]
     if not name:
         raise ConfigError(
-            f"model {model}: no expert name follows from its path: add `expert: NAME`"
+            f"model {model}: its path has none of a-z 0-9 for an expert name: add `expert: NAME`"
         )
     return name
 
 
-def check_known(name: str, where: str, known: Collection[str]) -> None:
-    """
+def check_known(name: str, where: str, names: Collection[str]) -> None:
+    """Refuse a parameter that does not exist.
+
+    Args:
+        name: the name of the parameter.
+        where: its place, for the error message.
+        names: the names of all parameters.
+
     Raises:
-        ConfigError: there is no parameter of that name.
+        ConfigError: no parameter has that name.
     """
-    if name not in known:
+    if name not in names:
         raise ConfigError(
-            f"{where}: unknown parameter {name!r}; known are {', '.join(sorted(known))}"
+            f"{where}: unknown parameter {name!r}: use one of {', '.join(sorted(names))}"
         )

@@ -1,7 +1,8 @@
 """The passes over the weights of a merge, which read one expert at a time.
 
-`measure` finds conflict and costs, `average` the dense expert besides, and `store` encodes what every expert
-keeps of the routed weights. Of the experts only sums are kept, so that memory does not grow with their number.
+`measure` yields the conflict and the costs of each weight, `average` also the dense expert's weight, and `store`
+the experts' versions of the routed weights, encoded. Sums replace experts in memory, so memory does not grow
+with the number of experts.
 """
 
 import math
@@ -42,9 +43,9 @@ class Measured:
     """The figures of one weight.
 
     Attributes:
-        conflict: between the experts' task vectors; all zero for a buffer of integers.
-        costs: by expert, what storing its task vector takes and leaves, see `tradeoff.tradeoff`; empty where
-            nobody asked, or nothing can be stored.
+        conflict: the conflict between the experts' task vectors; all zero for a buffer of integers.
+        costs: for each expert the bits and the error of its task vector at each slope, `[2, n_slopes]`
+            float64, see `delta.tradeoff`; empty for a buffer, and unless the caller asked for costs.
     """
 
     conflict: Conflict
@@ -53,9 +54,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class DenseVersions:
-    """The dense expert's weight on the CPU, in the output dtype, as each outcome of routing wants it.
+    """The dense expert's weight for each outcome of routing, on the CPU, in the output dtype.
 
-    One tensor under both names where the outcome is known or makes no difference.
+    Both are one tensor if the outcome is known or makes no difference.
+
+    Attributes:
+        averaged: the weight of an averaged layer.
+        routed: the weight of a routed layer.
     """
 
     averaged: Tensor
@@ -64,12 +69,12 @@ class DenseVersions:
 
 @dataclass(frozen=True)
 class Averaged:
-    """One weight of the dense expert, and what was measured on the way.
+    """One weight of the dense expert with its figures.
 
     Attributes:
-        measured: its figures.
-        directions: by expert, `[rank, in]` float16 for the response router; empty where it does not measure
-            this weight.
+        measured: the figures of the weight.
+        directions: the leading directions of each expert, `[rank, in]` float16; empty unless the response
+            router measures this weight.
         dense: the weight.
     """
 
@@ -79,14 +84,20 @@ class Averaged:
 
 
 class Passes:
-    """Reads the weights of a merge, one expert of one weight at a time on each worker."""
+    """The passes over the weights of a merge. Each worker reads one expert of one weight at a time.
+
+    Attributes:
+        inputs: the models.
+        device: the device that computes.
+    """
 
     def __init__(self, inputs: OpenInputs, workers: Workers, allow_nonfinite: bool = False) -> None:
-        """
+        """Prepare the passes.
+
         Args:
-            inputs: the models.
-            workers: run the independent parts.
-            allow_nonfinite: accept NaN and infinity.
+            inputs: the models, entered.
+            workers: the threads of the passes.
+            allow_nonfinite: accept NaN and infinity in the inputs.
         """
         self.inputs, self._workers, self._allow_nonfinite = inputs, workers, allow_nonfinite
         self.device = inputs.options.device or "cpu"
@@ -97,12 +108,12 @@ class Passes:
         """Measure every weight.
 
         Args:
-            weights: in the order of the results.
-            costed: the names of the weights whose costs are wanted.
+            weights: the weights to read, in the order of the results.
+            costed: the names of the weights whose costs to measure.
 
         Raises:
-            InputError: a tensor that cannot be read, is not everywhere, is not finite or would not be in
-                the output dtype, or holds integers that differ between the models.
+            InputError: a tensor cannot be read, a model lacks it, a number is not finite, or integers differ
+                between the models.
         """
         return self._each("measure", weights, partial(self._measure, costed))
 
@@ -115,24 +126,31 @@ class Passes:
         """Measure and average every weight.
 
         Args:
-            weights: in the order of the results.
-            routed: the names of the routed weights; None while that is not known.
-            costed: as for `measure`.
+            weights: the weights to read, in the order of the results.
+            routed: the names of the routed weights; None while routing is undecided.
+            costed: the names of the weights whose costs to measure.
 
         Raises:
-            InputError: see `measure`.
+            InputError: see `measure`; or a number is infinite in the output dtype.
         """
         return self._each("measure and average", weights, partial(self._average, routed, costed))
 
     def store(
         self, weights: Sequence[PlannedWeight], out: Path, encode: Encode
     ) -> Iterator[tuple[PlannedWeight, ModelReference, Encoded | None]]:
-        """Encode what every expert stores of every weight; None if it stores nothing.
+        """Encode every expert's version of every routed weight.
 
         Args:
-            weights: the routed ones, in the order of the results.
+            weights: the routed weights, in the order of the results.
             out: the directory of the dense expert.
-            encode: given a weight, an expert, the dense weight, and what loads the weight of any model.
+            encode: encodes a weight of an expert; its arguments are those of `Encoder.encode`.
+
+        Yields:
+            The weight, the expert, and the encoded weight; None instead of the latter if the expert stores
+            nothing.
+
+        Raises:
+            InputError: see `OpenInputs.load` and `encode`.
         """
         inputs, written = self.inputs, self.inputs.reader(out)
         sizes = [[inputs.input_bytes(w, [model]) for model in inputs.experts] for w in weights]
@@ -167,7 +185,7 @@ class Passes:
         weights: Sequence[PlannedWeight],
         function: Callable[[PlannedWeight], Any],
     ) -> Iterator[tuple[PlannedWeight, Any]]:
-        """Every weight with what a function gives for it, in order."""
+        """Apply a function to every weight; yield the weights with the results in order."""
         sizes = {weight.info.name: self.inputs.input_bytes(weight) for weight in weights}
         with self._bar(description, sum(sizes.values())) as bar:
             results = self._workers(function, weights, lambda weight: sizes[weight.info.name])
@@ -200,7 +218,7 @@ class Passes:
             return Averaged(Measured(Conflict(), ()), (), DenseVersions(buffer, buffer))
         accumulator = Accumulator(base, inputs.config.denoise, self.device)
         shares = [weight.shares[model] for model in inputs.experts]
-        # the plain sum of the task vectors is the accumulator's already
+        # the accumulator has the plain sum of the task vectors already
         equal = len(set(shares)) == 1 and not self._allow_nonfinite
         weighted = None if equal else WeightedSum(base, shares, self.device)
         with_directions = is_measured(base.shape, inputs.hidden_size)
@@ -211,7 +229,7 @@ class Passes:
             widest = torch.promote_types(widest, expert.dtype)
             if weighted is not None:
                 weighted.add(expert)
-            del expert  # before the next one is loaded
+            del expert  # frees it before the next one is loaded
             if name in costed:
                 costs.append(tradeoff(tau.cpu(), importance=weight.importance))
             if with_directions:
@@ -225,12 +243,13 @@ class Passes:
     def _task_vectors(
         self, weight: PlannedWeight, base: Tensor, accumulator: Accumulator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every expert's weight with its task vector, which the accumulator has taken in."""
+        """Add every expert to the accumulator; yield its weight and its task vector."""
         for model in self.inputs.experts:
             expert = self.inputs.load(weight, model, base)
             if not expert.is_floating_point():
                 raise InputError(
-                    f"{weight.info.name}: {expert.dtype} in {model}, {base.dtype} in the base"
+                    f"{weight.info.name}: {expert.dtype} in {model}, but {base.dtype} in the base: "
+                    "convert one of them"
                 )
             tensors = {self.inputs.base: base, model: expert}
             for owner, tensor in tensors.items():
@@ -251,12 +270,12 @@ class Passes:
         for owner, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise InputError(
-                    f"{weight.info.name}: NaN or infinity in {owner}: mend the model, or run "
+                    f"{weight.info.name}: NaN or infinity in {owner}: repair the model, or run "
                     "`mergekit-mediator merge --allow-nonfinite`"
                 )
 
     def _check_buffer(self, weight: PlannedWeight, base: Tensor) -> None:
-        """Integers must be the same in all models."""
+        """Refuse a buffer whose integers differ between the models."""
         try:
             for model in self.inputs.experts:
                 expert = self.inputs.load(weight, model, base)
@@ -274,10 +293,11 @@ class Passes:
     ) -> DenseVersions:
         dtype = dtype_from_name(weight.info.force_dtype or self.inputs.out_dtype) or widest
         shares = [weight.shares[model] for model in self.inputs.experts]
-        if_averaged = weight.scale
-        if_routed = 0.0 if self.inputs.config.reference == "base" else 1.0
+        averaged_scale = weight.scale
+        routed_scale = 0.0 if self.inputs.config.reference == "base" else 1.0
         if routed is not None:
-            if_averaged = if_routed = if_routed if weight.info.name in routed else if_averaged
+            scale = routed_scale if weight.info.name in routed else averaged_scale
+            averaged_scale = routed_scale = scale
 
         name, finite = weight.info.name, not self._allow_nonfinite
 
@@ -286,8 +306,10 @@ class Passes:
                 return on_base(base, total, shares, scale, dtype, name, finite).cpu()
             return narrowed(base, dtype, name).cpu()
 
-        averaged = version(if_averaged)
-        return DenseVersions(averaged, averaged if if_routed == if_averaged else version(if_routed))
+        averaged = version(averaged_scale)
+        if routed_scale == averaged_scale:
+            return DenseVersions(averaged, averaged)
+        return DenseVersions(averaged, version(routed_scale))
 
     @contextmanager
     def _bar(self, description: str, size: int) -> "Iterator[tqdm[Any]]":
@@ -304,7 +326,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class _Item:
-    """One expert's version of one weight, with what all its versions are compared with."""
+    """One expert's version of one weight, with the base's and the dense expert's weight; `size` in bytes."""
 
     weight: PlannedWeight
     model: ModelReference
@@ -314,7 +336,7 @@ class _Item:
 
 
 class _Once:
-    """A tensor for all workers that ask: loaded by the first, in memory while anyone may ask."""
+    """A tensor that workers share. The first call loads it; it stays in memory while an item refers to it."""
 
     def __init__(self, load: Callable[[], Tensor]) -> None:
         self._load, self._lock = load, Lock()

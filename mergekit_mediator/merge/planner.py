@@ -1,4 +1,4 @@
-"""mergekit's architecture definitions -> the weights of each layer, and what is done with each."""
+"""The weights of a merge by layer, each with its parameters, from mergekit's architecture definitions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from mergekit_mediator.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """One weight of the output, and what is done with it.
+    """One weight of the output, with its parameters.
 
     Attributes:
         info: mergekit's definition: name, aliases, vocabulary axis.
         layer: the name of its layer.
-        inputs: the task that loads it from every model.
-        names: what it is called in each model.
-        scale: λ of averaged layers.
-        shares: the expert's weight in the mean, by model.
-        densities: the fraction that a sparse expert keeps, by model.
-        importance: of a squared error in it, to a budget; see `layers.importance`.
+        inputs: mergekit's task that loads it from every model.
+        names: its definition in each model.
+        scale: λ, if its layer is averaged.
+        shares: w_t, the weight of each expert in the mean.
+        densities: the fraction in (0, 1] of its coordinates that each sparse expert keeps.
+        importance: the factor of its squared error within `bits` or a `budget`, see `layers.importance`.
     """
 
     info: WeightInfo
@@ -42,12 +42,16 @@ class PlannedWeight:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether mergekit brings its rows to one vocabulary when it loads it."""
+        """Whether mergekit aligns its rows to one vocabulary."""
         return not isinstance(self.inputs, GatherTensors)
 
 
 class Planner(MergePlanner):  # type: ignore[misc]
-    """mergekit's planner, which also notes the layer of each weight and keeps loading from merging."""
+    """mergekit's planner, which also collects every weight with its layer and its parameters.
+
+    Attributes:
+        planned: the weights in the model's order.
+    """
 
     def __init__(
         self,
@@ -58,11 +62,15 @@ class Planner(MergePlanner):  # type: ignore[misc]
         models: Sequence[ModelReference],
         experts: Sequence[ModelReference],
     ) -> None:
-        """
+        """Prepare to plan.
+
         Args:
-            merge_config, architecture, options, out_config: as for mergekit's planner.
-            models: all inputs, the base among them; every slice needs each.
-            experts: the inputs but the base, in order.
+            merge_config: the configuration, as for mergekit's planner.
+            architecture: mergekit's definition of the architecture.
+            options: mergekit's options.
+            out_config: the model configuration of the dense expert.
+            models: the base and the experts; every slice must have each of them.
+            experts: the experts, in order.
         """
         super().__init__(merge_config, architecture, options, out_config)
         self._models, self._experts = models, experts
@@ -70,6 +78,11 @@ class Planner(MergePlanner):  # type: ignore[misc]
         self.planned: list[PlannedWeight] = []
 
     def plan_module(self, module_name: str, definition: Any) -> None:
+        """Plan a module, whose first weights are those of the layer `embed`.
+
+        Raises:
+            ConfigError: a slice lacks a model, or its models differ in `layer_range`.
+        """
         prefix = f"{module_name}." if len(self.arch_info.modules) > 1 else ""
         self._prefix = prefix
         self._layer = f"{prefix}embed"
@@ -81,18 +94,20 @@ class Planner(MergePlanner):  # type: ignore[misc]
         models = {source.model for source in sources}
         for model in self._models:
             if model not in models:
-                raise ConfigError(f"slices: {model} is missing from one: each needs every model")
+                raise ConfigError(f"slices: a slice lacks {model}: add every model to each slice")
         if len({tuple(source.layer_range) for source in sources}) > 1:
             raise ConfigError(
-                "slices: all models of one slice need the same layer_range: layer i of an expert "
-                "is compared with layer i of the base"
+                "slices: all models of a slice must have the same layer_range, and without slices the same "
+                "number of layers: the merge compares layer i of an expert with layer i of the base"
             )
 
     def plan_slice(self, definition: Any, module_def: Any, module_name: str) -> None:
+        """Plan a slice; the weights after the last one are those of the layer `final`."""
         super().plan_slice(definition, module_def, module_name)
         self._layer = f"{self._prefix}final"
 
     def plan_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Plan a decoder block, whose layer has the block's number as its name."""
         self._layer = f"{self._prefix}{self._current_module_layers}"
         super().plan_layer(*args, **kwargs)
 
@@ -103,11 +118,16 @@ class Planner(MergePlanner):  # type: ignore[misc]
         models: list[ModelReference],
         cfg_reader: ConfigReader,
     ) -> None:
+        """Plan one weight, unless it is tied to another one.
+
+        Raises:
+            ConfigError: all experts have `weight` 0.
+        """
         if weight.tied_names and is_tied(self.out_model_config):
-            return  # the same weight as the one it is tied to
-        before = len(self._tensors)
+            return  # the plan has this weight under its other name
+        count = len(self._tensors)
         super().plan_tensor(weight, weights_in, models, cfg_reader)
-        for _, task in self._tensors[before:]:
+        for _, task in self._tensors[count:]:
             by_model = {m: task.input_parameters[m] for m in self._experts}
             planned = PlannedWeight(
                 info=weight,
@@ -119,10 +139,12 @@ class Planner(MergePlanner):  # type: ignore[misc]
                 densities={m: p["density"] for m, p in by_model.items()},
             )
             if sum(planned.shares.values()) <= 0:
-                raise ConfigError(f"weight: those of all experts are 0 for {weight.name}")
+                raise ConfigError(
+                    f"weight: a sum above 0 required, but all are 0 for {weight.name}: raise one"
+                )
             self.planned.append(planned)
 
 
 def is_tied(config: transformers.PretrainedConfig) -> bool:
-    """Whether input and output embedding are one weight."""
+    """Tell whether input and output embedding are one weight."""
     return bool(getattr(config, "tie_word_embeddings", False))

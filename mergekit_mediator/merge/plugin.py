@@ -1,4 +1,4 @@
-"""The one seam with mergekit: registers the merge methods and takes over `run_merge` for `mediator`."""
+"""The seam with mergekit: register the merge methods, and take over `run_merge` for `mediator`."""
 
 import contextlib
 import functools
@@ -9,14 +9,17 @@ from typing import Any
 import click
 
 from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.merge.task_vectors import checking_and_measuring
+from mergekit_mediator.methods.data_free import DATA_FREE
+from mergekit_mediator.methods.lora_lego import METHOD as LORA_LEGO
 from mergekit_mediator.methods.mediator import METHOD, Mediator
 from mergekit_mediator.methods.mediator_dense import MediatorDense
 
-_METHODS = (Mediator, MediatorDense)
+_METHODS: tuple[type[Any], ...] = (Mediator, MediatorDense, *DATA_FREE)
 
 
 def register_methods(merge_methods: ModuleType) -> None:
-    """Register all methods, once, with the module `mergekit.merge_methods`."""
+    """Register the methods that the module `mergekit.merge_methods` does not have yet."""
     registered = {method.spec.name for method in merge_methods.registered_methods()}
     for method in (kind() for kind in _METHODS):
         if method.spec.name not in registered:
@@ -24,32 +27,38 @@ def register_methods(merge_methods: ModuleType) -> None:
 
 
 def take_over_run_merge(merge: Any) -> None:
-    """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package, and let
-    `mediator_dense` do its own rounding; nothing else changes."""
+    """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package.
+
+        `lora_lego` is handed over, too. mergekit's planner leaves rounding to `mediator_dense`, and checks and measures
+    for this package's other methods. mergekit's own methods work as before.
+    """
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):
         return
-    merge.MergePlanner = _rounding_itself(merge.MergePlanner)
+    merge.MergePlanner = checking_and_measuring(_without_rounding(merge.MergePlanner))
 
     @functools.wraps(stock)
     def run_merge(
         merge_config: Any, out_path: str, options: Any, config_source: str | None = None
     ) -> None:
-        present = Path(out_path).exists()
+        existed = Path(out_path).exists()
         try:
             if merge_config.merge_method == METHOD:
                 from mergekit_mediator.merge.run import run
 
                 run(merge_config, out_path, options, config_source)
+            elif merge_config.merge_method == LORA_LEGO:
+                from mergekit_mediator.merge.lora_lego import run as run_lora_lego
+
+                run_lora_lego(merge_config, out_path)
             else:
                 stock(merge_config, out_path, options=options, config_source=config_source)
         except MediatorError as error:
-            if not present:
-                with contextlib.suppress(
-                    OSError
-                ):  # that holds shards already stays, as of other methods
+            if not existed:
+                # a directory that holds shards already stays, as other methods leave it
+                with contextlib.suppress(OSError):
                     Path(out_path).rmdir()
-            # on a command line one readable line, unless a traceback was asked for with -v
+            # a command shows one readable line, or with -v a traceback
             if click.get_current_context(silent=True) is None or options.verbosity:
                 raise
             raise click.ClickException(str(error)) from error
@@ -58,11 +67,11 @@ def take_over_run_merge(merge: Any) -> None:
     merge.run_merge = run_merge
 
 
-def _rounding_itself(stock: Any) -> Any:
-    """mergekit's planner, which leaves the rounding of inputs and results to `mediator_dense`.
+def _without_rounding(stock: Any) -> Any:
+    """Derive a planner that leaves the rounding of inputs and results to `mediator_dense`.
 
-    mergekit rounds inputs to `dtype` where it reads them and results to `out_dtype` where it writes them,
-    where nobody would notice that a finite number became infinite.
+    mergekit itself rounds inputs to `dtype` when it reads them and results to `out_dtype` when it writes them.
+    It would not notice that a finite number becomes infinite.
     """
 
     class Planner(stock):  # type: ignore[misc]
@@ -70,9 +79,9 @@ def _rounding_itself(stock: Any) -> Any:
             if self.config.merge_method != MediatorDense.spec.name:
                 super().plan_tensor(weight, *args, **kwargs)
                 return
-            before, dtype = len(self._tensors), self.config.dtype
+            count, dtype = len(self._tensors), self.config.dtype
             aligned = self._tokenizer_task is not None and weight.vocabulary_axis is not None
-            # rows of new tokens are means of others, which a wide dtype makes more exact
+            # the row of a new token is the mean of other rows, which a wide dtype makes more exact
             keep = aligned and dtype in ("float32", "float64")
             self.config.dtype = dtype if keep else None
             try:
@@ -83,14 +92,14 @@ def _rounding_itself(stock: Any) -> Any:
                 "dtype": None if keep or weight.force_dtype else dtype,
                 "out_dtype": weight.force_dtype or self.config.out_dtype,
             }
-            for index, (info, task) in enumerate(self._tensors[before:], start=before):
+            for index, (info, task) in enumerate(self._tensors[count:], start=count):
                 self._tensors[index] = info, task.model_copy(update=rounding)
 
     return Planner
 
 
 def install() -> None:
-    """Import mergekit and install both hooks, without relying on the start-up hook."""
+    """Import mergekit, register the methods and take over `run_merge`, without the start-up hook."""
     import mergekit.merge
     import mergekit.merge_methods
 

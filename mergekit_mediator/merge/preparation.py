@@ -1,4 +1,4 @@
-"""A configuration, checked, with the models that it names: where `plan` and `merge` both begin."""
+"""The preparation of a merge: its checked configuration and its models. `plan` and `merge` begin here."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ Models = TypeVar("Models", bound=Inputs)
 
 @dataclass(frozen=True)
 class Preparation(Generic[Models]):
-    """Everything that is known of a merge before a weight is read.
+    """The state of a merge before it reads a weight.
 
     Attributes:
-        inputs: the models.
-        weights: all of them, in the model's order.
-        prompts: by expert, of those that are tuned.
+        inputs: the models, entered.
+        weights: all weights in the model's order.
+        prompts: the prompts of each expert that is tuned.
     """
 
     inputs: Models
@@ -36,10 +36,10 @@ class Preparation(Generic[Models]):
     prompts: Prompts
 
     def plan_layers(self, conflicts: Mapping[str, Conflict]) -> list[LayerPlan]:
-        """The layers of the merge, decided as far as that is possible.
+        """Plan the layers of the merge, see `layers.plan_layers`.
 
         Args:
-            conflicts: by weight; empty before any is measured.
+            conflicts: the conflict of each weight by name; empty before conflict is measured.
         """
         config = self.inputs.config
         places = [(weight.layer, weight.info.name) for weight in self.weights]
@@ -54,19 +54,22 @@ def prepared(
     config_source: str | None = None,
     output: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Preparation[Models]]:
-    """Check a configuration and read the headers of its models; they are open inside the context.
+    """Check a configuration and read the headers of its models, which are open inside the context.
 
     Args:
-        kind: `HeaderInputs`, or `OpenInputs` where weights are to be read.
-        merge_config: with `merge_method: mediator`.
-        options: mergekit's own.
-        config_source: the configuration's text, if there is one: its unknown keys are refused.
-        output: where the merge goes; it is entered once the configuration is checked, and before any model is
-            opened.
+        kind: `HeaderInputs`, or `OpenInputs` to read weights.
+        merge_config: a configuration with `merge_method: mediator`.
+        options: mergekit's options.
+        config_source: the text of the configuration; None skips the check for unknown keys.
+        output: the output of the merge. It is entered after the check of the configuration and before any
+            model is opened.
+
+    Yields:
+        The preparation.
 
     Raises:
-        ConfigError: the configuration cannot be carried out.
-        InputError: a model cannot be read, or does not fit the others.
+        ConfigError: a merge by this configuration is not possible.
+        InputError: a model cannot be read, or differs from the base in architecture or shapes.
     """
     if config_source is not None:
         check_keys(config_source, merge_config)

@@ -1,8 +1,8 @@
 """A merge from its configuration to the published artifact.
 
-Each worker holds one weight of the base and of one expert at a time, and what is made of them goes to its
-file at once, so that memory depends neither on the number of layers nor on that of experts. The base is
-read once, or twice within `bits` and `budget`; experts are read once more for what is stored of them.
+Each worker holds one weight of the base and of one expert at a time and writes its results at once, so memory
+depends neither on the number of layers nor on that of experts. A merge reads the base once, or twice within
+`bits` and `budget`, and the experts once, or twice in routed layers.
 """
 
 import shutil
@@ -46,20 +46,27 @@ def run(
     """Merge as configured and publish the artifact.
 
     Args:
-        merge_config: with `merge_method: mediator`.
+        merge_config: a configuration with `merge_method: mediator`.
         out_path: the directory to create.
-        options: mergekit's own.
-        config_source: the configuration's text, stored beside the model.
-        overwrite: replace a model that is in `out_path`.
+        options: mergekit's options.
+        config_source: the text of the configuration, which the artifact will hold.
+        overwrite: replace a model in `out_path`.
         allow_nonfinite: accept NaN and infinity in the inputs.
 
+    Returns:
+        The manifest of the artifact.
+
     Raises:
-        MediatorError: see its subclasses; nothing is published then.
+        ConfigError: a merge by this configuration is not possible.
+        InputError: a model cannot be read or merged.
+        OutputError: the artifact cannot be written. After any error, nothing is published.
     """
     if not options.safe_serialization:
-        raise ConfigError("--no-safe-serialization: an artifact holds no pickle: leave it out")
+        raise ConfigError(
+            "--no-safe-serialization: an artifact holds no pickle: leave out this option"
+        )
     if not out_path.strip():
-        raise OutputError("the output directory's name is empty: give it one")
+        raise OutputError("the name of the output directory is empty: give a name")
     staging = Staging(Path(out_path), overwrite, _directories(merge_config, options))
     try:
         with (
@@ -75,7 +82,7 @@ def run(
 
 
 def _directories(merge_config: MergeConfiguration, options: MergeOptions) -> dict[str, Path]:
-    """The directories that a merge reads or fills, by what to call them: no output may be one of them."""
+    """List by name the directories that a merge reads or fills, which no output may replace."""
     cache = options.transformers_cache or HF_HUB_CACHE
     directories = {}
     for reference in _references(merge_config):
@@ -90,7 +97,7 @@ def _directories(merge_config: MergeConfiguration, options: MergeOptions) -> dic
 
 
 def _references(value: Any) -> Iterator[ModelReference]:
-    """The models that a part of a configuration names: to merge, as the base, and for the tokenizer."""
+    """List the models in a part of a configuration: base, experts, and sources of the tokenizer."""
     if isinstance(value, ModelReference):
         yield value
     elif isinstance(value, BaseModel):
@@ -109,7 +116,7 @@ def _merge(
     out: Path,
     allow_nonfinite: bool,
 ) -> Manifest:
-    """Write a whole artifact but its manifest, which is the result."""
+    """Write all files of an artifact but its manifest; return the manifest."""
     inputs, weights = preparation.inputs, preparation.weights
     (out / EXPERTS).parent.mkdir(parents=True)
     _check_space(out, inputs, weights)
@@ -132,18 +139,18 @@ def _merge(
 
 
 def _write_directions(inputs: Inputs, dense: DensePass, out: Path) -> None:
-    """Write the router that needs no data, if there is a weight that it measures."""
+    """Write the response router, if it measures any weight."""
     if dense.directions:
         names = tuple(inputs.config.experts.values())
         ResponseRouter(names, dict(dense.directions)).save(out / RESPONSE)
 
 
 def _check_space(out: Path, inputs: Inputs, weights: Sequence[PlannedWeight]) -> None:
-    """Refuse before any weight is read what cannot fit: the dense expert alone takes the base's bytes."""
+    """Refuse a disk that has not even room for the base's bytes, which the dense expert takes."""
     headers = (inputs.header(weight, inputs.base) for weight in weights)
     required = sum(header.bytes for header in headers if header)
     free = shutil.disk_usage(out).free
     if free < required:
         raise OutputError(
-            f"{out.parent}: disk full: at least {required:,} bytes required, {free:,} free"
+            f"{out.parent}: disk full: at least {required:,} bytes required, {free:,} free: make room"
         )

@@ -1,7 +1,7 @@
-"""Tunes the experts of a merge on prompts, where the configuration gives any; see `distil`.
+"""The tuning of a merge's experts on the prompts of the configuration, see `tune.fit`.
 
-One model in float32 is in memory for it: it holds first the expert's own weights, which answer the prompts,
-and then what will be served as this expert.
+One model in float32 is in memory. It first holds the expert's own weights and answers the prompts, and then
+holds the weights that will be served as this expert.
 """
 
 import os
@@ -34,11 +34,11 @@ Prompts = Mapping[ModelReference, Sequence[Prompt]]
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one expert is tuned on.
+    """The prompts on which one expert is tuned.
 
     Attributes:
-        prompts: token ids of each.
-        data: their digest.
+        prompts: the token ids of each prompt.
+        data: the digest of the prompts.
     """
 
     prompts: Sequence[list[int]]
@@ -49,46 +49,47 @@ Lessons = Mapping[ModelReference, Lesson]
 
 
 def read_all_prompts(config: MediatorConfig) -> Prompts:
-    """The prompts of every expert that has any.
+    """Read the prompts of every expert that is tuned.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: a file of prompts cannot be read.
     """
     return {model: _read(model, path) for model, path in config.prompts.items()}
 
 
 def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False) -> Lessons:
-    """The prompts as the model will get them; refuses at once what could not be tuned in the end.
+    """Turn prompts into token ids, and refuse experts that could not be tuned, before any weight is read.
 
     Args:
-        prompts: by expert.
+        prompts: the prompts of each expert that is tuned.
         out: a directory with the configuration and the tokenizer of the dense expert.
-        trust_remote_code: let code run that comes with them.
+        trust_remote_code: let the model's own code run.
 
     Raises:
-        ConfigError: there is no tokenizer, no model can be made, or a prompt has no answer.
+        ConfigError: there is no tokenizer, the model is no causal language model, or a prompt leaves no room
+            for an answer.
     """
     if not prompts:
         return {}
     config = stock_config(out, trust_remote_code)
     if config is None:
         raise ConfigError(
-            "prompts: tuning on them requires a causal language model that transformers knows, or whose own "
-            "code may run: leave them out, or give --trust-remote-code"
+            "prompts: tuning requires a causal language model that transformers knows, or whose own code may "
+            "run: leave out the prompts, or give --trust-remote-code"
         )
     tokenizer: Any = load_tokenizer(out, trust_remote_code)
     if tokenizer is None:
         raise ConfigError(
-            "prompts: the base model has no tokenizer to read them with: add one, or leave them out"
+            "prompts: a tokenizer required, but the base model has none: add one, or leave out the prompts"
         )
     lessons = {}
-    for model, asked in prompts.items():
+    for model, conversations in prompts.items():
         try:
-            ids = [render(tokenizer, prompt) for prompt in asked]
+            ids = [render(tokenizer, prompt) for prompt in conversations]
             room(config, max(map(len, ids)))
         except PromptError as error:
             raise ConfigError(f"model {model}: prompts: {error}") from error
-        lessons[model] = Lesson(ids, data_digest(asked))
+        lessons[model] = Lesson(ids, data_digest(conversations))
     return lessons
 
 
@@ -106,32 +107,35 @@ def tune(
     files: Mapping[ModelReference, Path],
     out: Path,
 ) -> dict[str, Tuned]:
-    """Replace the files of experts that have prompts by tuned ones; by name, what that did.
+    """Tune the experts that have prompts, and replace their files.
 
     Args:
         inputs: the models.
-        weights: all of them.
-        lessons: by expert; see `lessons`.
-        files: of the experts.
+        weights: all weights of the merge.
+        lessons: the prompts of each expert that is tuned.
+        files: the file of each expert.
         out: the directory of the dense expert, complete with its configuration.
+
+    Returns:
+        The figures of each tuned expert by name.
 
     Raises:
         ArtifactError: the dense expert cannot be loaded as a causal language model.
-        MixtureError: its loader has converted the weights.
+        MixtureError: the loader of transformers converted the weights.
     """
     if not lessons:
         return {}
     model: Any = load_plain(out, "float32", inputs.options.trust_remote_code)
     model.to(inputs.options.device or "cpu")
-    written = inputs.reader(out)
+    read_dense = inputs.reader(out)
     shapes, floating = {}, []
     for weight in weights:
-        dense = written(weight.info.name)
+        dense = read_dense(weight.info.name)
         if dense.is_floating_point():
             shapes[weight.info.name] = tuple(dense.shape)
             floating.append(weight)
-    located = locate_weights(model, shapes, shapes)
-    opened = {expert: ExpertFile(path) for expert, path in files.items()}
+    places = locate_weights(model, shapes, shapes)
+    readers = {expert: ExpertFile(path) for expert, path in files.items()}
     results = {}
     for expert, lesson in lessons.items():
         name, count = inputs.config.experts[expert], len(lesson.prompts)
@@ -140,28 +144,28 @@ def tune(
             total=total, desc=f"tune {name}", unit="prompt", disable=inputs.options.quiet
         ) as bar:
             for weight in floating:
-                located[weight.info.name].copy_(inputs.load(weight, expert))
+                places[weight.info.name].copy_(inputs.load(weight, expert))
             answers = answer(model, lesson.prompts, pad_token(model), bar.update)
-            kept, parts = {}, {}
+            forms, parts = {}, {}
             for weight in floating:
-                place = located[weight.info.name]
-                versions = _versions(opened, weight.info.name)
+                place = places[weight.info.name]
+                versions = _versions(readers, weight.info.name)
                 if expert in versions:
-                    stored = kept[weight.info.name] = versions[expert]
+                    stored = forms[weight.info.name] = versions[expert]
                     change = place - inputs.load(weight, inputs.base).to(place)
                     part = tunable(place, stored, change)
                     if part is not None:
                         parts[weight.info.name] = part
-                place.copy_(written(weight.info.name))
+                place.copy_(read_dense(weight.info.name))
                 _mix(place, expert, versions)
-            found = distil(model, parts, answers, bar.update)
-        _rewrite(files[expert], name, {**kept, **found.stored})
-        opened[expert] = ExpertFile(files[expert])
+            result = distil(model, parts, answers, bar.update)
+        _rewrite(files[expert], name, {**forms, **result.stored})
+        readers[expert] = ExpertFile(files[expert])
         results[name] = Tuned(
             prompts=count,
             data=lesson.data,
-            divergence_before=found.before,
-            divergence_after=found.after,
+            divergence_before=result.before,
+            divergence_after=result.after,
         )
     return results
 
@@ -169,14 +173,14 @@ def tune(
 def _versions(
     files: Mapping[ModelReference, ExpertFile], weight: str
 ) -> dict[ModelReference, StoredWeight]:
-    """What the experts store of a weight, of those that do."""
+    """Read the stored form of a weight in each expert that stores it."""
     return {expert: file.read(weight) for expert, file in files.items() if weight in file.weights}
 
 
 def _mix(
     weight: Tensor, expert: ModelReference, versions: Mapping[ModelReference, StoredWeight]
 ) -> None:
-    """Bring a weight of the dense expert to what is served as one expert."""
+    """Turn the dense expert's weight in place into the weight that is served as one expert."""
     parts = [
         (stored.coefficient(float(other == expert), 1.0), stored.to(weight.device))
         for other, stored in versions.items()

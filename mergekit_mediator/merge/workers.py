@@ -1,8 +1,7 @@
-"""Runs torch work on several threads of Python, which share the threads of torch among them.
+"""Python threads that run torch operations and share the threads of torch.
 
-torch splits each operation over all cores and waits for the slowest. The work of a merge is many
-short operations on chunks that fit a cache, so that it is faster, on a busy machine by far, to give
-each core weights of its own.
+torch splits each operation over all cores and waits for the slowest core. A merge runs many short operations
+on chunks that fit a cache. It is faster to give each core weights of its own, and much faster on a busy machine.
 """
 
 from collections import deque
@@ -16,14 +15,25 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Each worker holds what its own weight needs: more of them would need more memory than they save time.
+# Each worker holds tensors of its own: more workers would cost more memory than the time they save is worth.
 _MOST = 4
 
 
 class Workers:
-    """A few threads that work through a list in order; use `workers`."""
+    """A few threads that work through items in order; `workers` makes them.
+
+    Attributes:
+        count: the number of threads.
+    """
 
     def __init__(self, pool: ThreadPoolExecutor, count: int, threads: int) -> None:
+        """Take over a pool.
+
+        Args:
+            pool: the threads.
+            count: the number of threads in the pool.
+            threads: the number of torch's threads while the workers are idle.
+        """
         self._pool, self.count, self._threads = pool, count, threads
 
     def __call__(
@@ -32,23 +42,28 @@ class Workers:
         items: Iterable[T],
         size: Callable[[T], int] = lambda _: 1,
     ) -> Iterator[R]:
-        """The results of a function of one argument, in the order of the items.
+        """Apply a function to all items; yield the results in the order of the items.
 
-        Never more is begun and not yet taken than if every worker had the largest item so far, by
-        `size`: a large item holds up nobody, and memory does not depend on the number of items.
+        At most `count` times the largest size so far is in flight, so memory does not grow with the number
+        of items, and the other workers go on while one has a large item.
+
+        Args:
+            function: a thread-safe function of one item.
+            items: the items.
+            size: the size of an item, in any unit.
         """
         pending: deque[tuple[Future[R], int]] = deque()
-        largest = begun = 0
+        largest = total = 0
         try:
             for item in items:
                 weight = size(item)
                 largest = max(largest, weight)
-                while pending and begun + weight > self.count * largest:
-                    future, done = pending.popleft()
+                while pending and total + weight > self.count * largest:
+                    future, oldest = pending.popleft()
                     yield future.result()
-                    begun -= done
+                    total -= oldest
                 pending.append((self._pool.submit(function, item), weight))
-                begun += weight
+                total += weight
             while pending:
                 yield pending.popleft()[0].result()
         finally:
@@ -57,7 +72,7 @@ class Workers:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """torch has all its threads back while the workers have nothing to do."""
+        """Give torch all its threads inside the context, in which the workers have nothing to do."""
         few = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
@@ -67,13 +82,13 @@ class Workers:
 
 
 def count_workers() -> int:
-    """How many workers there are on this machine."""
+    """Count the workers of a merge on this machine."""
     return min(_MOST, torch.get_num_threads())
 
 
 @contextmanager
 def workers() -> Iterator[Workers]:
-    """As many workers as pay off; torch has its own threads back afterwards."""
+    """Start the workers, and share the threads of torch among them inside the context."""
     threads, count = torch.get_num_threads(), count_workers()
     torch.set_num_threads(max(1, threads // count))
     try:

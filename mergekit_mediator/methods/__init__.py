@@ -1,3 +1,4 @@
 """Merge methods that mergekit registers, one short file each.
 
-They know tensors only."""
+They know tensors only.
+"""

@@ -1,4 +1,4 @@
-"""`mediator`: one dense expert, small experts beside it, and a router; in memory the dense expert alone."""
+"""The merge method `mediator`, which returns the dense expert alone where mergekit merges in memory."""
 
 import logging
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class Mediator(MediatorDense):
-    """The method as mergekit knows it: its name, its parameters, and what it gives in memory.
+    """The name and the parameters of `mediator`, and its merge in memory.
 
-    A method sees one tensor at a time and returns one tensor, while an artifact needs all layers and more
-    files than one. So `run_merge` writes artifacts, see `merge.plugin`. Where mergekit merges tensors in
-    memory, this method gives the dense expert of averaged layers, as `mediator_dense` does.
+    A merge method sees one tensor at a time and returns one tensor; an artifact needs all layers and
+    several files. So `run_merge` writes artifacts, see `merge.plugin`. Where mergekit merges tensors in
+    memory, this method returns the dense expert of averaged layers, as `mediator_dense` does.
     """
 
     spec = MergeMethodSpec(
@@ -37,14 +37,14 @@ class Mediator(MediatorDense):
         pretty_name="Mediator",
         reference_url=REFERENCE,
         parameters=(SHARE, SCALE, _DENSITY),
-        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
     )
 
     def __call__(self, groups: Sequence[TensorGroup], **options: Any) -> tuple[torch.Tensor, ...]:
-        """Merge in memory, and warn that no expert is written there."""
+        """Merge in memory, and warn that this merge writes no experts."""
         _LOG.warning(
-            "merge_method mediator: in memory it gives the dense expert alone, as mediator_dense does: "
-            "experts are written by mergekit-yaml, mergekit-mediator merge or mergekit.merge.run_merge"
+            "merge_method mediator: a merge in memory returns the dense expert alone, as mediator_dense does: "
+            "to write experts, use mergekit-yaml, mergekit-mediator merge or mergekit.merge.run_merge"
         )
         merged: tuple[torch.Tensor, ...] = super().__call__(groups, **options)
         return merged

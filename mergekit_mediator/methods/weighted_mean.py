@@ -1,4 +1,4 @@
-"""The dense expert: the weighted mean of the task vectors on top of the base, in float32 chunk by chunk."""
+"""The dense expert: base plus weighted mean of the task vectors, computed in float32 chunk by chunk."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,26 +10,27 @@ from mergekit_mediator.delta.narrow import lost_magnitude, range_error
 
 
 class WeightedSum:
-    """Σ_t w_t (θ_t − θ_0) of experts that come one by one, with the largest w_t taken as 1.
+    """Σ_t w_t (θ_t − θ_0) of experts that come one by one, with all w_t scaled so that the largest is 1.
 
     Attributes:
-        total: of the experts so far, flat, float32. Where all weights are equal it is the plain sum of
-            the task vectors, which in float32 is exact for nearly all weights of 16 bits.
+        total: the sum over the experts so far, `[numel]` float32. Where all w_t are equal, it is the plain
+            sum of the task vectors, which float32 holds exactly for nearly all weights of 16 bits.
     """
 
     def __init__(self, base: Tensor, shares: Sequence[float], device: str = "cpu") -> None:
-        """
+        """Start with the sum 0.
+
         Args:
-            base: any shape, any floating dtype.
-            shares: w_t of the experts in the order in which they come, with a positive sum.
-            device: where the arithmetic is done.
+            base: θ_0, of any shape and floating dtype.
+            shares: w_t in the order in which the experts come; their sum is positive.
+            device: the device that computes.
         """
         self._base, self._device = base, device
         self._shares = iter(share / max(shares) for share in shares)
         self.total = torch.zeros(base.numel(), device=device)
 
     def add(self, expert: Tensor) -> None:
-        """Add the next expert, of the base's shape."""
+        """Add the next expert, a tensor of the base's shape and any floating dtype."""
         base, expert, share = self._base.reshape(-1), expert.reshape(-1), next(self._shares)
         for part in chunks(base.numel()):
             tau = expert[part].to(self._device, torch.float32)
@@ -46,20 +47,23 @@ def on_base(
     where: str,
     finite: bool = False,
 ) -> Tensor:
-    """θ_0 + λ · Σ_t w_t τ_t / Σ_t w_t, rounded once.
+    """Compute θ_0 + λ · Σ_t w_t τ_t / Σ_t w_t, rounded once.
 
     Args:
-        base: any shape, any floating dtype.
-        total: of a `WeightedSum`.
+        base: θ_0, of any shape and floating dtype.
+        total: the total of a `WeightedSum`, `[numel]` float32.
         shares: w_t.
         scale: λ; 1 gives the weighted mean of the experts.
-        dtype: of the result, which is where the base is.
-        where: the weight, for the error message.
-        finite: whether the base and all experts are.
+        dtype: the dtype of the result.
+        where: the name of the weight, for the error message.
+        finite: whether the base and all experts are finite.
+
+    Returns:
+        A tensor of the base's shape, on the base's device.
 
     Raises:
-        InputError: a finite number of the result is infinite in that dtype; or, if all that it is made of is
-            finite, beyond float32.
+        InputError: a number of the result is finite in float32, but infinite in `dtype`; or the inputs are
+            finite, but the result is beyond the range of float32.
     """
     factor = scale * max(shares) / sum(shares)
     result = torch.empty(base.shape, dtype=dtype, device=base.device)
@@ -84,7 +88,7 @@ def average(
     where: str,
     device: str = "cpu",
 ) -> Tensor:
-    """The dense expert's weight of experts that are all there; see `WeightedSum` and `on_base`."""
+    """Compute the dense expert's weight from a whole sequence of experts; see `WeightedSum` and `on_base`."""
     weighted = WeightedSum(base, shares, device)
     for expert in experts:
         weighted.add(expert)

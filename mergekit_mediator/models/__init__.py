@@ -1,3 +1,4 @@
-"""An ordinary transformers model: loading it, finding its weights, and turning text into its tokens.
+"""An ordinary transformers model: the room loads it, finds its weights, and turns text into its tokens.
 
-It knows no expert."""
+The room knows no expert.
+"""

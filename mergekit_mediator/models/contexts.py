@@ -1,4 +1,4 @@
-"""Which of a row's tokens say what a request is about: its context, and the part that routing looks at."""
+"""The tokens of a row that tell its task: the context of an answer, and the part that routing looks at."""
 
 from functools import cached_property
 from itertools import takewhile
@@ -14,18 +14,19 @@ _IGNORED = -100  # transformers' label of a token that is not scored
 
 
 class Contexts:
-    """Finds turns in token ids by what the chat template puts around them."""
+    """A finder of a chat's turns in token ids, by the tokens that the chat template puts around them."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """
+        """Make a finder for a tokenizer.
+
         Args:
-            tokenizer: of the artifact, or None.
+            tokenizer: that of the artifact, or None.
         """
         self._tokenizer = tokenizer
 
     @cached_property
     def opening(self) -> list[int]:
-        """What every prompt begins with: the chat template up to the first user's text."""
+        """The first token ids of every prompt: the chat template up to the text of the first user turn."""
         if self._tokenizer is None:
             return []
         texts = render(self._tokenizer, ""), render(self._tokenizer, "x")
@@ -33,12 +34,12 @@ class Contexts:
 
     @cached_property
     def nothing(self) -> list[int]:
-        """A prompt that says nothing: the chat template around an empty message; empty without one."""
+        """The token ids of an empty message in the chat template; an empty list without a tokenizer."""
         return render(self._tokenizer, "") if self._tokenizer else []
 
     @cached_property
     def _marks(self) -> tuple[list[int], list[int]]:
-        """What a later user's text comes after, and what an answer comes after; empty if unknown."""
+        """The token ids before the text of a later user turn, and those before an answer; empty if unknown."""
         if not getattr(self._tokenizer, "chat_template", None):
             return [], []
         probes = ["QUESTION0", "ANSWER0", "QUESTION1"]
@@ -58,19 +59,19 @@ class Contexts:
         return user, answer
 
     def counted(self, ids: Tensor, mask: Tensor, route_on: RouteOn = "prompt") -> Tensor:
-        """The tokens that tell requests apart, at least one in each row.
+        """Mark the tokens that routing looks at, at least one in each row.
 
         Args:
-            ids: `[batch, length]`.
+            ids: `[batch, length]` int64.
             mask: `[batch, length]`, 0 for padding.
-            route_on: `prompt`: everything but what every prompt begins with; `last_user`: what comes
-                after the beginning of the last user's turn.
+            route_on: `prompt` for the whole prompt without `opening`; `last_user` for the last user turn
+                and all that follows it.
 
         Returns:
             `[batch, length]` bool.
 
         Raises:
-            RoutingError: an unknown `route_on`, or one that needs a chat template.
+            RoutingError: `route_on` is unknown, or needs a chat template that the tokenizer does not have.
         """
         if route_on not in get_args(RouteOn):
             names = ", ".join(get_args(RouteOn))
@@ -82,46 +83,59 @@ class Contexts:
                 "use route_on='prompt'"
             )
         counted = mask.bool().clone()
-        for row, (tokens, keep) in enumerate(zip(ids.tolist(), counted.tolist(), strict=True)):
-            places = [place for place, kept in enumerate(keep) if kept]
-            told = [tokens[place] for place in places]
-            start = len(self.opening) if told[: len(self.opening)] == self.opening else 0
+        for row, (row_ids, row_mask) in enumerate(zip(ids.tolist(), counted.tolist(), strict=True)):
+            places = [place for place, is_token in enumerate(row_mask) if is_token]
+            tokens = [row_ids[place] for place in places]
+            start = len(self.opening) if tokens[: len(self.opening)] == self.opening else 0
             if route_on == "last_user":
-                end = _find_last(told, answer)
-                asked = _find_last(told[: len(told) if end is None else end], user)
-                start = start if asked is None else asked + len(user)
+                end = _find_last(tokens, answer)
+                turn = _find_last(tokens[: len(tokens) if end is None else end], user)
+                start = start if turn is None else turn + len(user)
             if start < len(places):
                 counted[row, places[:start]] = False
         return counted
 
     def before_answer(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The tokens of each row that are context, for scoring: the rest is what is scored.
+        """Mark the context of each row: the tokens before the answer that is scored.
 
-        The context is what comes before the first token with a label, if `labels` are given and
-        leave some tokens out; else everything up to where the chat template opens the last answer,
-        if it does; else the whole row.
+        With `labels` that leave out the first tokens, the context ends before the first token with a label.
+        Otherwise it ends where the chat template opens the last answer. Without such a place it is the
+        whole row.
+
+        Args:
+            ids: `[batch, length]` int64.
+            mask: `[batch, length]`, 0 for padding.
+            labels: `[batch, length]` int64, -100 for tokens that are not scored; None without labels.
 
         Returns:
-            `[batch, length]`, as `mask`, with at least one token in each row.
+            `[batch, length]` in the dtype of `mask`, with at least one token in each row.
         """
         context = mask.clone()
         _, answer = self._marks
-        for row, (tokens, keep) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
-            places = [place for place, kept in enumerate(keep) if kept]
-            told = [tokens[place] for place in places]
+        for row, (row_ids, row_mask) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+            places = [place for place, is_token in enumerate(row_mask) if is_token]
+            tokens = [row_ids[place] for place in places]
             length = None
             if labels is not None:
-                scored = labels[row, places].tolist()
-                length = next((i for i, label in enumerate(scored) if label != _IGNORED), None)
+                row_labels = labels[row, places].tolist()
+                length = next((i for i, label in enumerate(row_labels) if label != _IGNORED), None)
             if not length:
-                opened = _find_last(told, answer) if answer else None
-                length = opened + len(answer) if opened is not None else len(told)
+                start = _find_last(tokens, answer) if answer else None
+                length = start + len(answer) if start is not None else len(tokens)
             context[row, places[length:]] = 0
         return context
 
 
 def without_padding(ids: Tensor, padding: set[int]) -> Tensor:
-    """A mask `[batch, length]` for rows that came without one: a run of padding at the end is none."""
+    """Make a mask for rows that came without one.
+
+    Args:
+        ids: `[batch, length]` int64.
+        padding: the tokens that are padding where they end a row. The first token of a row is never padding.
+
+    Returns:
+        `[batch, length]` int64, 0 for padding.
+    """
     mask = ids.new_ones(ids.shape)
     for row, tokens in enumerate(ids.tolist()):
         length = len(tokens)
@@ -132,6 +146,6 @@ def without_padding(ids: Tensor, padding: set[int]) -> Tensor:
 
 
 def _find_last(tokens: list[int], mark: list[int]) -> int | None:
-    """Where a mark begins for the last time."""
+    """Return the place of the last occurrence of a mark, or None if there is none."""
     starts = range(len(tokens) - len(mark), -1, -1)
     return next((i for i in starts if tokens[i : i + len(mark)] == mark), None)

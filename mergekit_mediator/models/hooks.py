@@ -1,4 +1,4 @@
-"""Forward hooks that are taken away wherever an interrupt falls."""
+"""Forward hooks that are removed at every exit, even where an interrupt falls."""
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,14 @@ from mergekit_mediator.models.scope import scope, undoing
 class Hook:
     """A function that a module calls in its forward pass.
 
-    It is known before it is in place, whereas torch's own handle is only known afterwards.
+    The object exists before the hook is installed; torch's own handle exists only afterwards. So an interrupt
+    between the two cannot lose it.
 
     Attributes:
-        module: the one that calls it.
-        function: the hook, an object of its own.
-        before: whether it is called before the forward pass instead of after it.
-        reset: undoes what the hook has done to the module.
+        module: the module that calls the function.
+        function: the hook. No other hook of the module is the same object.
+        before: True to call it before the forward pass, False to call it after the pass.
+        reset: undoes the changes that the hook made to the module; None if it makes none.
     """
 
     module: nn.Module
@@ -28,14 +29,14 @@ class Hook:
     reset: Callable[[], None] | None = None
 
     def install(self) -> None:
-        """Put it in place."""
+        """Register the hook with its module."""
         if self.before:
             self.module.register_forward_pre_hook(self.function)
         else:
             self.module.register_forward_hook(self.function)
 
     def remove(self) -> None:
-        """Take it away, as far as it is in place."""
+        """Remove the hook from its module, if it is there, and reset the module."""
         hooks = self.module._forward_pre_hooks if self.before else self.module._forward_hooks
         for key in [key for key, function in hooks.items() if function is self.function]:
             hooks.pop(key, None)
@@ -45,7 +46,7 @@ class Hook:
 
 @scope
 def hooked(hooks: Sequence[Hook]) -> Generator[None, None, None]:
-    """Modules have their hooks inside the context."""
+    """Install hooks for the duration of a context."""
 
     def remove() -> None:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""Checkpoints as they are on disk or on the Hub: directories, tokenizers, and single weights."""
+"""Checkpoints on disk or on the Hub: their directories, models, tokenizers and single weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -19,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.errors import ArtifactError, first_line
 from mergekit_mediator.remote_code import is_ours
 
 
@@ -30,25 +28,28 @@ class DenseCheckpoint:
         self._root = root
 
     def weight(self, name: str) -> Tensor:
-        """A weight as stored.
+        """Return a weight in its stored dtype.
 
         Raises:
-            ArtifactError: the checkpoint has none of that name.
+            ArtifactError: the checkpoint has no weight of that name.
         """
         if name not in self._shards:
-            raise ArtifactError(f"{self._root}: {name} is routed, but not in the dense checkpoint")
+            raise ArtifactError(
+                f"{self._root}: the dense checkpoint lacks the routed weight {name}: merge again, or "
+                "download the artifact again"
+            )
         weight: Tensor = self._shards[name].get_tensor(name)
         return weight
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight, from the headers."""
+        """The shape of every weight, by name, from the files' headers."""
         files = self._shards.items()
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in files}
 
     @cached_property
     def _shards(self) -> dict[str, Any]:
-        """The open files by weight."""
+        """By weight, the open file that holds it."""
         shards = {}
         for path in sorted(self._root.glob("*.safetensors")):
             file: Any = safe_open(path, framework="pt")
@@ -58,10 +59,13 @@ class DenseCheckpoint:
 
 @contextmanager
 def consent(source: str | Path) -> Iterator[None]:
-    """Says on one line that a checkpoint needs code of its own, where the user has not allowed that.
+    """Turn transformers' request for `trust_remote_code` into an error of one line.
+
+    Args:
+        source: the checkpoint that is loaded inside the context, for the message.
 
     Raises:
-        ArtifactError: transformers would not go on without `trust_remote_code`.
+        ArtifactError: the checkpoint needs code of its own, and the user has not allowed it to run.
     """
     try:
         yield
@@ -75,14 +79,14 @@ def consent(source: str | Path) -> Iterator[None]:
 
 
 def load_config(source: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a checkpoint.
+    """Load the configuration of a checkpoint.
 
     Args:
         source: a directory, or a repository's name on the Hub.
-        trust_remote_code: let code that comes with it run.
+        trust_remote_code: allow the checkpoint's own code to run.
 
     Raises:
-        ArtifactError: it cannot be loaded, or only with code that may not run.
+        ArtifactError: the configuration cannot be loaded, or needs code that may not run.
     """
     try:
         with consent(source):
@@ -97,35 +101,43 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> Pretrain
 def load_model(
     source: str | Path, config: PretrainedConfig, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """The causal language model of a checkpoint; of an artifact the dense expert, routed by nothing.
+    """Load the causal language model of a checkpoint; that of an artifact is the dense expert, without routing.
 
     Args:
         source: a directory, or a repository's name on the Hub.
-        config: of the checkpoint.
-        trust_remote_code: let code that comes with it run.
+        config: the configuration of the checkpoint.
+        trust_remote_code: allow the checkpoint's own code to run; this package's remote code never runs.
         kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
+    Returns:
+        The model, in evaluation mode.
+
     Raises:
-        ArtifactError: it can be loaded only with code that may not run.
+        ArtifactError: the model needs code that may not run.
     """
     with consent(source):
         model: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, trust_remote_code=_trusted(config, trust_remote_code), **kwargs
         )
-    own = vars(model).get("generate")
-    if isinstance(own, partial) and own.func.__module__ == "mergekit_mediator.remote":
-        del model.generate  # of the artifact's remote code, which would route
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    generate = vars(model).get("generate")
+    if isinstance(generate, partial) and generate.func.__module__ == "mergekit_mediator.remote":
+        del model.generate  # this one comes from the artifact's remote code, and would route
+    dense: PreTrainedModel = model.eval()
+    return dense
 
 
 def load_plain(
     source: str | Path, dtype: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """An ordinary causal language model, in its stored dtype unless another one is named.
+    """Load an ordinary causal language model.
+
+    Args:
+        source: a directory, or a repository's name on the Hub.
+        dtype: the name of a dtype, or `auto` for the stored one.
+        trust_remote_code: as for `load_model`.
 
     Raises:
-        ArtifactError: it cannot be loaded, or only with code that may not run.
+        ArtifactError: the model cannot be loaded, or needs code that may not run.
     """
     config = load_config(source, trust_remote_code)
     try:
@@ -135,7 +147,15 @@ def load_plain(
 
 
 def stock_config(root: Path, trust_remote_code: bool = False) -> PretrainedConfig | None:
-    """The configuration of a checkpoint, or None if `load_plain` could make no model of it."""
+    """Load the configuration of a checkpoint, if `load_plain` can make a model from it.
+
+    Args:
+        root: the directory of the checkpoint.
+        trust_remote_code: as for `load_model`.
+
+    Returns:
+        None if it cannot.
+    """
     skeletons: Any = AutoModelForCausalLM
     try:
         config = load_config(root, trust_remote_code)
@@ -147,36 +167,27 @@ def stock_config(root: Path, trust_remote_code: bool = False) -> PretrainedConfi
 
 
 def _trusted(config: Any, trust_remote_code: bool) -> bool:
-    """Whether a model's own code may run: never this package's, which would load the routed model."""
-    named = getattr(config, "auto_map", None) or {}
-    return bool(trust_remote_code) and not is_ours(named.get("AutoModelForCausalLM"))
+    """Tell whether a model's own code may run: this package's never may, as it loads the routed model."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    return bool(trust_remote_code) and not is_ours(auto_map.get("AutoModelForCausalLM"))
 
 
 def _unloadable(source: str | Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}")
-
-
-def local_directory(source: str | Path, revision: str | None) -> Path:
-    """The directory of an artifact, downloaded if it is not one.
-
-    Raises:
-        ArtifactError: there is neither a directory nor a repository of that name.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(str(source), revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ArtifactError(
-            f"{source}: neither a directory nor a repository on the Hub: {error}"
-        ) from error
+    return ArtifactError(f"{source}: cannot be loaded: {first_line(error)}")
 
 
 def load_tokenizer(root: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint, or None if it has none.
+    """Load the tokenizer of a checkpoint.
+
+    Args:
+        root: the directory of the checkpoint.
+        trust_remote_code: allow the checkpoint's own code to run.
+
+    Returns:
+        None if the checkpoint has no tokenizer.
 
     Raises:
-        ArtifactError: it can be loaded only with code that may not run.
+        ArtifactError: the tokenizer needs code that may not run.
     """
     names = ("tokenizer.json", "tokenizer_config.json")
     if not any((root / name).exists() for name in names):

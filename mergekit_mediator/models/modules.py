@@ -1,4 +1,4 @@
-"""The kinds of modules that a checkpoint's weights belong to, without loading any weight."""
+"""The kind of module that each weight of a checkpoint belongs to. No weight is loaded."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,16 @@ Kind = Literal["linear", "transposed", "embedding", "other"]
 
 
 def weight_kinds(root: Path) -> dict[str, Kind]:
-    """The kind of module that uses each parameter named `weight`, by the parameter's name.
+    """Return the kind of module that uses each parameter named `weight`.
 
-    A tied weight is listed under the names of all modules that use it.
+    Args:
+        root: the directory of the checkpoint.
+
+    Returns:
+        By the parameter's full name. A tied weight is listed under the names of all modules that use it.
 
     Raises:
-        ArtifactError: transformers knows no such causal language model.
+        ArtifactError: transformers knows no causal language model for the configuration.
     """
     return {
         f"{name}.weight": _kind(module)
@@ -29,7 +33,7 @@ def weight_kinds(root: Path) -> dict[str, Kind]:
 
 
 def input_embedding(root: Path) -> str:
-    """The name of the weight of the input embedding.
+    """Return the name of the weight of the input embedding.
 
     Raises:
         ArtifactError: see `weight_kinds`.
@@ -40,7 +44,7 @@ def input_embedding(root: Path) -> str:
 
 
 def is_tied(root: Path) -> bool:
-    """Whether the input embedding of a checkpoint is its head, too.
+    """Tell whether the input embedding of a checkpoint is also its head.
 
     Raises:
         ArtifactError: see `weight_kinds`.
@@ -50,7 +54,7 @@ def is_tied(root: Path) -> bool:
 
 
 def skeleton(root: Path) -> PreTrainedModel:
-    """The model of a checkpoint without its weights.
+    """Make the model of a checkpoint on the meta device, without its weights.
 
     Raises:
         ArtifactError: see `weight_kinds`.
@@ -62,7 +66,7 @@ def skeleton(root: Path) -> PreTrainedModel:
             model: PreTrainedModel = model_class.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{root}: no causal language model that transformers knows: {first_line(error)}"
+            f"{root}: a causal language model that transformers knows required: {first_line(error)}"
         ) from error
     return model
 

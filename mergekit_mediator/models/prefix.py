@@ -1,4 +1,7 @@
-"""What several prompts begin with, such as instructions: read once, and gone on from in every batch."""
+"""The common first tokens of several prompts, such as instructions.
+
+The model reads them once. Every batch continues from the cache that it filled.
+"""
 
 import copy
 import inspect
@@ -8,22 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Layers of transformers' caches that replace their keys and values, as gradients need it.
+# Layers of transformers' caches that make new keys and values instead of writing in place: gradients need that.
 _ORDINARY = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 class Prefix:
-    """Tokens that a model has read, as the cache that it filled.
+    """The cache that a model filled when it read the common first tokens.
 
-    Gradients stop at its keys and values until `backward`, so that those of the weights come once for
-    what follows it and once for itself, and never wait for each other.
+    Gradients stop at the keys and values of the cache until `backward`. So each weight gets one gradient from
+    the tokens after the prefix and one from the prefix, and the first does not wait for the second.
 
     Attributes:
-        length: in tokens.
+        length: the number of tokens.
     """
 
     def __init__(self, cache: Any, argument: str) -> None:
-        """`cache` is of one row, `argument` what the model calls it."""
+        """Take a cache over, and cut it from the graph if gradients are enabled.
+
+        Args:
+            cache: a cache of one row.
+            argument: the name of the model's argument for the cache.
+        """
         self._cache, self._argument = cache, argument
         self.length = int(cache.get_seq_length())
         self._joints: list[tuple[Tensor, Tensor]] = []
@@ -32,18 +40,18 @@ class Prefix:
                 layer.keys, layer.values = self._cut(layer.keys), self._cut(layer.values)
 
     def inputs(self, batch: int) -> dict[str, Any]:
-        """Arguments with which the model goes on from here, in so many rows."""
-        shared = {id(after): after for _, after in self._joints}
+        """Return the model's arguments to continue from the prefix in `batch` rows."""
+        shared = {id(leaf): leaf for _, leaf in self._joints}
         cache = copy.deepcopy(self._cache, shared)
         cache.batch_repeat_interleave(batch)
         return {self._argument: cache, "use_cache": True}
 
     def backward(self) -> None:
-        """Pass on the gradients of all that went on from here."""
-        reached = [(before, after) for before, after in self._joints if after.grad is not None]
-        if reached:
+        """Pass the gradients of the keys and values to the weights, once all batches have run backward."""
+        joints = [(source, leaf) for source, leaf in self._joints if leaf.grad is not None]
+        if joints:
             torch.autograd.backward(
-                [before for before, _ in reached], [after.grad for _, after in reached]
+                [source for source, _ in joints], [leaf.grad for _, leaf in joints]
             )
 
     def _cut(self, tensor: Tensor) -> Tensor:
@@ -54,17 +62,18 @@ class Prefix:
 
 
 def read_prefix(model: Any, prompts: Sequence[list[int]]) -> Prefix | None:
-    """Have a model read what all prompts begin with, but for the last token of the shortest.
+    """Let a model read the tokens that all prompts begin with, without the last token of the shortest prompt.
 
     Args:
-        model: any `AutoModelForCausalLM`, or what has its forward.
+        model: any `AutoModelForCausalLM`, or a module with the same forward.
         prompts: token ids.
 
     Returns:
-        None where there is nothing to save, or the model keeps no cache that can be gone on from.
+        None for fewer than two prompts, for prompts that share no first token, and for a model without a
+        cache from which it can continue.
     """
     parameters = inspect.signature(model.forward).parameters
-    # transformers renamed it in 5.24
+    # transformers renamed the argument in 5.24
     argument = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if len(prompts) < 2 or argument is None:
         return None

@@ -1,4 +1,4 @@
-"""A prompt as token ids: through the tokenizer's chat template when it has one."""
+"""Prompts as token ids: the tokenizer's chat template is applied if it has one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ Prompt = str | tuple[Mapping[str, str], ...]
 
 
 def render(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, through the tokenizer's chat template when it has one.
+    """Return the token ids of a prompt, in the tokenizer's chat template if it has one.
 
     Raises:
-        PromptError: a conversation of several messages, and no chat template.
+        PromptError: the prompt has several messages, and the tokenizer has no chat template.
     """
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -28,12 +28,13 @@ def render(tokenizer: Any, prompt: Prompt) -> list[int]:
     if len(prompt) == 1:
         return list(tokenizer(prompt[0]["content"]).input_ids)
     raise PromptError(
-        f"a conversation of {len(prompt)} messages needs a tokenizer with a chat template"
+        f"a conversation of {len(prompt)} messages needs a tokenizer with a chat template, got one without: "
+        "give prompts of one message"
     )
 
 
 def pad_token(model: PreTrainedModel) -> int:
-    """The token to pad with: the model's, or the end of sequence, or 0."""
+    """Return the id of the padding token of a model: its own, else its end of sequence, else 0."""
     for name in ("pad_token_id", "eos_token_id"):
         token = getattr(model.generation_config, name, None)
         if token is not None:

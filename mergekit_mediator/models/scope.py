@@ -1,7 +1,8 @@
-"""Contexts that are left wherever an interrupt falls, which `contextlib.contextmanager` does not promise.
+"""Contexts that end properly wherever an interrupt falls; `contextlib.contextmanager` does not promise that.
 
-Python raises KeyboardInterrupt between two instructions of the main thread: also on the first one of a
-function that was called to clean up, before any `try` of it. So nothing here hangs on one function.
+Python raises KeyboardInterrupt between any two instructions of the main thread. One may be the first
+instruction of a function that cleans up, before the `try` of that function. So no cleanup here depends on one
+call alone.
 """
 
 from collections.abc import Callable, Generator
@@ -17,10 +18,10 @@ T = TypeVar("T")
 def scope(
     function: Callable[P, Generator[T, None, None]],
 ) -> Callable[P, AbstractContextManager[T]]:
-    """As `contextlib.contextmanager`, for generators that do not look at what ends the context.
+    """Do as `contextlib.contextmanager`, for generators that do not see the error that ends the context.
 
-    The generator is closed at the end of the context. Where an interrupt prevents that, it is closed
-    because nobody refers to it any more.
+    The generator is closed at the end of the context. If an interrupt prevents that, Python closes the generator
+    because no reference to it is left.
     """
 
     @wraps(function)
@@ -32,22 +33,25 @@ def scope(
 
 @scope
 def undoing(undo: Callable[[], None]) -> Generator[None, None, None]:
-    """Calls a function at the end of the context, and again where an interrupt has ended it.
+    """Call a function at the end of the context, and again if an interrupt stopped it.
 
     Args:
-        undo: may be called when there is nothing to undo any more, and when half of it is undone.
+        undo: the function. It must also work when all or half of its work is done already.
+
+    Raises:
+        KeyboardInterrupt: an interrupt stopped the function, which has run to its end since.
     """
     try:
         try:
             yield
         finally:
             _to_the_end(undo)
-    finally:  # an interrupt may end the first before its first instruction
+    finally:  # an interrupt may stop the first call before its first instruction
         _to_the_end(undo)
 
 
 def _to_the_end(undo: Callable[[], None]) -> None:
-    """Call a function until it has not been interrupted; the interrupt is raised then."""
+    """Call a function until no interrupt stops it, then raise the last interrupt."""
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
@@ -62,22 +66,22 @@ def _to_the_end(undo: Callable[[], None]) -> None:
 class _Special:
     """A method that `with` looks up when it begins.
 
-    For `with`, it is made so that no frame of Python refers to the generator: such a frame stays in the
-    traceback of an interrupt, and the generator with it. On the class it is an ordinary function, which
-    is what `contextlib.ExitStack` calls.
+    The traceback of an interrupt keeps all frames of Python, and with them the objects that they refer to. So
+    `with` gets a method that runs without a frame that refers to the generator. The class itself has an ordinary
+    function, as `contextlib.ExitStack` calls that.
     """
 
     def __init__(
-        self, made: Callable[["_Scope"], Callable[..., Any]], plain: Callable[..., Any]
+        self, bind: Callable[["_Scope"], Callable[..., Any]], plain: Callable[..., Any]
     ) -> None:
-        self._made, self._plain = made, plain
+        self._bind, self._plain = bind, plain
 
     def __get__(self, scope: "_Scope | None", owner: type) -> Callable[..., Any]:
-        return self._plain if scope is None else self._made(scope)
+        return self._plain if scope is None else self._bind(scope)
 
 
-def _leaving(scope: "_Scope") -> Callable[..., None]:
-    """What `with` alone refers to, and drops when it has ended: the generator goes with it."""
+def _exit(scope: "_Scope") -> Callable[..., None]:
+    """Make an `__exit__` that alone keeps the generator: `with` drops both when the context has ended."""
     leave = partial(_leave, ref(scope.generator))
     leave.generator = scope.generator  # type: ignore[attr-defined]
     return leave
@@ -93,5 +97,5 @@ class _Scope:
     def __init__(self, generator: Generator[Any, None, None]) -> None:
         self.generator = generator
 
-    __enter__ = _Special(lambda own: own.generator.__next__, lambda own: next(own.generator))
-    __exit__ = _Special(_leaving, lambda own, *_error: own.generator.close())
+    __enter__ = _Special(lambda self: self.generator.__next__, lambda self: next(self.generator))
+    __exit__ = _Special(_exit, lambda self, *_error: self.generator.close())

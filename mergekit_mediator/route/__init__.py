@@ -1,3 +1,4 @@
-"""Decides which experts a request needs, how sure that is, and how far the request is from the known.
+"""Routers: which experts a request needs, how sure the router is, and how far the request is from the known.
 
-Routers are fitted and calibrated here, too."""
+The room also fits and calibrates routers.
+"""

@@ -1,7 +1,7 @@
-"""General requests: what a router is shown as belonging to no expert, so that it knows the like as far.
+"""General requests that belong to no expert. They teach the router to score similar requests as far.
 
-Showing a detector some outliers, of another kind than those it will meet, is outlier exposure
-(Hendrycks et al., arXiv 1812.04606). Those that an expert claims after all are left out, see `heads`.
+The method is outlier exposure (Hendrycks et al., arXiv 1812.04606): a detector learns from some outliers, and
+recognises outliers of other kinds. `heads` leaves out the requests that an expert claims.
 """
 
 BACKGROUND = (

@@ -1,4 +1,4 @@
-"""Calibrates the router of an artifact: prompts in, the fitted router and its figures in place."""
+"""Calibration of an artifact's router: it reads prompts, and stores the fitted router and its figures."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -48,24 +48,31 @@ def calibrate_artifact(
     seed: int = 0,
     manifest: Manifest | None = None,
 ) -> Calibration:
-    """Fit the router of an artifact and store it there, in place of an older one.
+    """Fit the router of an artifact and store it there, in place of an older router.
 
-    Experts without data keep what the present router knows of them. Whatever stops this, the artifact
-    is the old or the new one, and valid. Nobody else can write to it meanwhile.
+    The features of experts without data come from the present router. A lock keeps other writers out. If the
+    call is stopped at any moment, the artifact is valid and has either the old or the new router.
 
     Args:
-        root: of the artifact.
-        model: its dense expert.
-        tokenizer: of the artifact.
-        data: a JSONL file by expert; see `prompt_files.read_prompts`.
-        kind, head, seed: see `fit.fit`; where some experts keep their old data, those of the
-            present router are used.
-        manifest: of the artifact, if its files were verified before model and tokenizer were loaded.
-            Without it they are verified here.
+        root: the directory of the artifact.
+        model: its dense expert, a transformers model.
+        tokenizer: its tokenizer.
+        data: by expert, a file of prompts; see `prompt_files.read_prompts`.
+        kind: the features; see `CalibratedRouter`. If `data` lacks some experts, `kind`, `head` and
+            `seed` are those of the present router.
+        head: see `fit.fit`.
+        seed: see `fit.fit`.
+        manifest: the manifest, if the caller verified the files before it loaded model and tokenizer.
+            If None, this function verifies them.
+
+    Returns:
+        The router and its figures.
 
     Raises:
-        RoutingError: an unknown expert, an expert without data, or data that cannot be used.
-        ArtifactError: the artifact or its router cannot be read, was altered, or has become another one.
+        RoutingError: an expert is unknown or has no data, or the data cannot be used.
+        PromptError: a file of prompts cannot be read.
+        ArtifactError: the artifact or its router cannot be read or was altered, or another process replaced
+            the artifact during the calibration.
         OutputError: another process writes to the artifact, or the router cannot be written.
     """
     try:
@@ -75,7 +82,10 @@ def calibrate_artifact(
                 verify_files(root, manifest)
             result, figures = _fit(root, manifest, model, tokenizer, data, kind, head, seed)
             if read_manifest(root) != manifest:
-                raise ArtifactError(f"{root}: has become another artifact meanwhile: run it again")
+                raise ArtifactError(
+                    f"{root}: another artifact is there since the calibration began: run "
+                    "`mergekit-mediator calibrate` again"
+                )
             _store(root, manifest, result.router, figures)
     except OSError as error:
         raise OutputError(
@@ -95,11 +105,13 @@ def _fit(
     head: Head,
     seed: int,
 ) -> tuple[Calibration, dict[str, Any]]:
-    """The router, and what the manifest says of it."""
+    """Fit the router, and return it with the figures for the manifest."""
     for name in data:
         if name not in manifest.expert_names:
-            known = ", ".join(manifest.expert_names)
-            raise RoutingError(f"--data {name}: this artifact has no such expert, but {known}")
+            names = ", ".join(manifest.expert_names)
+            raise RoutingError(
+                f"--data {name}: the name of an expert of this artifact required: one of {names}"
+            )
     prompts = {name: read_prompts(path) for name, path in data.items()}
     ids = {name: [render(tokenizer, prompt) for prompt in rows] for name, rows in prompts.items()}
     missing = [name for name in manifest.expert_names if name not in data]
@@ -107,31 +119,33 @@ def _fit(
         raise RoutingError(
             f"no data for {', '.join(missing)}: give --data NAME=FILE for each expert"
         )
-    old = None
+    router = None
     if missing and manifest.router_file is not None:
-        # of other experts than now, if some were added or removed
-        old = CalibratedRouter.load(root / manifest.router_file, limits=Limits.of(model))
-    if old is not None:
-        kind, head, seed = old.kind, old.head, old.seed
-    if old is not None:
-        tokens = old.tokens
+        # The present router may have other experts than the artifact, if some were added or removed.
+        router = CalibratedRouter.load(root / manifest.router_file, limits=Limits.of(model))
+    if router is not None:
+        kind, head, seed = router.kind, router.head, router.seed
+        tokens = router.tokens
     elif kind == "embedding":
         tokens = shared_tokens(ids)
     else:
         tokens = torch.tensor(tokenizer(SUMMARY, add_special_tokens=False).input_ids)
     contexts = Contexts(tokenizer)
     features = _features(model, contexts, ids, kind, tokens)
-    if old is not None:
-        background = old.background
+    if router is not None:
+        background = router.background
     else:
         general = [render(tokenizer, text) for text in BACKGROUND]
         background = _features(model, contexts, {"background": general}, kind, tokens)["background"]
-    known_features = dict(old.features) if old is not None else {}
-    absent = [name for name in missing if name not in known_features]
-    if absent:
-        raise RoutingError(f"no data for {', '.join(absent)}, and the router does not know them")
+    router_features = dict(router.features) if router is not None else {}
+    gaps = [name for name in missing if name not in router_features]
+    if gaps:
+        raise RoutingError(
+            f"no data for {', '.join(gaps)}, and the present router holds none: give --data NAME=FILE "
+            "for each of them"
+        )
     result = fit_router.fit(
-        {name: {**known_features, **features}[name] for name in manifest.expert_names},
+        {name: {**router_features, **features}[name] for name in manifest.expert_names},
         kind,
         head=head,
         layers=_layers(model) if kind == "hidden" else (),
@@ -151,7 +165,7 @@ def _features(
     kind: Kind,
     tokens: Tensor,
 ) -> dict[str, Tensor]:
-    """By expert, `[n_prompts, d]`: the same as the runtime takes of a request."""
+    """Compute by expert the features `[n_prompts, d]` of its prompts, as the runtime does for a request."""
     if kind == "embedding":
         table = model.get_input_embeddings().weight.detach()
         return embedding_features(ids, table, tokens)
@@ -172,34 +186,34 @@ def _layers(model: Any) -> tuple[int, int]:
 def _store(
     root: Path, manifest: Manifest, router: CalibratedRouter, figures: dict[str, Any]
 ) -> None:
-    """Replace the router. The artifact is valid after every step, and one step makes the old one the new one.
+    """Replace the router. The artifact is valid after every step, and a single step switches the routers.
 
-    The manifest vouches for the router by digest, and no step changes both. So the router first gets a
-    name of its own. Once the manifest names that, nobody reads what has the usual name: it is replaced,
-    and then named again.
+    The manifest holds the router's digest, and no step changes both files. So the new router first gets a name
+    that no other router has. Once the manifest names that file, nobody reads the file with the usual name. The
+    new router then replaces that file, and the manifest names it again.
     """
     others = {name: d for name, d in manifest.files.items() if name != manifest.router_file}
     partial = root / f"{ROUTER}.partial"
 
-    def vouch(name: str) -> None:
+    def name_in_manifest(name: str) -> None:
         update = {"router": figures, "files": {**others, name: router_digest}}
         write_manifest(root, manifest.model_copy(update=update))
 
     try:
         router.save(partial)
         router_digest = digest(partial)
-        own_name = f"mediator/router-{router_digest.sha256[:12]}.safetensors"
-        durable.replace(partial, root / own_name)
-        vouch(own_name)
-        shutil.copyfile(root / own_name, partial)
+        unique_name = f"mediator/router-{router_digest.sha256[:12]}.safetensors"
+        durable.replace(partial, root / unique_name)
+        name_in_manifest(unique_name)
+        shutil.copyfile(root / unique_name, partial)
         durable.replace(partial, root / ROUTER)
-        vouch(ROUTER)
+        name_in_manifest(ROUTER)
     finally:
         _remove_leftovers(root)
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Remove routers that the manifest does not name, also those of a process that was killed."""
+    """Remove the router files that the manifest does not name, such as those of a killed process."""
     manifest = read_manifest(root)
     for path in (root / ROUTER).parent.glob("router*"):
         name = path.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""The file of a calibrated router, checked against its experts and its model before it is read."""
+"""The file of a calibrated router. It is checked against its experts and its model before it is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ TENSORS = (
     "tokens", "background", "center", "scale", "weight", "bias", "fit_weight", "fit_bias", "near_weight",
     "near_bias", "spread",
 )  # fmt: skip
-# Fitting takes the square of the number of prompts, all experts together.
+# The fit takes memory for the square of the number of prompts of all experts.
 MOST_PROMPTS = 1 << 14
-# Those of `hidden` are put after every prompt; those of `embedding` are shared by all prompts.
+# The tokens of `hidden` follow every prompt; the tokens of `embedding` are those that all prompts share.
 _MOST_TOKENS: dict[Kind, int] = {"hidden": 1 << 8, "embedding": 1 << 20}
 _NUMBERS = (
     "temperature", "ood_threshold", "entropy_threshold", "variance", "fit_mean", "fit_deviation",
@@ -31,13 +31,13 @@ _NUMBERS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model allows of a router's file.
+    """The sizes of a model, which bound the router's file.
 
     Attributes:
-        hidden: the width of its hidden states; None if its configuration does not say.
-        embedding: that of its input embedding.
-        vocabulary: how many rows that has.
-        blocks: how many decoder blocks the model has.
+        hidden: the width of the hidden states; None if the configuration does not name it.
+        embedding: the width of the input embedding.
+        vocabulary: the number of rows of the input embedding.
+        blocks: the number of decoder blocks.
     """
 
     hidden: int | None
@@ -47,7 +47,7 @@ class Limits:
 
     @classmethod
     def of(cls, model: Any) -> "Limits":
-        """Those of a transformers model."""
+        """Read the limits from a transformers model."""
         text = model.config.get_text_config()
         vocabulary, embedding = model.get_input_embeddings().weight.shape
         hidden = getattr(text, "hidden_size", None)
@@ -56,8 +56,14 @@ class Limits:
     def check(self, kind: Kind, layers: tuple[int, ...], width: int, path: Path) -> None:
         """Refuse features that this model does not have.
 
+        Args:
+            kind: the features.
+            layers: the decoder blocks of the features, from 1.
+            width: the width d of the features.
+            path: the router's file, for the message.
+
         Raises:
-            ArtifactError: they are of another width, or of layers that are not there.
+            ArtifactError: the width is another, or the model has no such layers.
         """
         states = None if self.hidden is None else 2 * self.hidden
         expected = self.embedding if kind == "embedding" else states
@@ -73,7 +79,7 @@ class Limits:
         """Refuse tokens that the model does not know.
 
         Raises:
-            ArtifactError: there is one.
+            ArtifactError: a token is outside the vocabulary.
         """
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
             raise ArtifactError(f"{path}: tokens must be from 0 to {self.vocabulary - 1}")
@@ -82,16 +88,16 @@ class Limits:
 def read(
     path: Path, experts: Sequence[str] | None = None, limits: Limits | None = None
 ) -> dict[str, Any]:
-    """The fields of a `CalibratedRouter`, from what its `save` wrote.
+    """Read the fields of a `CalibratedRouter` from a file that its `save` wrote.
 
     Args:
-        path: of the file.
-        experts: those of the artifact, which the router must be of; None if they are not known.
-        limits: of the model; None if it is not known.
+        path: the file.
+        experts: the experts of the artifact, which must be the router's; None if they are not known.
+        limits: the limits of the model; None if the model is not known.
 
     Raises:
-        ArtifactError: the file is missing, damaged, of another kind, of other experts, for another model,
-            or inconsistent.
+        ArtifactError: the file is missing, damaged or inconsistent, holds a router of another kind, or belongs
+            to other experts or another model.
     """
     file = RouterFile(path, KIND)
     about, names = file.about, file.experts(experts)
@@ -117,15 +123,15 @@ def read(
 
 
 def _check_tensors(file: RouterFile, experts: Sequence[str], kind: Kind, path: Path) -> None:
-    """Check the header of every tensor, before any is read.
+    """Check the header of every tensor, before any tensor is read.
 
     Raises:
-        ArtifactError: a tensor is missing, not expected, or of another form.
+        ArtifactError: a tensor is missing, not expected, or has another shape or dtype.
     """
-    _, found = file.header("weight")
-    if len(found) != 2:
-        raise ArtifactError(f"{path}: `weight` must be a matrix")
-    n, d = len(experts), found[1]
+    _, shape_of_weight = file.header("weight")
+    if len(shape_of_weight) != 2:
+        raise ArtifactError(f"{path}: `weight` must be a matrix, got shape {shape_of_weight}")
+    n, d = len(experts), shape_of_weight[1]
     shapes: dict[str, tuple[int | None, ...]] = {
         **dict.fromkeys(("weight", "fit_weight", "near_weight"), (n, d)),
         **dict.fromkeys(("bias", "fit_bias", "near_bias"), (n,)),

@@ -1,4 +1,4 @@
-"""How sure a router may be: temperature, threshold and calibration error from held-out scores."""
+"""The confidence of a router: temperature, threshold and calibration error from held-out scores."""
 
 import math
 from collections.abc import Callable
@@ -6,17 +6,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_ACCEPTED_ERROR = 0.01  # of the prompts that `auto` gives to one expert alone
+# The fraction of wrong choices among the held-out prompts that `auto` gives to one expert alone.
+_ACCEPTED_ERROR = 0.01
 
 
 def fit_temperature(scores: Tensor, truth: Tensor) -> float:
-    """The temperature of the softmax that makes held-out truths likeliest.
+    """Find the temperature of the softmax that makes the true experts likeliest.
 
-    Truths are smoothed by 1/(n + 2), as Platt (1999) does, or perfect scores would have none.
+    Targets are smoothed by 1/(n + 2), after Platt (1999): otherwise perfect scores would have no best
+    temperature.
 
     Args:
-        scores: `[n, n_experts]`.
-        truth: `[n]` int64.
+        scores: `[n, n_experts]`, those of held-out prompts.
+        truth: `[n]` int64, the index of each prompt's expert.
+
+    Returns:
+        The temperature, in units of the scores.
     """
     smooth = 1 / (len(scores) + 2)
     target = torch.full_like(scores, smooth / (scores.shape[1] - 1))
@@ -30,28 +35,45 @@ def fit_temperature(scores: Tensor, truth: Tensor) -> float:
 
 
 def expected_calibration_error(probabilities: Tensor, truth: Tensor, bins: int = 15) -> float:
-    """`Σ_b n_b/n |accuracy_b − confidence_b|` over equal bins of confidence (Guo et al. 2017)."""
+    """Compute `Σ_b n_b/n |accuracy_b − confidence_b|` over equal bins of confidence (Guo et al. 2017).
+
+    Args:
+        probabilities: `[n, n_experts]`.
+        truth: `[n]` int64, the index of each prompt's expert.
+        bins: the number of bins.
+
+    Returns:
+        The error, from 0 to 1.
+    """
     confidence, choice = probabilities.max(dim=1)
-    right = (choice == truth).to(confidence.dtype)
+    hits = (choice == truth).to(confidence.dtype)
     index = (confidence * bins).long().clamp_max(bins - 1)
-    gap = torch.zeros(bins, dtype=confidence.dtype).index_add_(0, index, right - confidence)
+    gap = torch.zeros(bins, dtype=confidence.dtype).index_add_(0, index, hits - confidence)
     return float(gap.abs().sum() / len(truth))
 
 
 def fit_entropy_threshold(probabilities: Tensor, truth: Tensor) -> float:
-    """The largest normalised entropy below which at most 1% of held-out prompts go wrong."""
+    """Find the largest normalised entropy below which the router errs on at most 1% of held-out prompts.
+
+    Args:
+        probabilities: `[n, n_experts]`.
+        truth: `[n]` int64, the index of each prompt's expert.
+
+    Returns:
+        A fraction of log(n_experts), from 0 to 1.
+    """
     entropy = torch.special.entr(probabilities).sum(dim=1) / math.log(probabilities.shape[1])
     order = entropy.argsort(stable=True)
-    wrong = (probabilities.argmax(dim=1) != truth)[order].double().cumsum(dim=0)
-    fine = wrong <= _ACCEPTED_ERROR * torch.arange(1, len(truth) + 1)
-    if fine.all():
+    errors = (probabilities.argmax(dim=1) != truth)[order].double().cumsum(dim=0)
+    accepted = errors <= _ACCEPTED_ERROR * torch.arange(1, len(truth) + 1)
+    if accepted.all():
         return 1.0
-    last = fine.nonzero()
-    return float(entropy[order[last[-1, 0]]]) if len(last) else 0.0
+    places = accepted.nonzero()
+    return float(entropy[order[places[-1, 0]]]) if len(places) else 0.0
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Golden section search for the minimum of a function with one valley."""
+    """Find the minimum of a function with one valley by golden section search."""
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)

@@ -1,7 +1,7 @@
-"""Scores or features of a request -> which experts, how sure, and how far from everything known.
+"""Scores of a request -> which experts, how sure the router is, and how far the request is from the known.
 
-A router answers with a `RoutingDecision`; `apply_policy` turns it into the mixture that is used.
-Tensors only: this file knows neither prompts nor models.
+A router returns a `RoutingDecision`; `apply_policy` turns it into the mixture of each request. This file knows
+tensors only, neither prompts nor models.
 """
 
 import math
@@ -16,19 +16,20 @@ from mergekit_mediator.errors import RoutingError
 
 Policy = Literal["hard", "soft", "auto"]
 OodAction = Literal["blend", "dense", "fallback", "refuse"]
-# Experts that together have less weight than this are not worth putting in place.
+# A mixture whose weights sum to less is replaced by the dense expert alone.
 _NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """What a router thinks of a batch of requests.
+    """A router's probabilities of the experts for a batch of requests.
 
-    weights: `[batch, n_experts]` float32, the probability of each expert; rows sum to 1.
-    entropy: `[batch]` float32, of each row of `weights`, in nats.
-    ood: `[batch]` float32, distance from everything the router knows, higher is farther;
-        NaN where the router cannot tell.
-    experts: the experts' names, in the order of the columns.
+    Attributes:
+        weights: `[batch, n_experts]` float32, the probability of each expert; rows sum to 1.
+        entropy: `[batch]` float32, the entropy of each row of `weights`, in nats.
+        ood: `[batch]` float32, the out-of-distribution score: the distance from all requests that the router
+            knows, higher is farther. NaN if the router cannot tell.
+        experts: the experts' names, in the order of the columns.
     """
 
     weights: Tensor
@@ -38,7 +39,7 @@ class RoutingDecision:
 
     @property
     def normalized_entropy(self) -> Tensor:
-        """`[batch]` float32 in [0, 1]: entropy divided by log(n_experts); 0 for one expert."""
+        """`[batch]` float32 from 0 to 1: the entropy divided by log(n_experts); 0 for one expert."""
         if len(self.experts) < 2:
             return torch.zeros_like(self.entropy)
         return self.entropy / math.log(len(self.experts))
@@ -50,13 +51,16 @@ def decide_from_scores(
     temperature: float = 1.0,
     ood: Tensor | None = None,
 ) -> RoutingDecision:
-    """Softmax of scores, `p = softmax(scores / temperature)`.
+    """Make a decision from scores: `p = softmax(scores / temperature)`.
 
-    scores: `[batch, n_experts]`, higher is better, in any unit that `temperature` is in.
-    ood: `[batch]`; NaN everywhere if not given.
+    Args:
+        scores: `[batch, n_experts]`, any float dtype, higher is better.
+        experts: the experts' names, in the order of the columns.
+        temperature: in units of the scores.
+        ood: `[batch]`, the out-of-distribution scores; None for NaN everywhere.
 
     Raises:
-        RoutingError: scores of another shape or not finite, or a temperature that is not positive.
+        RoutingError: the scores have another shape or are not finite, or the temperature is not positive.
     """
     if scores.ndim != 2 or scores.shape[1] != len(experts) or not experts:
         raise RoutingError(
@@ -73,7 +77,8 @@ def decide_from_scores(
     weights = logp.exp()
     if ood is None:
         ood = torch.full((len(scores),), math.nan, device=scores.device)
-    return RoutingDecision(weights, -(weights * logp).sum(dim=1), ood, tuple(experts))
+    entropy = (weights * logp).sum(dim=1).abs()  # -0.0 would be shown as negative
+    return RoutingDecision(weights, entropy, ood, tuple(experts))
 
 
 def apply_policy(
@@ -85,18 +90,26 @@ def apply_policy(
     ood_action: OodAction = "blend",
     fallback: str | None = None,
 ) -> Tensor:
-    """The mixture to use for each request, `[batch, n_experts]` float32.
+    """Choose the mixture of each request.
 
-    policy: `hard` is the likeliest expert alone, `soft` every expert by its probability, `auto`
-        the first where the normalised entropy is below `entropy_threshold`, else the second.
-    ood_threshold: requests whose `ood` is above it get `ood_action` instead: `blend` (as `soft`, times
-        `exp(-(ood - ood_threshold)² / 2)`: the farther a request, the less of the experts and the more
-        of the dense expert, their mean), `dense` (a row of zeros: the dense expert alone), `fallback`
-        (the expert of that name alone) or `refuse`. A NaN score is never above it.
+    Args:
+        decision: the router's decision.
+        policy: `hard` takes the likeliest expert alone, `soft` every expert by its probability. `auto` is
+            `hard` if the normalised entropy is below `entropy_threshold`, otherwise `soft`.
+        entropy_threshold: a fraction of log(n_experts), from 0 to 1.
+        ood_threshold: a request whose `ood` is above it gets `ood_action` instead of `policy`. A NaN is never
+            above it. None for no such requests.
+        ood_action: `blend` is `soft` times `exp(-(ood - ood_threshold)² / 2)`: the farther the request, the
+            more it is the dense expert that answers. `dense` is a row of zeros: the dense expert alone.
+            `fallback` is one expert alone. `refuse` raises.
+        fallback: the name of the expert for `fallback`.
+
+    Returns:
+        `[batch, n_experts]` float32.
 
     Raises:
-        RoutingError: an unknown policy, action or fallback, a threshold of entropy out of range, or requests
-            that are refused.
+        RoutingError: `policy`, `ood_action` or `fallback` is unknown, `entropy_threshold` is out of range, or a
+            request is refused.
     """
     if policy not in get_args(Policy):
         raise RoutingError(f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}")
@@ -122,16 +135,16 @@ def apply_policy(
         row = int(far.nonzero()[0])
         raise RoutingError(
             f"request {row} is out of distribution: score {float(decision.ood[row]):.3g} is above "
-            f"the calibrated {ood_threshold:.3g}; choose another action to answer it all the same"
+            f"the calibrated {ood_threshold:.3g}: set ood_action to blend, dense or fallback to answer it"
         )
-    near = (-(decision.ood - ood_threshold).clamp_min(0).square() / 2).exp()
-    instead = soft * torch.where(near < _NEGLIGIBLE, 0, near)[:, None]
+    nearness = (-(decision.ood - ood_threshold).clamp_min(0).square() / 2).exp()
+    ood_weights = soft * torch.where(nearness < _NEGLIGIBLE, 0, nearness)[:, None]
     if ood_action == "dense":
-        instead = torch.zeros_like(soft)
+        ood_weights = torch.zeros_like(soft)
     elif ood_action == "fallback":
         if fallback not in decision.experts:
             names = ", ".join(decision.experts)
             raise RoutingError(f"fallback must name one of the experts {names}, got {fallback!r}")
-        instead = torch.zeros_like(soft)
-        instead[:, decision.experts.index(fallback)] = 1.0
-    return torch.where(far[:, None], instead, weights)
+        ood_weights = torch.zeros_like(soft)
+        ood_weights[:, decision.experts.index(fallback)] = 1.0
+    return torch.where(far[:, None], ood_weights, weights)

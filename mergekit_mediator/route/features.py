@@ -1,9 +1,9 @@
-"""Hidden states of the dense expert as features, from a pass that stops where they are.
+"""The features of prompts that calibrated routers take: hidden states of the dense expert, or mean embeddings.
 
-After the prompt the model begins to say what it is about. Its last state sums the prompt up; the
-mean over the prompt's own tokens, some blocks earlier, says what the prompt is made of. Each tells
-tasks apart that the other confuses. Words that make a model sum up a text are the idea of PromptEOL
-(Jiang et al., arXiv 2307.16645).
+`hidden` features are two states. The words of `SUMMARY` follow the prompt, and the state of the last of them
+sums the prompt up. The mean state of the prompt's own tokens, some blocks earlier, describes its words. Each
+tells tasks apart that the other confuses. The summary words are the idea of PromptEOL (Jiang et al., arXiv
+2307.16645). The forward pass stops at the last state that it needs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,12 @@ from mergekit_mediator.models.hooks import Hook, hooked
 from mergekit_mediator.route.calibrated_file import Head as Head
 from mergekit_mediator.route.calibrated_file import Kind as Kind
 
-SUMMARY = "This is a problem about"  # of ten, the one that told most tasks of the development set
+# Of ten phrases, this one told most tasks of `benchmarks/router_development.py` apart.
+SUMMARY = "This is a problem about"
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the last layer that is asked for."""
+    """A signal that ends a forward pass at the last layer that is needed."""
 
 
 @torch.no_grad()
@@ -34,34 +35,39 @@ def hidden_features(
     summary: Tensor,
     layers: tuple[int, ...],
 ) -> Tensor:
-    """Two hidden states side by side, `[batch, 2 d]` float32.
+    """Compute two hidden states of each prompt.
 
-    The first is the mean over the tokens that count after the first `layers[0]` decoder blocks, the
-    second that of the last token after `layers[1]`; later blocks are not run.
+    The first is the mean over the tokens that count, after `layers[0]` decoder blocks. The second is the state
+    of the last summary token after `layers[1]` blocks. Later blocks do not run.
 
     Args:
         model: a transformers model that holds the dense expert.
-        ids, mask: `[batch, length]`.
+        ids: `[batch, length]` int64.
+        mask: `[batch, length]`, 0 for padding.
         counted: `[batch, length]` bool, the tokens that count, at least one per row.
-        summary: `[k]` int64, put after every prompt; its last token is the last one.
-        layers: ascending, from 1 to the number of decoder blocks.
+        summary: `[k]` int64, the tokens that follow every prompt.
+        layers: two numbers of decoder blocks, ascending, from 1.
+
+    Returns:
+        The states side by side, `[batch, 2 d]` float32.
 
     Raises:
-        RoutingError: the model has no such blocks.
+        RoutingError: the model has no list of decoder blocks.
     """
-    order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)  # padding in front
+    order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)  # padding first
     ids, mask, counted = (x.gather(1, order) for x in (ids, mask, counted.to(ids.device)))
-    begun = summary.to(ids.device).expand(len(ids), -1)
-    ids, mask = torch.cat([ids, begun], dim=1), torch.cat([mask, torch.ones_like(begun)], dim=1)
+    summaries = summary.to(ids.device).expand(len(ids), -1)
+    ids = torch.cat([ids, summaries], dim=1)
+    mask = torch.cat([mask, torch.ones_like(summaries)], dim=1)
     states: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
         if len(states) == len(layers):
             raise _ReachedError
 
     blocks = _blocks(model)
-    hooks = [Hook(blocks[layer - 1], keep) for layer in layers]
+    hooks = [Hook(blocks[layer - 1], record) for layer in layers]
     with suppress(_ReachedError), hooked(hooks):
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     prompt = mean_state(states[0][:, : counted.shape[1]], counted)
@@ -74,19 +80,20 @@ def _blocks(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise RoutingError(
-        f"{type(model).__name__} has no list of {count} blocks: calibrate with --features embedding"
+        f"hidden features need a list of {count} decoder blocks, which {type(model).__name__} does not "
+        "have: calibrate with --features embedding"
     )
 
 
 def mean_embedding(ids: Tensor, mask: Tensor, table: Tensor, excluded: Tensor) -> Tensor:
-    """The mean embedding of each prompt's tokens, but for those that tell prompts apart in nothing.
+    """Compute the mean embedding of each prompt's tokens.
 
     Args:
         ids: `[batch, seq]` int64.
         mask: `[batch, seq]`, 0 for padding.
         table: `[vocabulary, d]`, the input embedding.
-        excluded: `[k]` int64, the tokens that do not count (those of the chat template). A prompt
-            of such tokens alone is the mean of them.
+        excluded: `[k]` int64, the tokens that do not count (those of the chat template). They count in a
+            prompt that has no other tokens.
 
     Returns:
         `[batch, d]` float32.
@@ -99,11 +106,11 @@ def mean_embedding(ids: Tensor, mask: Tensor, table: Tensor, excluded: Tensor) -
 
 
 def mean_state(hidden: Tensor, counted: Tensor) -> Tensor:
-    """The mean hidden state of each prompt's tokens that count.
+    """Compute the mean hidden state of each prompt's tokens that count.
 
     Args:
-        hidden: `[batch, seq, d]`, after some decoder block.
-        counted: `[batch, seq]` bool. At least one per row.
+        hidden: `[batch, seq, d]`, the states after a decoder block.
+        counted: `[batch, seq]` bool, the tokens that count, at least one per row.
 
     Returns:
         `[batch, d]` float32.
@@ -114,20 +121,29 @@ def mean_state(hidden: Tensor, counted: Tensor) -> Tensor:
 
 
 def hidden_layers(layers: int) -> tuple[int, int]:
-    """After how many decoder blocks of a model `hidden` features are taken: of the prompt's tokens
-    after two fifths, of the last one after four fifths; see the benchmark."""
+    """Return the numbers of decoder blocks after which `hidden` features are taken.
+
+    The states of the prompt's tokens are taken after two fifths of the blocks, that of the last token after
+    four fifths. Both fractions were chosen on the tasks of `benchmarks/router_development.py`.
+
+    Args:
+        layers: the number of decoder blocks of the model.
+    """
     return max(1, round(0.4 * layers)), max(1, round(0.8 * layers))
 
 
 def embedding_features(
     prompts: Mapping[str, Sequence[Sequence[int]]], table: Tensor, excluded: Tensor
 ) -> dict[str, Tensor]:
-    """Mean embeddings by expert, `[n_prompts, d]` float32.
+    """Compute the mean embeddings of each expert's prompts.
 
     Args:
-        prompts: by expert, token ids of its prompts, as the model gets them.
+        prompts: by expert, the token ids of its prompts, as the model gets them.
         table: `[vocabulary, d]`, the input embedding.
-        excluded: `[k]` int64, usually from `shared_tokens` of all prompts.
+        excluded: `[k]` int64, the tokens that do not count, usually from `shared_tokens` of all prompts.
+
+    Returns:
+        By expert, `[n_prompts, d]` float32.
     """
     return {
         name: torch.cat(
@@ -141,6 +157,6 @@ def embedding_features(
 
 
 def shared_tokens(prompts: Mapping[str, Sequence[Sequence[int]]]) -> Tensor:
-    """The token ids that every prompt has, `[k]` int64 ascending: those of the chat template."""
+    """Return the token ids that every prompt has, `[k]` int64 ascending: those of the chat template."""
     sets = [set(ids) for rows in prompts.values() for ids in rows]
     return torch.tensor(sorted(set.intersection(*sets)) if sets else [], dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""Fit a router to features of a few prompts per expert, and measure it on prompts held out.
+"""The fit of a router to the features of a few prompts per expert, and its figures on held-out prompts.
 
-Users ask in other words than calibration prompts do. So each expert's prompts are split into four
-parts of like prompts, not at random, and each part is judged by a router fitted to the other three:
-temperature, thresholds and figures speak for wordings that the router has not seen.
+Users ask in other words than calibration prompts do. So each expert's prompts are split into four parts of
+similar prompts, not at random, and a router fitted to three parts judges the fourth. Temperature, thresholds
+and figures thus hold for wordings that the router has not seen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,18 +29,24 @@ from mergekit_mediator.route.confidence import (
 )
 from mergekit_mediator.route.heads import fit_heads
 
-_OOD_QUANTILE = 0.85  # of held-out prompts; chosen on tasks that the benchmark does not report
-_CONFUSED = 0.25  # fraction of an expert's held-out prompts given to another: worth a warning
+# The quantile of held-out prompts at the out-of-distribution threshold; chosen on the tasks of
+# benchmarks/router_development.py. The column `flagged` of benchmarks/results/router.json shows its effect.
+_OOD_QUANTILE = 0.85
+# The fraction of an expert's held-out prompts that a router gives to another expert, from which it warns.
+_CONFUSION_TO_WARN = 0.25
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A router and what is known of it.
+    """A router with its figures and warnings.
 
-    figures: JSON values for the manifest: `accuracy`, `ece`, `confusion` (rows are the truth),
-        `temperature`, `entropy_threshold`, `ood_threshold`, `prompts` by expert, and how it was
-        made. `ece` is the expected calibration error in 15 bins of confidence.
-    warnings: readable lines.
+    Attributes:
+        router: the router, fitted to all prompts.
+        figures: JSON values for the manifest. On held-out prompts: `accuracy` (0 to 1), `ece` (expected
+            calibration error in 15 bins of confidence) and `confusion` (prompts by true expert, then by
+            chosen expert). Also `temperature`, `entropy_threshold`, `ood_threshold`, `prompts` (their number
+            by expert) and the arguments of the fit.
+        warnings: one readable line for each.
     """
 
     router: CalibratedRouter
@@ -61,35 +67,41 @@ def fit(
     """Fit a router to the features of each expert's prompts.
 
     Args:
-        features: by expert, `[n_prompts, d]`, at least 5 each; 20 are enough to work.
-        kind, layers, tokens: what the features are, see `CalibratedRouter`.
-        head: `ridge`: least squares on class membership; `mahalanobis`: the nearest class mean in
-            the shrunk covariance within classes; `prototype`: the same with no covariance.
-        background: `[m, d]`, of requests that belong to no expert; none if not given.
-        seed: of the order in which prompts are dealt to parts where they are alike; the same seed
-            gives the same bytes.
+        features: by expert, `[n_prompts, d]`, at least 5 prompts each; docs/results/routers.md uses 20.
+        kind: the features, see `CalibratedRouter`.
+        head: `ridge` is least squares on class membership. `mahalanobis` is the nearest class mean in the
+            shrunk covariance within classes. `prototype` is the nearest class mean without covariance.
+        layers: see `CalibratedRouter`.
+        tokens: see `CalibratedRouter`; None for none.
+        background: `[m, d]`, the features of requests that belong to no expert; None for none.
+        seed: orders prompts that are alike before they are split. The same seed gives the same bytes.
 
     Raises:
-        RoutingError: one expert only, too few prompts or too many, features that are not finite or of
-            different widths, or an unknown head.
+        RoutingError: there are fewer than two experts, too few or too many prompts, features that are not
+            finite or differ in width, or the head is unknown.
     """
     if head not in get_args(Head):
         raise RoutingError(f"router head must be one of {', '.join(get_args(Head))}, got {head!r}")
-    features = {name: _checked(name, x) for name, x in features.items()}
+    features = {name: _check_features(name, x) for name, x in features.items()}
     if len(features) < 2:
         raise RoutingError(
             f"a router needs prompts of at least two experts, got {', '.join(features) or 'none'}"
         )
     prompts = sum(map(len, features.values()))
     if prompts > MOST_PROMPTS:
-        raise RoutingError(f"a router is fitted to at most {MOST_PROMPTS} prompts, got {prompts}")
+        raise RoutingError(
+            f"all experts together may have at most {MOST_PROMPTS} prompts, got {prompts}: give fewer"
+        )
     widths = {x.shape[1] for x in features.values()}
     if len(widths) > 1:
-        raise RoutingError(f"features of different widths {sorted(widths)} cannot be compared")
+        raise RoutingError(
+            f"features of one width required, got the widths {sorted(widths)}: calibrate all experts with "
+            "the same model"
+        )
     if background is None:
         background = torch.zeros(0, *widths)
     router = fit_heads(features, kind, head, layers, seed, background)
-    scores, fits, distances, truth = _held_out(router)
+    scores, fits, distances, truth = _measure_held_out(router)
     numbers = dict(router.numbers)
     for key, values in (("fit", fits), ("distance", distances)):
         numbers[f"{key}_mean"] = float(values.mean())
@@ -120,26 +132,33 @@ def fit(
 
 
 def add(router: CalibratedRouter, name: str, features: Tensor) -> Calibration:
-    """Fit again with one expert more, or with new prompts for one that is there.
+    """Fit again with one more expert, or with new prompts of an expert.
 
-    The other experts' prompts are not needed: the router keeps their features. `tokens` stay those
-    of the first calibration.
+    The other experts' prompts are not needed, as the router holds their features.
+
+    Args:
+        router: the present router. Its `tokens` remain.
+        name: the expert.
+        features: `[n_prompts, d]`, those of the expert's prompts.
+
+    Raises:
+        RoutingError: see `fit`.
     """
-    return _again(router, {**router.features, name: features})
+    return _refit(router, {**router.features, name: features})
 
 
 def remove(router: CalibratedRouter, name: str) -> Calibration:
     """Fit again without an expert.
 
     Raises:
-        RoutingError: there is none of that name, or one would be left.
+        RoutingError: the router has no expert of that name, or fewer than two experts would remain.
     """
     if name not in router.features:
-        raise RoutingError(f"the router knows no expert {name!r}: {', '.join(router.experts)}")
-    return _again(router, {k: x for k, x in router.features.items() if k != name})
+        raise RoutingError(f"the router has no expert {name!r}, only {', '.join(router.experts)}")
+    return _refit(router, {k: x for k, x in router.features.items() if k != name})
 
 
-def _again(router: CalibratedRouter, features: Mapping[str, Tensor]) -> Calibration:
+def _refit(router: CalibratedRouter, features: Mapping[str, Tensor]) -> Calibration:
     return fit(
         features,
         router.kind,
@@ -151,58 +170,69 @@ def _again(router: CalibratedRouter, features: Mapping[str, Tensor]) -> Calibrat
     )
 
 
-def _checked(name: str, features: Tensor) -> Tensor:
+def _check_features(name: str, features: Tensor) -> Tensor:
+    """Return features as a contiguous float32 tensor on the CPU, if they can be used.
+
+    Raises:
+        RoutingError: they have another shape, are too few or are not finite.
+    """
     if features.ndim != 2 or len(features) < MIN_PROMPTS:
         raise RoutingError(
             f"expert {name!r}: features [prompts, d] of at least {MIN_PROMPTS} prompts required, "
             f"got {list(features.shape)}"
         )
     if not torch.isfinite(features).all():
-        raise RoutingError(f"expert {name!r}: features that are not finite")
+        raise RoutingError(
+            f"expert {name!r}: finite features required, got NaN or infinite ones: check the weights of the "
+            "dense expert"
+        )
     return features.detach().to("cpu", torch.float32).contiguous()
 
 
-def _held_out(router: CalibratedRouter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores `[n, n_experts]`, both misfits `[n]` and truths `[n]` of prompts held out."""
+def _measure_held_out(router: CalibratedRouter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute scores `[n, n_experts]`, both misfits `[n]` and true experts `[n]` of all prompts, held out in turn."""
     blocks = len(router.layers) or 1
     parts = {
-        name: _like_with_like(
+        name: _quarters(
             x, standardized(x, router.center, router.scale, blocks).double(), router.seed
         )
         for name, x in router.features.items()
     }
-    measured, truth = [], []
+    measures, truth = [], []
     for part in range(4):
         rest = {n: torch.cat([*p[:part], *p[part + 1 :]]) for n, p in parts.items()}
-        fitted = fit_heads(
+        part_router = fit_heads(
             rest, router.kind, router.head, router.layers, router.seed, router.background
         )
         for index, name in enumerate(parts):
-            measured.append(fitted.measure(parts[name][part]))
+            measures.append(part_router.measure(parts[name][part]))
             truth.append(torch.full((len(parts[name][part]),), index))
-    scores, fits, distances = (torch.cat(values) for values in zip(*measured, strict=True))
+    scores, fits, distances = (torch.cat(values) for values in zip(*measures, strict=True))
     return scores, fits, distances, torch.cat(truth)
 
 
-def _like_with_like(features: Tensor, x: Tensor, seed: int) -> list[Tensor]:
-    """Features in four parts of like prompts: halved along the direction in which `x` varies most,
-    and each half again."""
-    mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return [features[quarter] for half in _halves(x, mixed) for quarter in _halves(x, half)]
+def _quarters(features: Tensor, x: Tensor, seed: int) -> list[Tensor]:
+    """Split features `[n, d]` into four parts of similar prompts.
+
+    The prompts are halved along the direction in which the standardized features `x` vary most, and each half
+    likewise.
+    """
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    return [features[quarter] for half in _halves(x, order) for quarter in _halves(x, half)]
 
 
 def _halves(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
     z = x[rows] - x[rows].mean(dim=0)
-    along = torch.linalg.eigh(z @ z.T).eigenvectors[:, -1]
-    return rows[along.argsort(stable=True)].tensor_split(2)
+    coordinates = torch.linalg.eigh(z @ z.T).eigenvectors[:, -1]
+    return rows[coordinates.argsort(stable=True)].tensor_split(2)
 
 
 def _warnings(names: Sequence[str], confusion: Tensor) -> tuple[str, ...]:
     share = confusion.double() / confusion.sum(dim=1, keepdim=True)
     return tuple(
-        f"{share[i, j]:.0%} of the held-out prompts of {names[i]!r} are taken for {names[j]!r}: is "
-        "their data the same, or too little?"
+        f"the router gives {share[i, j]:.0%} of the held-out prompts of {names[i]!r} to {names[j]!r}: give "
+        "more prompts, and check that the two experts have different ones"
         for i in range(len(names))
         for j in range(len(names))
-        if i != j and share[i, j] >= _CONFUSED
+        if i != j and share[i, j] >= _CONFUSION_TO_WARN
     )

@@ -1,4 +1,4 @@
-"""The linear heads of a router, fitted to features: which expert, and how far from all of them."""
+"""The fit of a router's linear heads: one for the expert, and two for the distance from all experts."""
 
 import math
 from collections.abc import Mapping
@@ -8,9 +8,12 @@ from torch import Tensor
 
 from mergekit_mediator.route.calibrated import CalibratedRouter, Head, Kind, standardized
 
-_RIDGE = 0.3  # of the mean squared norm of centred features; this and the next were chosen on tasks
-_SHRINKAGE = 0.3  # of the covariance within classes, to the identity; that the benchmark leaves out
-_CLAIMED = 0.5  # class membership from which a background request counts as an expert's own
+# The first two were chosen on the tasks of benchmarks/router_development.py.
+_RIDGE = 0.3  # penalty, as a fraction of the mean squared norm of centred features
+_SHRINKAGE = 0.3  # of the covariance within classes, towards a multiple of the identity
+_MEMBERSHIP_TO_CLAIM = (
+    0.5  # predicted membership from which a background request belongs to an expert
+)
 
 
 def fit_heads(
@@ -21,20 +24,31 @@ def fit_heads(
     seed: int,
     background: Tensor,
 ) -> CalibratedRouter:
-    """Everything of a router but what needs held-out prompts. In float64: sums of many near-equal rows.
+    """Fit a router, without the numbers and tokens that `fit.fit` adds.
+
+    The computation is in float64, because it sums many rows that are nearly equal.
 
     Args:
         features: by expert, `[n_prompts, d]` float32.
-        kind, layers, head, seed, background: see `CalibratedRouter`.
+        kind: see `CalibratedRouter`.
+        head: see `fit.fit`.
+        layers: see `CalibratedRouter`.
+        seed: see `fit.fit`; it does not change this fit.
+        background: see `CalibratedRouter`.
+
+    Returns:
+        A router whose `numbers` hold `variance` only, and whose `tokens` are empty.
     """
     raw = torch.cat(list(features.values())).double()
     center, scale = raw.mean(dim=0), raw.std(dim=0)
-    scale = scale + scale.mean().clamp_min(1e-12)  # or features that hardly vary would be all noise
+    scale = scale + scale.mean().clamp_min(
+        1e-12
+    )  # otherwise features that hardly vary would be noise
     x = standardized(raw, center, scale, len(layers) or 1)
     rows = torch.split(x, [len(f) for f in features.values()])
     means = torch.stack([r.mean(dim=0) for r in rows])
     within = torch.cat([r - r.mean(dim=0) for r in rows])
-    values, vectors = _principal(within / math.sqrt(len(x)))
+    values, vectors = _principal_axes(within / math.sqrt(len(x)))
     shrinkage = 1.0 if head == "prototype" else _SHRINKAGE
     variance = max(float(values.sum() / x.shape[1]), 1e-12) * shrinkage
     shrunk = values * (1 - shrinkage) + variance
@@ -45,7 +59,7 @@ def fit_heads(
     membership = torch.nn.functional.one_hot(truth, len(rows)).double()
     ridge = _ridge(x, membership)
     weight, bias = ridge if head == "ridge" else near
-    fit = _against_background(
+    fit = _ridge_with_background(
         x, membership, ridge, standardized(background.double(), center, scale, len(layers) or 1)
     )
     return CalibratedRouter(
@@ -69,20 +83,20 @@ def fit_heads(
     )
 
 
-def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `[r]` and eigenvectors `[r, d]` of `rows.T @ rows`, but for those that are 0.
+def _principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the positive eigenvalues `[r]` of `rows.T @ rows` and their eigenvectors `[r, d]`.
 
-    Through `rows @ rows.T` where that is smaller: there are mostly fewer prompts than d.
+    They come from `rows @ rows.T` if that is smaller; there are mostly fewer prompts than d.
     """
     wide = len(rows) < rows.shape[1]
     values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-    used = values > 1e-10 * values.max().clamp_min(1e-300)
-    values, vectors = values[used], vectors[:, used].T
+    positive = values > 1e-10 * values.max().clamp_min(1e-300)
+    values, vectors = values[positive], vectors[:, positive].T
     return values, (vectors @ rows) / values.sqrt()[:, None] if wide else vectors
 
 
 def _ridge(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight `[k, d]` and bias `[k]` of ridge regression, in the dual: n is smaller than d."""
+    """Compute weight `[k, d]` and bias `[k]` of ridge regression, in the dual form: mostly n is smaller than d."""
     center, level = x.mean(dim=0), target.mean(dim=0)
     z = x - center
     kernel = z @ z.T
@@ -91,21 +105,24 @@ def _ridge(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return weight, level - weight @ center
 
 
-def _against_background(
+def _ridge_with_background(
     x: Tensor, membership: Tensor, ridge: tuple[Tensor, Tensor], background: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight `[k, d]` and bias `[k]` of membership in each class less that in the background.
+    """Compute weight `[k, d]` and bias `[k]` of membership in each class minus that in the background.
+
+    Background requests that `ridge` gives to an expert are left out: an expert may be for general requests.
 
     Args:
-        x, membership: `[n, d]`, `[n, k]` of the experts' prompts.
-        ridge: what `_ridge` makes of them. Background requests `[m, d]` that it gives to an expert are
-            left out: an expert may be for general requests.
+        x: `[n, d]`, the standardized features of the experts' prompts.
+        membership: `[n, k]`, 1 for the expert of a prompt, otherwise 0.
+        ridge: the result of `_ridge` for `x` and `membership`.
+        background: `[m, d]`, the standardized features of the background requests.
     """
-    claimed = (background @ ridge[0].T + ridge[1]).max(dim=1).values >= _CLAIMED
-    away = background[~claimed]
-    if not len(away):
+    memberships = (background @ ridge[0].T + ridge[1]).max(dim=1).values
+    outsiders = background[~(memberships >= _MEMBERSHIP_TO_CLAIM)]
+    if not len(outsiders):
         return ridge
-    target = torch.nn.functional.pad(membership, (0, 1, 0, len(away)))
+    target = torch.nn.functional.pad(membership, (0, 1, 0, len(outsiders)))
     target[len(x) :, -1] = 1
-    weight, bias = _ridge(torch.cat([x, away]), target)
+    weight, bias = _ridge(torch.cat([x, outsiders]), target)
     return weight[:-1] - weight[-1], bias[:-1] - bias[-1]

@@ -1,18 +1,17 @@
-"""Routing without any data: which expert's change answers most strongly to this request.
+"""Routing without any data: it chooses the expert whose task vector responds most strongly to the request.
 
-Training writes into a weight along the inputs that it saw: a gradient of `W` is a sum of outer
-products with inputs. So a task vector τt amplifies the activations of its own task more than
-others, also where the expert's likelihood of the prompt says nothing (experts are usually trained
-on answers only). With `x` the inputs of a weight at the request's tokens in the dense expert,
+Training changes a weight `W` along the inputs that it saw: a gradient of `W` is a sum of outer products with
+inputs. So a task vector τt amplifies the activations of its own task more than others. This holds even if the
+expert's likelihood of the prompt tells nothing (experts are usually trained on answers only). With `x` the
+inputs of a weight at the request's tokens in the dense expert,
 
-    r_t(weight) = 1/2 log( mean_x ‖τt x‖² / (‖τt‖_F² ‖x‖²) )
-    score_t     = mean over weights of r_t  −  the same for a reference prompt that says nothing
+    r_t(weight) = 1/2 log( mean_x ‖τt x‖² / (‖τt‖_F² ‖x‖²) )        in nats
+    score_t     = mean over weights of r_t  −  the same for a reference prompt
 
-The reference (the chat template around an empty message) takes each expert's own bias away. Of τt,
-the leading right singular vectors are enough. Measured are the projections out of the MLPs, whose
-inputs are the most specific. One pass of the dense expert serves all experts. The formula is ours;
-reading routes off the right singular vectors of low-rank experts is the idea of Arrow (Ostapenko
-et al., arXiv 2405.11157).
+The reference prompt is the chat template around an empty message; it removes each expert's own bias. The
+leading right singular vectors of τt are enough. The router measures the projections out of the MLPs, whose
+inputs are the most specific. One pass of the dense expert serves all experts. The formula is ours; Arrow
+(Ostapenko et al., arXiv 2405.11157) had the idea to route by the right singular vectors of low-rank experts.
 """
 
 import math
@@ -33,31 +32,37 @@ from mergekit_mediator.route.decision import RoutingDecision, decide_from_scores
 from mergekit_mediator.store.router_file import RouterFile, listed, save_tensors
 from mergekit_mediator.store.streams import byte_planes, from_byte_planes, pack, unpack
 
-TEMPERATURE = 0.03  # nats of response; the benchmark's file says how it was chosen
+# Nats of response. benchmarks/results/router-no-data.json shows how sure the decisions are with it; there is no
+# record of a search.
+TEMPERATURE = 0.03
 _SCALE = ".scale"
 _FINENESS = 3.0  # of stored directions, see `factor_steps`
-_MOST_DIRECTIONS = 64  # of an expert in one weight, in a file
-_SMALLEST = 1e-20  # keeps the log finite for an expert that left a weight as it was
+_MOST_DIRECTIONS = 64  # the most directions per expert and weight that a file may have
+_SMALLEST = 1e-20  # keeps the log finite for an expert that did not change a weight
 
 
 def is_measured(shape: Sequence[int], hidden_size: int) -> bool:
-    """Whether a weight of this shape, `[out, in]`, writes into the residual stream of
-    `hidden_size` from something wider, as the last projection of an MLP does."""
+    """Tell whether response routing measures a weight, as it does the last projection of an MLP.
+
+    Args:
+        shape: `[out, in]`. A measured weight has `out` equal to `hidden_size`, and a larger `in`.
+        hidden_size: the width of the residual stream.
+    """
     return len(shape) == 2 and shape[0] == hidden_size and shape[1] > hidden_size
 
 
 def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Tensor:
-    """The leading right singular vectors of τ/‖τ‖_F, each times its singular value.
+    """Compute the leading right singular vectors of τ/‖τ‖_F, each times its singular value.
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061), two rounds.
+    The method is randomised subspace iteration with two rounds (Halko, Martinsson and Tropp, arXiv 0909.4061).
 
     Args:
-        task_vector: `[out, in]`, any float dtype; computed in float32 on its device.
-        rank: how many to keep.
-        seed: of the random start.
+        task_vector: `[out, in]`, any float dtype. The computation is in float32 on its device.
+        rank: the number of vectors.
+        seed: the seed of the random start.
 
     Returns:
-        `[rank, in]` float16, rows of zeros where τ has no such direction.
+        `[rank, in]` float16. Rows are zero if τ has fewer directions.
     """
     tau = task_vector.to(torch.float32)
     norm = tau.norm()
@@ -71,24 +76,25 @@ def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Ten
     for _ in range(2):
         basis = torch.linalg.qr(tau @ torch.linalg.qr(tau.T @ basis).Q).Q
     _, values, vectors = torch.linalg.svd(basis.T @ tau, full_matrices=False)
-    found = min(rank, width)
-    result[:found] = (values[:found, None] * vectors[:found] / norm).to(torch.float16)
+    count = min(rank, width)
+    result[:count] = (values[:count, None] * vectors[:count] / norm).to(torch.float16)
     return result
 
 
 @dataclass(frozen=True)
 class ResponseRouter:
-    """Every expert's leading directions in the measured weights.
+    """The router that needs no data, by every expert's leading directions in the measured weights.
 
-    experts: names, in the order of the first dimension of `directions`.
-    directions: by weight name, `[n_experts, rank, in]` float16.
+    Attributes:
+        experts: the experts' names, in the order of the first dimension of `directions`.
+        directions: by weight name, `[n_experts, rank, in]` float16, see `leading_directions`.
     """
 
     experts: tuple[str, ...]
     directions: Mapping[str, Tensor]
 
     def applies_to(self, model: nn.Module) -> bool:
-        """Whether any measured weight belongs to a linear layer of the model."""
+        """Tell whether any measured weight belongs to a linear layer of the model."""
         return any(True for _ in self._layers(model))
 
     @scope
@@ -98,12 +104,12 @@ class ResponseRouter:
         """Measure responses while the dense expert runs on a batch.
 
         Args:
-            model: whose submodules carry the weights' names; must hold the dense expert.
-            counted: `[batch, seq]` bool, the tokens that count: no padding, and no template
-                tokens that every request begins with. At least one per row.
+            model: a model that holds the dense expert; its submodules have the weights' names.
+            counted: `[batch, seq]` bool, the tokens that count, at least one per row. Padding and the
+                template tokens that every request begins with do not count.
 
         Yields:
-            A dictionary that the forward pass fills: by weight, r_t `[batch, n_experts]`.
+            A dictionary that the forward pass fills: by weight, r_t `[batch, n_experts]` float32, in nats.
 
         Raises:
             RoutingError: no measured weight belongs to a linear layer of the model.
@@ -116,7 +122,7 @@ class ResponseRouter:
         if not hooks:
             raise RoutingError(
                 f"none of the {len(self.directions)} weights that response routing measures is a "
-                "linear layer of this model; use the likelihood router or calibrate one"
+                "linear layer of this model: use router='likelihood', or run `mergekit-mediator calibrate`"
             )
         with hooked(hooks):
             yield responses
@@ -134,31 +140,37 @@ class ResponseRouter:
         reference: Mapping[str, Tensor],
         temperature: float = TEMPERATURE,
     ) -> RoutingDecision:
-        """Score recorded responses against those of the reference prompt.
+        """Score responses against those of the reference prompt.
 
         Args:
-            responses: by weight, `[batch, n_experts]`, from `recording`.
-            reference: the same of one prompt that says nothing, `[1, n_experts]`.
+            responses: by weight, `[batch, n_experts]`, from `recording`, in nats.
+            reference: by weight, `[1, n_experts]`, the responses to the reference prompt.
             temperature: in nats of response.
 
         Returns:
-            A decision whose `ood` is minus the strongest score. It orders requests; without
-            data there is no threshold for it.
+            A decision whose `ood` is minus the strongest score. It orders requests; there is no threshold
+            for it without data.
         """
         scores = torch.stack([responses[name] - reference[name] for name in responses]).mean(dim=0)
         return decide_from_scores(scores, self.experts, temperature, -scores.max(dim=1).values)
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file, each direction in steps of 0.7 of its root mean square: a probability
-        changes by less than 0.01. The streams of codes are as those of factors, see FORMAT.md."""
+        """Write the router to a safetensors file, each direction in steps of 0.7 of its root mean square.
+
+        These steps change a probability by less than 0.01. The streams of codes have the form of factors', see
+        docs/format.md.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         tensors, shapes = {}, {}
         for name, directions in self.directions.items():
             vectors = directions.to("cpu", torch.float32).flatten(0, 1).T
             lengths = vectors.norm(dim=0).clamp_min(_SMALLEST)
             steps = codes(vectors / lengths, torch.full_like(lengths, _FINENESS))
-            found = steps.to(torch.float32)
-            # the length that brings the codes nearest to the direction
-            scale = (found * vectors).sum(0) / found.square().sum(0).clamp_min(_SMALLEST)
+            values = steps.to(torch.float32)
+            # least squares: with this scale the codes come nearest to the direction
+            scale = (values * vectors).sum(0) / values.square().sum(0).clamp_min(_SMALLEST)
             (plane,) = byte_planes(steps.T.reshape(-1).numpy(), all_planes=True)
             tensors[name] = torch.frombuffer(bytearray(pack(plane)), dtype=torch.uint8)
             tensors[name + _SCALE] = scale.view(*directions.shape[:2], 1)
@@ -172,26 +184,28 @@ class ResponseRouter:
         experts: Sequence[str] | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> "ResponseRouter":
-        """Read what `save` wrote.
+        """Read a router from a file that `save` wrote.
 
         Args:
-            path: of the file.
-            experts: those of the artifact, which the router must be of; None if they are not known.
-            shapes: of the dense checkpoint's weights, which bound what is decoded; None to trust the file.
+            path: the file.
+            experts: the experts of the artifact, which must be the router's; None if they are not known.
+            shapes: by name, the shape of each weight of the dense checkpoint. They bound the size of the
+                decoded directions. None to trust the file.
 
         Raises:
-            ArtifactError: the file is missing, damaged, of another kind, of other experts, or inconsistent.
+            ArtifactError: the file is missing, damaged or inconsistent, holds a router of another kind, or
+                belongs to other experts.
         """
         file = RouterFile(path, "response")
-        names, found = file.experts(experts), file.about.get("shapes")
-        if not isinstance(found, dict):
-            raise ArtifactError(f"{path}: `shapes` must be an object, got {short(found)}")
-        for name, shape in found.items():
+        names, stored_shapes = file.experts(experts), file.about.get("shapes")
+        if not isinstance(stored_shapes, dict):
+            raise ArtifactError(f"{path}: `shapes` must be an object, got {short(stored_shapes)}")
+        for name, shape in stored_shapes.items():
             _check(file, path, name, shape, len(names))
             if shapes is not None:
                 _check_weight(f"{path}: {listed([name])}", shape, shapes.get(name))
         directions = {}
-        for name, shape in found.items():
+        for name, shape in stored_shapes.items():
             plane = unpack(file.read(name).numpy(), math.prod(shape), f"{path}: {name}")
             steps = torch.from_numpy(from_byte_planes([plane], 1)).view(*shape)
             scaled = steps.to(torch.float32) * file.read(name + _SCALE)
@@ -200,10 +214,10 @@ class ResponseRouter:
 
 
 def _check(file: RouterFile, path: Path, name: str, shape: Any, experts: int) -> None:
-    """Check what the header says about the directions in one weight.
+    """Check the header of the directions in one weight.
 
     Raises:
-        ArtifactError: they are missing, or of another form.
+        ArtifactError: they are missing, or have another shape or dtype.
     """
     where = f"{path}: {listed([name])}"
     if not _is_shape(shape) or shape[0] != experts:
@@ -212,21 +226,23 @@ def _check(file: RouterFile, path: Path, name: str, shape: Any, experts: int) ->
         raise ArtifactError(
             f"{where}: at most {_MOST_DIRECTIONS} directions of an expert required, got {shape[1]}"
         )
-    dtype, stored = file.header(name)
-    if dtype != torch.uint8 or len(stored) != 1:
-        got = "none" if dtype is None else f"{dtype} {stored}"
+    dtype, sizes = file.header(name)
+    if dtype != torch.uint8 or len(sizes) != 1:
+        got = "none" if dtype is None else f"{dtype} {sizes}"
         raise ArtifactError(f"{where} must be a stream of bytes, got {got}")
-    dtype, stored = file.header(name + _SCALE)
-    if dtype != torch.float32 or stored != [*shape[:2], 1]:
-        found = None if dtype is None else f"{stored} of {dtype}"
-        raise ArtifactError(f"{where}{_SCALE} must be {[*shape[:2], 1]}, got {found}")
+    dtype, sizes = file.header(name + _SCALE)
+    if dtype != torch.float32 or sizes != [*shape[:2], 1]:
+        got = "none" if dtype is None else f"{sizes} of {dtype}"
+        raise ArtifactError(
+            f"{where}{_SCALE} must be {[*shape[:2], 1]} of {torch.float32}, got {got}"
+        )
 
 
 def _check_weight(where: str, shape: list[int], weight: tuple[int, ...] | None) -> None:
-    """Check that directions `[n_experts, rank, in]` are of a weight `[out, in]`.
+    """Check that directions `[n_experts, rank, in]` belong to a weight `[out, in]`.
 
     Raises:
-        ArtifactError: they are of another one, or of none.
+        ArtifactError: the weight has another `in`, or there is no such weight.
     """
     if weight is None or len(weight) != 2 or weight[1] != shape[2]:
         got = "none" if weight is None else list(weight)

@@ -1,3 +1,4 @@
-"""Turns an artifact into answers: one model, its experts, and a mixture for each request.
+"""Turn an artifact into answers: one model, its experts, and a mixture for each request.
 
-It needs no mergekit."""
+This room needs no mergekit.
+"""

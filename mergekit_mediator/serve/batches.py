@@ -1,4 +1,4 @@
-"""Prompts in any form that users have them -> token ids and attention mask of one checked batch."""
+"""Turn prompts in any form that users have into token ids and attention mask of one checked batch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,34 +12,39 @@ from mergekit_mediator.models.prompts import pad_token, render
 
 
 class Batches:
-    """Makes batches for one model."""
+    """Make batches for one model."""
 
     def __init__(self, root: Path, model: Any, tokenizer: Any) -> None:
-        """
+        """Make batches for a model and its tokenizer.
+
         Args:
-            root: of the artifact, for error messages.
+            root: the artifact's directory, for error messages.
             model: the transformers model.
-            tokenizer: of the artifact, or None.
+            tokenizer: the artifact's tokenizer, or None.
         """
         self._root, self._model, self._tokenizer = root, model, tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `[batch, length]` of texts, put through the chat template if
-        there is one, padded on the left.
+        """Tokenize texts and pad them on the left; a chat template is applied if there is one.
+
+        Returns:
+            Token ids and attention mask, int64 `[batch, length]`.
 
         Raises:
-            RoutingError: no prompts, an empty one, or an artifact without a tokenizer.
+            RoutingError: there is no prompt, a prompt is empty, or the artifact has no tokenizer.
         """
         if self._tokenizer is None:
-            raise RoutingError(f"{self._root}: has no tokenizer: give token ids instead of text")
+            raise RoutingError(
+                f"{self._root}: the artifact has no tokenizer: give token ids instead of text"
+            )
         if not prompts:
-            raise RoutingError("no prompts given")
+            raise RoutingError("prompts: at least one prompt is required, got none")
         if not all(prompt.strip() for prompt in prompts):
             raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
         return self.pad([render(self._tokenizer, prompt) for prompt in prompts])
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `[batch, length]` of rows of any lengths, padded on the left."""
+        """Pad rows of any lengths on the left: token ids and attention mask, int64 `[batch, length]`."""
         tensors = [torch.tensor(row) for row in rows]
         pad: Any = {"batch_first": True, "padding_side": "left"}
         ids = torch.nn.utils.rnn.pad_sequence(tensors, padding_value=pad_token(self._model), **pad)
@@ -47,14 +52,18 @@ class Batches:
         return ids, mask
 
     def tokens(self, prompts: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask `[batch, length]` on the model's device, checked.
+        """Check prompts and move them to the model's device.
 
         Args:
             prompts: texts, token ids `[batch, length]`, or a tokenizer's output.
-            attention_mask: `[batch, length]`, 0 for padding, with token ids.
+            attention_mask: `[batch, length]`, 0 for padding; it comes with token ids.
+
+        Returns:
+            Token ids and attention mask `[batch, length]`.
 
         Raises:
-            RoutingError: nothing to route, shapes that do not fit, or more than the model's context.
+            RoutingError: there is no prompt, a shape does not fit, or a prompt is longer than the model's
+                context.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -62,33 +71,37 @@ class Batches:
             prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask")
         if prompts is None:
             raise RoutingError(
-                "input_ids required; generate from inputs_embeds inside `with model.mixture(...)`"
+                "input_ids are required, got none: to generate from inputs_embeds, enter "
+                "`with model.mixture(...)` first"
             )
         if not isinstance(prompts, Tensor):
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise RoutingError(
-                    "texts, or a tensor of token ids [batch, length] required: make lists of ids one "
-                    "batch with `model.mediator.pad`"
+                    "prompts: texts, or a tensor of token ids [batch, length] are required: lists of "
+                    "ids become one batch with `model.mediator.pad`"
                 )
             prompts, attention_mask = self.tokenize(prompts)
         ids = prompts.to(self._model.device)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         if ids.ndim != 2 or not len(ids):
-            raise RoutingError(f"token ids [batch, length] required, got shape {list(ids.shape)}")
+            raise RoutingError(
+                f"token ids: shape [batch, length] is required, got {list(ids.shape)}"
+            )
         if ids.shape != mask.shape:
             raise RoutingError(
-                f"attention_mask: shape {list(ids.shape)} required, got {list(mask.shape)}"
+                f"attention_mask: shape {list(ids.shape)} is required, got {list(mask.shape)}"
             )
         limit = getattr(self._model.config, "max_position_embeddings", None)
         if limit is not None and ids.shape[1] > limit:
             raise RoutingError(
-                f"prompt of {ids.shape[1]} tokens: this model takes at most {limit}: shorten it"
+                f"prompt of {ids.shape[1]} tokens: this model takes at most {limit} tokens: shorten "
+                "the prompt"
             )
         return ids, mask
 
 
 def pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows `[batch, length]` with their padding in front."""
+    """Move the padding of rows `[batch, length]` to their left end."""
     if bool(mask[:, -1].all()):
         return ids, mask
     order = mask.bool().to(torch.int8).argsort(dim=1, stable=True)

@@ -1,4 +1,4 @@
-"""Keys and values are only valid under the mixture that they were computed with: who made which."""
+"""Mark caches with the mixtures that computed them: keys and values are valid under no other mixture."""
 
 import hashlib
 import json
@@ -7,72 +7,88 @@ from typing import Any
 
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.serve.mixture import Mixture
+from mergekit_mediator.store.manifest import RESPONSE, Manifest
 
-# An attribute of the cache itself, so that copies of it, as of a shared prompt, have it too.
+# The mark is an attribute of the cache itself, so that a copy of the cache carries it too.
 _TAG = "_mediator_rows"
-# What calls and outputs name a cache: transformers renamed it in 5.24, and takes the old name still.
+# Calls and outputs use either name: transformers renamed the cache in 5.24 and still takes the old name.
 NAMES = ("cache", "past_key_values")
 
 
+def identity(manifest: Manifest) -> str:
+    """Identify an artifact's mixtures by the digests of its weights and configurations, as JSON.
+
+    Router files are left out: they do not change a mixture.
+    """
+    routers = (manifest.router_file, RESPONSE)
+    digests = [
+        (name, digest.sha256)
+        for name, digest in manifest.files.items()
+        if name not in routers and name.endswith((".safetensors", "config.json"))
+    ]
+    return json.dumps(sorted(digests))
+
+
 def digest(artifact: str, rows: tuple[Mixture, ...]) -> str:
-    """A key for caches: 32 hexadecimal digits that differ between artifacts and between mixtures.
+    """Make a key for caches: 32 hexadecimal digits that differ between artifacts and between mixtures.
 
     Args:
-        artifact: what identifies the artifact.
-        rows: the mixtures of a batch's rows, or one for all.
+        artifact: the artifact's `identity`.
+        rows: the mixtures of a batch's rows, or one mixture for all rows.
     """
     text = json.dumps([artifact, [row.weights for row in rows]], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def joined(rows: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
-    """One mixture where all rows have the same."""
+    """Join the mixtures of rows to one mixture where all rows have the same."""
     return rows[:1] if len(set(rows)) == 1 else rows
 
 
-def given(inputs: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, by either name; None if there is none."""
+def in_call(inputs: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a call, by either name; None if there is none."""
     return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
 
 
-def made(output: Any) -> Any:
-    """The cache in a model's output, by either name; None if there is none."""
+def in_output(output: Any) -> Any:
+    """Return the cache in a model's output, by either name; None if there is none."""
     name = next((name for name in NAMES if hasattr(output, name)), "")
     return getattr(output, name, None)
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether a cache holds any token.
+    """Tell whether a cache holds any token.
 
     Raises:
-        MixtureError: it is not of transformers' classes, so that nothing can be noted in it.
+        MixtureError: the cache is not of a class of transformers, so that it cannot be marked.
     """
     if cache is None:
         return False
     if not hasattr(cache, "get_seq_length"):
         raise MixtureError(
-            f"cache: one of transformers' caches required, got {type(cache).__name__}: use DynamicCache"
+            "cache: one of transformers' caches is required, got "
+            f"{type(cache).__name__}: use DynamicCache"
         )
     return bool(cache.get_seq_length())
 
 
 def mark(cache: Any, rows: tuple[Mixture, ...]) -> None:
-    """Note with which mixtures the content of a cache is computed."""
+    """Mark a cache with the mixtures that compute its content; do nothing without a cache."""
     if cache is not None:
         setattr(cache, _TAG, rows)
 
 
 def rows_of(cache: Any) -> tuple[Mixture, ...]:
-    """The mixtures that the content of a cache was computed with.
+    """Return the mixtures that computed the content of a cache.
 
     Raises:
-        MixtureError: that is not known.
+        MixtureError: the cache has no mark.
     """
     rows: tuple[Mixture, ...] | None = getattr(cache, _TAG, None)
     if rows is None:
         raise MixtureError(
-            "cache: it is not known which mixture it was computed with: fill it with this model, or "
-            "leave it out"
+            "cache: this model did not fill it, so that its mixture is unknown: fill the cache with "
+            "this model, or leave it out"
         )
     return rows
 
@@ -81,15 +97,15 @@ def check(cache: Any, rows: tuple[Mixture, ...]) -> None:
     """Refuse a cache that was filled under another mixture.
 
     Raises:
-        MixtureError: naming both.
+        MixtureError: the mixtures differ; the text names both.
     """
-    if is_filled(cache) and (found := rows_of(cache)) != rows:
+    if is_filled(cache) and (cached := rows_of(cache)) != rows:
         raise MixtureError(
-            f"this cache was computed with {describe(found)} and cannot be used with "
+            f"cache: it was computed with {describe(cached)} and cannot be used with "
             f"{describe(rows)}: name the same mixture, or leave the cache out"
         )
 
 
 def describe(rows: tuple[Mixture, ...]) -> str:
-    """Mixtures in one line."""
+    """Write the different mixtures of rows in one line."""
     return " | ".join(dict.fromkeys(map(str, rows)))

@@ -1,4 +1,4 @@
-"""Which mixture each row of a batch gets: as its cache has it, as it is named, or as it is routed."""
+"""Choose the mixture of each row of a batch: from its cache, by its name, or by routing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +14,7 @@ from mergekit_mediator.serve.mixture import DENSE_NAME, Mixture, Named
 from mergekit_mediator.serve.routers import Router, Routers
 from mergekit_mediator.serve.settings import Settings
 
+# The normalised entropy above which an uncalibrated router blends experts.
 _UNCALIBRATED_ENTROPY = 0.5
 
 
@@ -23,17 +24,18 @@ def mixtures_of(
     thresholds: tuple[float | None, float | None],
     experts: Sequence[str],
 ) -> Tensor:
-    """The mixtures that a decision leads to, `[batch, n_experts]` float32.
+    """Turn a routing decision into mixtures, `[batch, n_experts]` float32.
 
     Args:
-        decision: of a router.
-        settings: the policy, the action, and thresholds instead of the router's own.
-        thresholds: the router's own, of normalised entropy and of the out-of-distribution score, if any.
-        experts: the artifact's.
+        decision: the decision of a router.
+        settings: the policy, the action, and thresholds that replace those of the router.
+        thresholds: the router's thresholds of normalised entropy and of the out-of-distribution score, each
+            None if the router has none.
+        experts: the artifact's experts.
 
     Raises:
-        RoutingError: see `decision.apply_policy`; or an action for what is out of distribution where the
-            router cannot tell what is.
+        RoutingError: see `decision.apply_policy`; or the settings have an action for requests that are
+            out of distribution, and the router has no threshold for them.
     """
     entropy, ood = thresholds
     entropy = _UNCALIBRATED_ENTROPY if entropy is None else entropy
@@ -44,8 +46,8 @@ def mixtures_of(
     action, fallback = settings.ood_action, settings.fallback
     if ood is None and action != "blend":
         raise RoutingError(
-            f"ood_action {action!r} needs a router that knows what is out of distribution: run "
-            "`mergekit-mediator calibrate`, or set ood_threshold"
+            f"ood_action {action!r} needs a threshold of the out-of-distribution score, and this "
+            "router has none: run `mergekit-mediator calibrate`, or set ood_threshold"
         )
     if action == "fallback" and fallback == DENSE_NAME and fallback not in experts:
         action = "dense"
@@ -60,7 +62,7 @@ def mixtures_of(
 
 
 class Choice:
-    """Chooses the mixtures of requests."""
+    """Choose the mixtures of requests."""
 
     def __init__(
         self, settings: Settings, mixer: Mixer, routers: Routers, contexts: Contexts
@@ -76,22 +78,24 @@ class Choice:
         temperature: float | None = None,
         route_on: RouteOn | None = None,
     ) -> RoutingDecision:
-        """Which experts each row `[batch, length]` needs; see `MediatorModel.route`.
+        """Decide which experts each row `[batch, length]` needs; see `MediatorModel.route`.
 
         Raises:
-            RoutingError: a row without any text.
+            RoutingError: a row has no text.
             MixtureError: a mixture is in place.
         """
         if not bool(mask.any(dim=1).all()):
             raise RoutingError("an empty prompt cannot be routed: give it text, or name a mixture")
         if self._mixer.inside:
-            raise MixtureError("routing needs the dense expert: leave the mixture first")
+            raise MixtureError(
+                "routing needs the dense expert, and a mixture is in place: leave the mixture first"
+            )
         counted = self._contexts.counted(ids, mask, route_on or self._settings.route_on)
         with self._mixer.lock:
             return self._routers.decide(ids, mask, counted, router, temperature)
 
     def weights(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:
-        """The mixtures that a decision leads to, `[batch, n_experts]` float32.
+        """Turn a routing decision into mixtures, `[batch, n_experts]` float32.
 
         Raises:
             RoutingError: see `mixtures_of`.
@@ -100,7 +104,7 @@ class Choice:
         return mixtures_of(decision, self._settings, thresholds, self._mixer.names)
 
     def named(self, mixture: Named) -> Mixture:
-        """The mixture that a name or weights stand for.
+        """Make the mixture that a name or weights stand for.
 
         Raises:
             MixtureError: see `Mixture.of`.
@@ -111,39 +115,42 @@ class Choice:
         self,
         ids: Tensor | None,
         context: Tensor,
-        wanted: Named | Sequence[Named | None] | None,
+        mixture: Named | Sequence[Named | None] | None,
         cache: object,
         route_on: RouteOn | None,
     ) -> tuple[Mixture, ...]:
-        """The mixture of each row.
+        """Choose the mixture of each row.
 
         Args:
-            ids: `[batch, length]`; not looked at where nothing has to be routed.
+            ids: token ids `[batch, length]`; only rows that are routed need them.
             context: `[batch, length]`, 1 for the tokens to route by.
-            wanted: one for all rows or one for each; None in the place of a row routes it.
+            mixture: one for all rows, or one for each row; a row whose mixture is None is routed.
             cache: keys and values of earlier tokens, or None.
-            route_on: instead of the setting.
+            route_on: replaces the setting.
 
         Raises:
-            MixtureError: an unknown expert, another number of mixtures than rows, or a cache that was
-                filled under another mixture than is wanted.
-            RoutingError: a row that must be routed and cannot be.
+            MixtureError: an expert is unknown, there are not as many mixtures as rows, or the cache was
+                filled under another mixture.
+            RoutingError: a row must be routed and cannot be.
         """
         batch = len(context)
         rows: list[Mixture | None] = [None] * batch
-        if wanted is not None:
-            each: list[Any] = [wanted] * batch
-            if isinstance(wanted, Sequence | Tensor) and not isinstance(wanted, str):
-                each = list(wanted)
-            if len(each) != batch:
-                raise MixtureError(f"mixture: {batch} rows, but {len(each)} mixtures are given")
-            rows = [None if name is None else self.named(name) for name in each]
+        if mixture is not None:
+            names: list[Any] = [mixture] * batch
+            if isinstance(mixture, Sequence | Tensor) and not isinstance(mixture, str):
+                names = list(mixture)
+            if len(names) != batch:
+                raise MixtureError(
+                    f"mixture: one mixture, or one for each of {batch} rows is required, got "
+                    f"{len(names)} mixtures"
+                )
+            rows = [None if name is None else self.named(name) for name in names]
         if caches.is_filled(cache):
-            known = caches.rows_of(cache)
-            known = known * batch if len(known) == 1 else known
-            found = tuple(r if r is not None else k for r, k in zip(rows, known, strict=False))
-            caches.check(cache, caches.joined(found))
-            return found
+            cached = caches.rows_of(cache)
+            cached = cached * batch if len(cached) == 1 else cached
+            result = tuple(r if r is not None else c for r, c in zip(rows, cached, strict=False))
+            caches.check(cache, caches.joined(result))
+            return result
         if self._settings.fallback is not None:
             fallback = self.named(self._settings.fallback)
             empty = (~context.bool().any(dim=1)).tolist()
@@ -151,11 +158,11 @@ class Choice:
                 fallback if is_empty and row is None else row
                 for is_empty, row in zip(empty, rows, strict=True)
             ]
-        asked = [place for place, row in enumerate(rows) if row is None]
-        if asked:
+        places = [place for place, row in enumerate(rows) if row is None]
+        if places:
             if ids is None:
                 raise RoutingError("inputs_embeds cannot be routed: give input_ids, or a mixture")
-            decision = self.decide(ids[asked], context[asked], route_on=route_on)
-            for place, values in zip(asked, self.weights(decision).tolist(), strict=True):
+            decision = self.decide(ids[places], context[places], route_on=route_on)
+            for place, values in zip(places, self.weights(decision).tolist(), strict=True):
                 rows[place] = Mixture.of_row(values, self._mixer.names)
         return tuple(row for row in rows if row is not None)

@@ -1,4 +1,4 @@
-"""Tensors that entering a mixture makes once and needs again, as long as memory is not bounded."""
+"""Remember tensors that entering a mixture makes once and needs again, unless memory is bounded."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from mergekit_mediator.serve.residency import tensor_bytes
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-# An expert and a weight, by their names.
+# The names of an expert and of a weight.
 ExpertWeight = tuple[str, str]
 Saved = Sequence[Displaced]
 
 
 class Remembered(Generic[K, T]):
-    """Results by key, each valid as long as the object that it was made of."""
+    """Results by key; each is valid for the object that it was made from."""
 
     def __init__(self, bounded: bool) -> None:
-        """`bounded` keeps nothing."""
+        """Start empty; with `bounded`, no result is remembered."""
         self._bounded = bounded
         self._results: dict[K, tuple[object, T]] = {}
 
     def get(self, key: K, source: object, make: Callable[[], T]) -> T:
-        """The result of `make`, called unless it was called before for the same key and source."""
+        """Return the result of `make`, which is called once for each key and source."""
         remembered = self._results.get(key)
         if remembered is not None and remembered[0] is source:
             return remembered[1]
@@ -36,23 +36,23 @@ class Remembered(Generic[K, T]):
         return result
 
     def values(self) -> list[T]:
-        """All results."""
+        """List all results."""
         return [result for _, result in self._results.values()]
 
 
 @dataclass
 class Memory:
-    """Everything that is remembered of one model's weights; a new one is begun when they are moved or cast.
+    """The tensors remembered for one model's weights; moved or cast weights need a new memory.
 
     Dense weights never change, so the dense values that a mixture displaces are saved once.
 
     Attributes:
-        bounded: remember nothing.
-        whole: by weight, all its dense values.
-        displaced: the dense values at the positions that an expert keeps.
+        bounded: whether nothing is remembered.
+        whole: all dense values of a weight, by its name.
+        displaced: the dense values at the positions that an expert stores.
         matrices: the sparse part of an expert as a matrix, see `row_modules.sparse_matrix`.
-        ready: for an expert that is put in place alone without arithmetic, the dense values that it
-            displaces, and the call that puts it there.
+        ready: for an expert that enters alone and without arithmetic, the dense values that it displaces,
+            and the call that writes it.
     """
 
     bounded: bool
@@ -65,7 +65,7 @@ class Memory:
 
     @property
     def bytes(self) -> int:
-        """The size of all that is remembered."""
+        """The bytes of all remembered tensors."""
         saved = [*self.whole.values(), *self.displaced.values()]
         dense = sum(tensor_bytes(one.weights) for displaced in saved for one in displaced)
         return dense + sum(map(tensor_bytes, self.matrices.values()))

@@ -1,4 +1,4 @@
-"""One mixture at a time on one model: who is inside, and the lock that keeps the others out."""
+"""Keep one mixture at a time on one model; a lock keeps other threads out."""
 
 from collections.abc import Generator, Iterable, Sequence
 from threading import RLock, get_ident
@@ -13,16 +13,16 @@ from mergekit_mediator.serve.residency import Experts
 
 
 class Mixer:
-    """Puts mixtures of experts into the routed weights of one model, one mixture at a time.
+    """Put mixtures of experts into the routed weights of one model, one mixture at a time.
 
-    One lock guards the weights. It is held for as long as a mixture is in place, so that another
-    thread's request waits and never sees a foreign mixture; a thread that has it may take it again.
+    One lock guards the weights. A thread holds it for as long as its mixture is in place, so that another
+    thread's request waits and never sees a foreign mixture. A thread that holds the lock may take it again.
 
     Attributes:
         experts: the stored experts.
-        placer: writes the weights.
-        lock: of the weights.
-        rows: the mixtures of the batch's rows that are in place, or one for all; None outside.
+        placer: the writer of the weights.
+        lock: the lock of the weights.
+        rows: the mixtures of the batch's rows, or one mixture for all rows; None outside of a mixture.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Mixer:
         layers: Iterable[Sequence[str]] | None = None,
         parallel_from: int = 1 << 22,
     ) -> None:
-        """See `placer.Placer`."""
+        """Take the arguments of `placer.Placer`."""
         self.experts = experts
         self.placer = Placer(model, experts, layers, parallel_from)
         self.lock = RLock()
@@ -51,18 +51,21 @@ class Mixer:
 
     @property
     def resident_bytes(self) -> int:
-        """The memory of decoded experts now, and of what is remembered of them."""
+        """The bytes that decoded experts and remembered tensors take now."""
         return self.experts.resident_bytes + self.placer.memory.bytes
 
     @scope
     def mixture(self, named: Named) -> Generator[nn.Module, None, None]:
-        """W(p) = W_dense + Σ_t p_t Δ_t inside the context, which gives the model; the dense expert's bits after.
+        """Put W(p) = W_dense + Σ_t p_t Δ_t in place inside the context, and the dense expert back after it.
 
-        Whatever ends the context, and wherever entering it is interrupted, the dense weights come
-        back: each is saved before it is written. Other threads wait until the context is left.
+        The dense weights come back bit for bit, whatever ends the context and wherever an interrupt
+        falls: each weight is saved before it is written. Other threads wait until the context ends.
+
+        Yields:
+            The model.
 
         Raises:
-            MixtureError: see `Mixture.of`; or a mixture inside another one.
+            MixtureError: see `Mixture.of`; or a mixture is in place already.
         """
         mixture = Mixture.of(named, self.names)
         with self.hold((mixture,)):
@@ -71,7 +74,7 @@ class Mixer:
 
     @scope
     def hold(self, rows: tuple[Mixture, ...]) -> Generator[None, None, None]:
-        """Keep other threads out; `rows` are the mixtures of the batch's rows, or one for all.
+        """Keep other threads out; `rows` has the mixtures of the batch's rows, or one for all rows.
 
         Raises:
             MixtureError: this thread is inside a mixture already.
@@ -83,13 +86,24 @@ class Mixer:
                     f"a mixture of {names or 'no expert'} is in place already: leave it before "
                     "entering another"
                 )
+            self.open(rows)
             self.placer.restore()  # an error may have kept an earlier mixture in place
             with undoing(self._leave):
                 self.rows, self._owner = rows, get_ident()
                 yield
 
+    def open(self, rows: Iterable[Mixture]) -> None:
+        """Open the files that these mixtures need, which are fetched where they are not there.
+
+        Raises:
+            ArtifactError: a file cannot be fetched or read.
+        """
+        with self.lock:
+            for row in rows:
+                self.placer.open(row.names)
+
     def _leave(self) -> None:
-        """Put the dense expert back. May be interrupted, and repeated."""
+        """Put the dense expert back. An interrupted call may be repeated."""
         try:
             self.placer.restore()
         finally:

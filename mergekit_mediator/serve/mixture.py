@@ -1,4 +1,4 @@
-"""A mixture: how much of each expert a request gets. Made and checked once, where a request comes in."""
+"""Mixtures: the weight of each expert in a request, checked once where the request comes in."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,23 +15,22 @@ class Mixture:
     """The weights of a mixture's experts: W_dense + Σ_t p_t Δ_t.
 
     Attributes:
-        weights: name and weight p of each expert, above 0, in the artifact's order; empty is the dense
-            expert.
+        weights: name and weight p > 0 of each expert, in the artifact's order; the dense expert has none.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(cls, named: "Named", experts: Sequence[str]) -> "Mixture":
-        """The mixture that a name or weights stand for.
+        """Make the mixture that a name or weights stand for.
 
         Args:
-            named: an expert's name, `dense` (unless an expert is called so), or weights by expert.
-            experts: the artifact's, in its order.
+            named: an expert's name, `dense` (unless an expert has that name), or weights by expert.
+            experts: the artifact's experts, in its order.
 
         Raises:
-            MixtureError: an unknown expert, a weight that is negative or not finite, or weights that
-                are all zero.
+            MixtureError: an expert is unknown, a weight is negative or not finite, or all weights are
+                zero.
         """
         if isinstance(named, Mixture):
             return named
@@ -39,8 +38,8 @@ class Mixture:
             named = {} if named == DENSE_NAME and named not in experts else {named: 1.0}
         if not isinstance(named, Mapping):
             raise MixtureError(
-                f"a mixture is an expert's name or weights by expert, got {named!r}: give such as "
-                f"{{{experts[0]!r}: 1.0}}"
+                f"mixture: an expert's name or weights by expert are required, got {named!r}: give "
+                f"for example {{{experts[0]!r}: 1.0}}"
             )
         for name, weight in named.items():
             if name not in experts:
@@ -53,38 +52,41 @@ class Mixture:
                 )
         mixture = cls.of_row([float(named.get(name, 0)) for name in experts], experts)
         if named and mixture.is_dense:
-            raise MixtureError("a mixture needs one weight above 0; for the dense expert give none")
+            raise MixtureError(
+                "mixture: at least one weight above 0 is required, got only zeros: give no weights "
+                "for the dense expert"
+            )
         return mixture
 
     @classmethod
     def of_row(cls, row: Sequence[float], experts: Sequence[str]) -> "Mixture":
-        """The mixture of one row of a policy's result: a weight for each expert, at least 0."""
+        """Make a mixture from one row of a policy's result: a weight of at least 0 for each expert."""
         return cls(tuple((name, p) for name, p in zip(experts, row, strict=True) if p > 0))
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is the dense expert alone."""
+        """Whether the mixture is the dense expert alone."""
         return not self.weights
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its experts."""
+        """The names of the mixture's experts."""
         return tuple(name for name, _ in self.weights)
 
     @property
     def total(self) -> float:
-        """Σ_t p_t."""
+        """The sum of the weights, Σ_t p_t."""
         return sum(p for _, p in self.weights)
 
     @property
     def alone(self) -> str | None:
-        """The name of its only expert, if there is one with weight 1."""
+        """The name of the only expert, if the mixture has one expert and its weight is 1; else None."""
         if len(self.weights) == 1 and self.weights[0][1] == 1.0:
             return self.weights[0][0]
         return None
 
     def weight(self, name: str) -> float:
-        """The weight of an expert, 0 if it is not in the mixture."""
+        """Return the weight of an expert; 0 if the mixture does not have it."""
         return next((p for expert, p in self.weights if expert == name), 0.0)
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""Puts mixtures of experts into the routed weights of a model, and the dense expert back, bit for bit."""
+"""Put mixtures of experts into the routed weights of a model, and the dense expert back, bit for bit."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -22,19 +22,19 @@ from mergekit_mediator.serve.prefetch import read_ahead, side_streams
 from mergekit_mediator.serve.residency import Experts
 from mergekit_mediator.store.description import Description
 
-# The name of an expert that changes a weight, its coefficient in a mixture, and what it stores.
+# An expert's name, its coefficient in a mixture, and its stored weight.
 Part = tuple[str, float, StoredWeight]
 
 
 class Placer:
-    """Writes mixtures into one model's weights. Nothing here locks: see `mixer.Mixer`.
+    """Write mixtures into one model's weights, without a lock: `mixer.Mixer` holds it.
 
     Attributes:
-        model: holding the dense expert outside mixtures.
+        model: the model; it holds the dense expert outside mixtures.
         experts: the stored experts.
-        parallel_from: so many routed weights are put in place by several threads; for fewer, starting threads
-            takes longer than what they save.
-        memory: tensors that are needed again.
+        parallel_from: from so many parameters on, several threads put a mixture in place; for fewer, starting
+            threads takes more time than they save.
+        memory: the tensors that are needed again.
     """
 
     def __init__(
@@ -44,47 +44,70 @@ class Placer:
         layers: Iterable[Sequence[str]] | None = None,
         parallel_from: int = 1 << 22,
     ) -> None:
-        """
+        """Find the routed weights in a model.
+
         Args:
-            model: holding the dense expert.
+            model: the model; it holds the dense expert.
             experts: the stored experts.
-            layers: the weights of each routed layer, which are brought to a device together; each
-                weight alone unless given.
+            layers: the names of each routed layer's weights, which go to a device together; by default
+                each weight is its own layer.
             parallel_from: see above.
 
         Raises:
-            MixtureError: the model was loaded in a form that experts cannot be put into.
+            MixtureError: experts cannot be put into the model, because it is quantised or its weights
+                have another shape.
         """
         self.model, self.experts, self.parallel_from = model, experts, parallel_from
         self._shapes: dict[str, tuple[int, ...]] = {}
-        # by weight, the experts that change it, and whether they have a share in the dense weight
-        self._changing: dict[str, list[tuple[str, bool]]] = {}
-        for expert, file in experts.files.items():
-            for name, stored in file.weights.items():
-                self._shapes[name] = stored.shape
-                self._changing.setdefault(name, []).append((expert, bool(stored.share)))
-        layers = layers or [[name] for name in self._shapes]
-        self._layers = [[name for name in layer if name in self._shapes] for layer in layers]
+        # By weight: each expert that changes it, and whether the expert has a share in the dense weight.
+        self._changes: dict[str, list[tuple[str, bool]]] = {}
+        self._open_experts: set[str] = set()
+        self._all_layers = None if layers is None else [list(layer) for layer in layers]
         self._displaced: dict[str, Sequence[Displaced]] = {}
         self._pool: Pool[str] | None = None
         self._moved = False
         self._locate()
+        self.open(())
+
+    def open(self, names: Iterable[str]) -> None:
+        """Open the files that a mixture of these experts needs, if they are not open yet.
+
+        Raises:
+            ArtifactError: a file cannot be fetched or read.
+            MixtureError: the model was loaded in a form that experts cannot be put into.
+        """
+        if self._open_experts and self._open_experts.issuperset(names):
+            return
+        needed = self._open_experts.union(self.experts.needed(names))
+        shapes: dict[str, tuple[int, ...]] = {}
+        changes: dict[str, list[tuple[str, bool]]] = {}
+        for expert in self.experts.files:
+            if expert in needed:
+                for name, stored in self.experts.files[expert].weights.items():
+                    shapes[name] = stored.shape
+                    changes.setdefault(name, []).append((expert, bool(stored.share)))
+        self._shapes, self._changes = shapes, changes
+        self._locate()
+        self._open_experts = needed  # last, so that an interrupted call is repeated
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The routed weights in the model, by the checkpoint's names."""
-        if self._fingerprint != fingerprint(self.model):  # moved or cast since
+        if self._fingerprint != fingerprint(self.model):  # someone has moved or cast the model
             self._locate()
         return self._weights
 
     def expert(self, name: str) -> dict[str, StoredWeight]:
-        """Everything that one expert stores, by weight, on the devices of the weights."""
+        """Return the stored weights of one expert by name, on the devices of the model's weights."""
         weights, file = self.weights, self.experts.files[name]
         return {w: self.experts.read(name, w, weights[w].device) for w in file.weights}
 
     def parts(self, weight: str, mixture: Mixture) -> list[Part]:
-        """The experts that change a weight in a mixture, each with its coefficient: those in the mixture,
-        and those that the dense weight is a mean of, as far as they are stored relative to the base."""
+        """List the experts that change a weight in a mixture, each with its coefficient.
+
+        These are the mixture's experts. Where experts are stored relative to the base, those that have a
+        share in the dense weight change it too.
+        """
         device, total, parts = self._weights[weight].device, mixture.total, []
         for name in self._takes_part(weight, mixture):
             stored = self.experts.read(name, weight, device)
@@ -92,7 +115,7 @@ class Placer:
         return parts
 
     def described(self, weight: str, mixture: Mixture) -> list[Description]:
-        """The descriptions of `parts` in the experts' files; nothing is read."""
+        """List the descriptions of `parts`, from the headers of the experts' files; no tensor is read."""
         names = self._takes_part(weight, mixture)
         return [self.experts.files[name].weights[weight] for name in names]
 
@@ -114,12 +137,12 @@ class Placer:
                 self._put_parts(name, of_weight)
 
     def restore(self) -> None:
-        """Put the dense expert back. May be interrupted, and repeated."""
+        """Put the dense expert back. An interrupted call may be repeated."""
         if self._pool is not None:
             self._pool.stop()
         if self._displaced:
             if self._fingerprint != fingerprint(self.model):
-                self._moved = True  # or cast, inside the mixture
+                self._moved = True  # someone has moved or cast the model inside the mixture
                 self._locate()
             self._each(self._restore_weight, list(self._displaced))
         self._moved = False
@@ -127,7 +150,7 @@ class Placer:
     def _takes_part(self, weight: str, mixture: Mixture) -> list[str]:
         return [
             name
-            for name, shares in self._changing[weight]
+            for name, shares in self._changes.get(weight, ())
             if name in mixture or (shares and not mixture.is_dense)
         ]
 
@@ -173,11 +196,12 @@ class Placer:
         return all(weight.device.type == "cpu" for weight in self._weights.values())
 
     def _each(self, function: Callable[[str], None], names: Iterable[str]) -> None:
-        """Call a function with each name, on all cores where that is worth it."""
+        """Call a function with each name, on all cores from `parallel_from` parameters on."""
         ordered, threads = list(names), torch.get_num_threads()
         numel = sum(self._weights[name].numel() for name in ordered)
         if threads > 1 and numel >= self.parallel_from and self._on_cpu:
-            self._pool = Pool(function, ordered, threads)  # known before any thread of it
+            # `restore` finds the pool here if an interrupt falls while the threads start.
+            self._pool = Pool(function, ordered, threads)
             self._pool.run()
         else:
             for name in ordered:
@@ -185,5 +209,7 @@ class Placer:
 
     def _locate(self) -> None:
         self._weights = locate_weights(self.model, self._shapes, self._shapes)
+        layers = self._all_layers or [[name] for name in self._shapes]
+        self._layers = [[name for name in layer if name in self._shapes] for layer in layers]
         self.memory = Memory(bounded=self.experts.is_bounded)
         self._fingerprint = fingerprint(self.model)

@@ -1,8 +1,8 @@
-"""Threads that work through a list together, and are waited for whatever happens to who waits.
+"""Work through a list on several threads, and wait for all of them even where an interrupt falls.
 
-Python handles signals in the main thread alone, so that an interrupt ends the waiting and never a call
-that a thread has begun. The pools of `concurrent.futures` do not hold that: an interrupt while a thread is
-started leaves one that nobody waits for, or one that waits for ever.
+Python handles signals in the main thread alone, so an interrupt ends the wait and never a call that another
+thread has begun. The pools of `concurrent.futures` do not serve here: an interrupt while one starts a thread
+leaves a thread that nobody waits for, or a thread that waits for ever.
 """
 
 from _thread import LockType, allocate_lock, start_new_thread
@@ -15,38 +15,38 @@ T = TypeVar("T")
 
 
 class Pool(Generic[T]):
-    """Calls a function with each item, on several threads with one thread of torch each."""
+    """Call a function with each item, on several threads; torch runs on one thread inside each."""
 
     def __init__(self, function: Callable[[T], None], items: Iterable[T], threads: int) -> None:
-        """
+        """Prepare the threads; `run` starts them.
+
         Args:
-            function: called on the threads.
-            items: the next one goes to the first thread that asks.
-            threads: how many; as many as torch has, and has again afterwards.
+            function: the function; the threads call it.
+            items: the arguments; each goes to the first thread that is free.
+            threads: the number of threads; it is torch's own number, which the pool sets again at the end.
         """
-        self._function, self._left, self._threads = function, iter(list(items)), threads
+        self._function, self._items, self._threads = function, iter(list(items)), threads
         self._gate, self._stopped = allocate_lock(), False
-        self._ends: list[
-            LockType
-        ] = []  # of the threads that run: each is released when its thread ends
+        # One lock for each thread that runs; the thread releases it at its end.
+        self._ends: list[LockType] = []
         self._errors: list[BaseException] = []
 
     def run(self) -> None:
-        """Work through all items. Where this is interrupted, call `stop`.
+        """Work through all items. After an interrupt of this call, call `stop`.
 
         Raises:
-            BaseException: what the function has raised first.
+            BaseException: the first error that the function has raised.
         """
         for _ in range(self._threads):
             running = _held()
             start_new_thread(self._work, (running, _held()))
-            running.acquire()  # of two threads that do not run yet, both may be given one core
+            running.acquire()  # two threads that start at once may both get the same core
         self._wait()
         if self._errors:
             raise self._errors[0]
 
     def stop(self) -> None:
-        """Begin no other item, and wait for those that were begun. May be interrupted, and repeated."""
+        """Begin no further item, and wait for the threads. An interrupted call may be repeated."""
         with self._gate:
             self._stopped = True
         self._wait()
@@ -57,7 +57,7 @@ class Pool(Generic[T]):
                 pass
 
     def _work(self, running: LockType, end: LockType) -> None:
-        with self._gate:  # who comes after the end does nothing, and is not waited for
+        with self._gate:  # a thread that starts after `stop` does nothing, and nobody waits for it
             late = self._stopped
             if not late:
                 self._ends.append(end)
@@ -66,7 +66,7 @@ class Pool(Generic[T]):
             return
         try:
             torch.set_num_threads(1)
-            for item in self._left:
+            for item in self._items:
                 self._function(item)
                 if self._stopped:
                     break
@@ -79,7 +79,7 @@ class Pool(Generic[T]):
 
 
 def _held() -> LockType:
-    """A lock that is taken."""
+    """Make a lock and take it."""
     lock = allocate_lock()
     lock.acquire()
     return lock

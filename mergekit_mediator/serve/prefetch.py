@@ -1,7 +1,7 @@
-"""Reads the next layer's experts while the present layer is put in place.
+"""Read the next layer's experts while the present layer is put in place.
 
-On CUDA, reading means copying from pinned host memory, on a stream of its own beside the one that
-computes. On other devices reading is done when it is asked for, in the same order.
+On CUDA, reading copies from pinned host memory, on a side stream beside the stream that computes. On other
+devices each layer is read right before it is used, in the same order.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -15,32 +15,34 @@ T = TypeVar("T")
 
 
 class SideStream(Protocol):
-    """Where copies to a device are made, beside what the device computes."""
+    """A stream of copies to a device, beside the stream that computes."""
 
     def copying(self) -> AbstractContextManager[object]:
-        """Inside, copies go to this stream; what is computed does not wait for them."""
+        """Send copies to this stream inside the context; computation does not wait for them."""
         ...
 
     def ready(self) -> Callable[[], None]:
-        """Gives what makes computation wait for the copies that were started until now."""
+        """Return a function that makes computation wait for the copies started until now."""
         ...
 
 
 class CudaStream:
-    """A stream of a CUDA device."""
+    """A side stream of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copying(self) -> AbstractContextManager[object]:
-        # The memory of the layer before the present one may be given to the copies: they wait until
-        # nothing that was asked for until now uses it any more. The present layer comes after that.
+        """See `SideStream.copying`."""
+        # Copies may get the memory of the layer before the present one. They wait for all computation that
+        # was started until now, because it may still use that memory. The present layer starts later.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         stream: AbstractContextManager[object] = torch.cuda.stream(self._stream)
         return stream
 
     def ready(self) -> Callable[[], None]:
+        """See `SideStream.ready`."""
         event = self._stream.record_event()
 
         def wait() -> None:
@@ -50,19 +52,22 @@ class CudaStream:
 
 
 def side_streams(devices: Collection[torch.device]) -> list[SideStream]:
-    """One for each CUDA device."""
+    """Make a side stream for each CUDA device."""
     return [CudaStream(device) for device in devices if device.type == "cuda"]
 
 
 def read_ahead(
     layers: Iterable[L], read: Callable[[L], T], streams: Collection[SideStream]
 ) -> Iterator[tuple[L, T]]:
-    """Each layer with what `read` gives for it; reading the next has been started by then.
+    """Read each layer before the one ahead of it is used.
 
     Args:
-        layers: in the order in which they are used.
-        read: reads one layer; copies that it starts may still be on their way when it returns.
-        streams: to copy on.
+        layers: the layers, in the order of use.
+        read: reads one layer; the copies that it starts may end after it returns.
+        streams: the streams that copy.
+
+    Yields:
+        Each layer with the result of `read`; its copies have arrived and the next layer's have started.
     """
     present: tuple[L, T, list[Callable[[], None]]] | None = None
     for layer in layers:
@@ -77,7 +82,7 @@ def read_ahead(
         yield _arrived(*present)
 
 
-def _arrived(layer: L, found: T, ready: list[Callable[[], None]]) -> tuple[L, T]:
+def _arrived(layer: L, content: T, ready: list[Callable[[], None]]) -> tuple[L, T]:
     for wait in ready:
         wait()
-    return layer, found
+    return layer, content

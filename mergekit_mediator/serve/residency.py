@@ -1,7 +1,7 @@
-"""Where stored experts live while they are not in place: on the device, in host memory, or on disk."""
+"""Hold the stored experts while they are not in place: on the device, in host memory, or on disk."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from threading import Lock
 from typing import Literal, get_args
@@ -12,16 +12,17 @@ from torch import Tensor
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.store.expert_file import ExpertFile
+from mergekit_mediator.store.expert_files import ExpertFiles
 
 Residency = Literal["device", "cpu", "disk"]
 
 
 class Experts:
-    """The stored experts of an artifact, weight by weight, each decoded when it is first needed.
+    """The stored experts of an artifact; each weight is decoded at its first use.
 
-    Files are memory-mapped. What is decoded stays in memory, on the device of its weight (`device`)
-    or in host memory (`cpu`, pinned where there is CUDA), until `budget` bytes are exceeded; then what
-    was used least recently goes. `disk` keeps nothing and decodes at every use.
+    Files are memory-mapped. Decoded weights stay in memory, on the device of the dense weight (`device`) or in
+    host memory (`cpu`, pinned where there is CUDA). If they exceed `budget` bytes, the weights that were used
+    least recently go. With `disk` no decoded weight stays: every use decodes it.
     """
 
     def __init__(
@@ -31,50 +32,57 @@ class Experts:
         residency: Residency = "device",
         budget: int | None = None,
     ) -> None:
-        """
+        """Decode nothing yet.
+
         Args:
-            files: the experts by name.
-            dense: gives a dense weight as it is in the checkpoint.
+            files: the experts' files by name; a file is opened when a caller asks for it.
+            dense: returns a dense weight of the checkpoint by its name.
             residency: see above.
-            budget: bytes that decoded weights may take, all experts together; None is no limit.
+            budget: the bytes that decoded weights of all experts together may take; None is no limit.
 
         Raises:
-            MixtureError: an unknown residency, or a budget that is not positive.
+            MixtureError: the residency is unknown, or the budget is not positive.
         """
         if residency not in get_args(Residency):
             names = ", ".join(get_args(Residency))
             raise MixtureError(f"residency must be one of {names}, got {residency!r}")
         if budget is not None and (not isinstance(budget, int) or budget <= 0):
             raise MixtureError(
-                f"the expert budget must be a positive number of bytes, got {budget!r}"
+                f"expert_budget must be a positive number of bytes, or None, got {budget!r}"
             )
         self.files, self.residency, self.budget = files, residency, budget
         self.dense = dense
-        self._kept: OrderedDict[tuple[str, str], StoredWeight] = OrderedDict()
+        self._decoded: OrderedDict[tuple[str, str], StoredWeight] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
 
     @property
     def is_bounded(self) -> bool:
-        """Whether no memory may be taken beyond that of the decoded weights."""
+        """Whether decoded weights are the only tensors that may take memory."""
         return self.residency != "device" or self.budget is not None
 
     @property
     def resident_bytes(self) -> int:
-        """What the decoded weights take now."""
+        """The bytes that decoded weights take now."""
         return self._bytes
 
+    def needed(self, names: Iterable[str]) -> list[str]:
+        """The experts whose files a mixture of these needs; see `ExpertFiles.needed`."""
+        if isinstance(self.files, ExpertFiles):
+            return self.files.needed(names)
+        return list(self.files)
+
     def read(self, expert: str, weight: str, device: torch.device) -> StoredWeight:
-        """What an expert keeps of a weight, on a device. Threads may call this at the same time.
+        """Return an expert's stored weight on a device. Several threads may call this at once.
 
         Raises:
-            ArtifactError: the file does not hold what its header says.
+            ArtifactError: the file's content differs from its header.
         """
         key = (expert, weight)
         with self._lock:
-            stored = self._kept.get(key)
+            stored = self._decoded.get(key)
             if stored is not None:
-                self._kept.move_to_end(key)
+                self._decoded.move_to_end(key)
         if stored is None:
             stored = self.files[expert].read(weight, self.dense(weight))
             if self.residency == "device":
@@ -85,35 +93,36 @@ class Experts:
                 self._keep(key, stored)
         if stored.positions.device == device:
             return stored
-        # from pinned memory the copy is only started; what uses it on the same stream comes after it
+        # From pinned memory the copy is only started; work on the same stream waits for it.
         return _each(stored, lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def drop(self) -> None:
-        """Forget everything that was decoded."""
+        """Forget all decoded weights."""
         with self._lock:
-            self._kept.clear()
+            self._decoded.clear()
             self._bytes = 0
 
     def _keep(self, key: tuple[str, str], stored: StoredWeight) -> None:
         size = stored_bytes(stored)
-        with self._lock:  # an interrupt falls on a call: none between a weight and its bytes
-            if key not in self._kept:
-                self._kept[key] = stored
+        # Interrupts fall on calls: no call stands between storing a weight and counting its bytes.
+        with self._lock:
+            if key not in self._decoded:
+                self._decoded[key] = stored
                 self._bytes += size
             while self.budget is not None and self._bytes > self.budget:
-                oldest, evicted = next(iter(self._kept.items()))
+                oldest, evicted = next(iter(self._decoded.items()))
                 size = stored_bytes(evicted)
-                del self._kept[oldest]
+                del self._decoded[oldest]
                 self._bytes -= size
 
 
 def stored_bytes(stored: StoredWeight) -> int:
-    """The memory that a decoded weight takes."""
+    """Count the bytes of a decoded weight."""
     return sum(tensor_bytes(tensor) for tensor in _tensors(stored))
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """The memory that a dense or compressed sparse tensor takes."""
+    """Count the bytes of a dense or compressed sparse tensor."""
     if tensor.layout is torch.sparse_csr:
         parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
         return sum(tensor_bytes(part) for part in parts)
@@ -128,7 +137,7 @@ def _tensors(stored: StoredWeight) -> list[Tensor]:
 
 
 def _each(stored: StoredWeight, function: Callable[[Tensor], Tensor]) -> StoredWeight:
-    """The same stored weight with every tensor replaced."""
+    """Replace every tensor of a stored weight by the function's result for it."""
     factors = stored.factors
     if factors is not None:
         left, right, scales = map(function, (factors.left, factors.right, factors.scales))

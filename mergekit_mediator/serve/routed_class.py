@@ -1,4 +1,4 @@
-"""Makes a transformers model route its own calls, so that every tool that uses it is routed too."""
+"""Make a transformers model route its own calls, so that every tool that uses the model is routed too."""
 
 from functools import lru_cache, wraps
 from typing import Any, Protocol
@@ -10,23 +10,29 @@ from mergekit_mediator.errors import MixtureError
 
 
 class Mediator(Protocol):
-    """What a routed model asks."""
+    """The object that answers the calls of a routed model."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer `model(...)`."""
+        ...
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer `model.generate(...)`."""
+        ...
 
 
 def route_calls(model: PreTrainedModel, mediator: Mediator) -> type[PreTrainedModel]:
-    """From here on `model(...)` and `model.generate(...)` are the mediator's; gives the stock class.
+    """Send `model(...)` and `model.generate(...)` to the mediator from now on.
 
-    The model's class becomes a subclass of its own with the same name, so that what is saved from it,
-    and what looks at its class, sees the stock architecture.
+    The model's class becomes a subclass with the same name, so that saved models and code that looks at the
+    class see the stock architecture.
+
+    Returns:
+        The stock class.
     """
     stock = type(model)
-    vars(model).pop(
-        "generate", None
-    )  # that of the artifact's remote code, which would hide the class's
+    # The artifact's remote code sets `generate` on the instance, which would hide the class's method.
+    vars(model).pop("generate", None)
     model.__class__ = _routed(stock)  # type: ignore[arg-type]
     model.mediator = mediator  # type: ignore[assignment]
     return stock
@@ -35,7 +41,7 @@ def route_calls(model: PreTrainedModel, mediator: Mediator) -> type[PreTrainedMo
 @lru_cache
 def _routed(stock: Any) -> type[PreTrainedModel]:
     class Routed(stock):  # type: ignore[misc]
-        # routing is no graph: torch.compile leaves these calls as they are
+        # Routing depends on values, so torch.compile must leave these calls as they are.
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         @wraps(stock.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,8 +67,8 @@ def _routed(stock: Any) -> type[PreTrainedModel]:
 
 
 _COPY = (
-    "a routed model cannot be copied or pickled: load the artifact again, or save_pretrained the "
-    "dense expert"
+    "a routed model cannot be copied or pickled: load the artifact again, or save the dense expert "
+    "with save_pretrained"
 )
 _CONTINUOUS = (
     "continuous batching bypasses generate and cannot be routed: use generate, or load the dense "

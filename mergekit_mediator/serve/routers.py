@@ -1,4 +1,4 @@
-"""The routers of an artifact, by name: what each measures in the model, and its decision."""
+"""Run the routers of an artifact by name: measure the model, then decide."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -26,9 +26,9 @@ _CALIBRATED = ("calibrated", *get_args(Kind))
 
 
 class Routers:
-    """Routes requests by `calibrated`, `response` or `likelihood`, the first that there is by default.
+    """Route requests by `calibrated`, `response` or `likelihood`; the default is the first that exists.
 
-    `hidden` and `embedding` are `calibrated` by name of the features that it was calibrated with.
+    `hidden` and `embedding` name the calibrated router by the features that it was calibrated with.
     """
 
     def __init__(
@@ -41,15 +41,16 @@ class Routers:
         contexts: Contexts,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """
+        """Read no router yet.
+
         Args:
-            root: of the artifact.
-            manifest: of the artifact; no router that it does not name is read.
-            model: holding the dense expert outside mixtures.
-            forward: the model's own, as it is without routing.
-            mixer: of the same model.
-            contexts: which tokens of a prompt count.
-            shapes: of the dense checkpoint's weights.
+            root: the artifact's directory.
+            manifest: the artifact's manifest; a router that it does not name is not read.
+            model: the transformers model; it holds the dense expert outside mixtures.
+            forward: the model's forward without routing.
+            mixer: the mixer of the same model.
+            contexts: chooses the tokens of a prompt that count.
+            shapes: the shapes of the dense checkpoint's weights.
         """
         self._root, self._manifest = root, manifest
         self._model, self._forward = model, forward
@@ -63,15 +64,15 @@ class Routers:
         return "likelihood" if self._response is None else "response"
 
     def describe(self, router: Router | None) -> tuple[str, tuple[float | None, float | None]]:
-        """The name of a router, None for the default one, and its thresholds.
+        """Return the name of a router (None is the default one) and its thresholds.
 
         Raises:
-            RoutingError: this artifact has no such router.
+            ArtifactError: a router's file is damaged or does not fit the model.
         """
         return router or self.default, self.thresholds(router)
 
     def thresholds(self, router: Router | None) -> tuple[float | None, float | None]:
-        """Calibrated thresholds of normalised entropy and of the out-of-distribution score, if any."""
+        """Return the thresholds of normalised entropy and of the out-of-distribution score, or None each."""
         if (router or self.default) not in _CALIBRATED or self._calibrated is None:
             return None, None
         numbers = self._calibrated.numbers
@@ -86,28 +87,29 @@ class Routers:
         router: Router | None = None,
         temperature: float | None = None,
     ) -> RoutingDecision:
-        """Which experts each row needs; the dense expert must be in place.
+        """Decide which experts each row needs; the dense expert must be in place.
 
         Args:
-            ids, mask: `[batch, length]`.
+            ids: token ids `[batch, length]`.
+            mask: attention mask `[batch, length]`.
             counted: `[batch, length]` bool, the tokens that tell requests apart.
-            router: None for the default one.
-            temperature: of the softmax over experts, in the router's own unit.
+            router: the router's name; None is the default one.
+            temperature: the temperature of the softmax over experts, in the router's own unit.
 
         Raises:
-            RoutingError: an unknown router, or one that this artifact does not have.
+            RoutingError: the router is unknown, or this artifact does not have it.
         """
-        chosen = router or self.default
-        if chosen not in get_args(Router):
+        name = router or self.default
+        if name not in get_args(Router):
             names = ", ".join(get_args(Router))
-            raise RoutingError(f"unknown router {chosen!r}: choose {names}")
-        given = {} if temperature is None else {"temperature": temperature}
-        if chosen == "likelihood":
-            return self._by_likelihood(ids, mask, counted, **given)
-        if chosen in _CALIBRATED:
-            return self._by_calibration(ids, mask, counted, chosen, temperature)
+            raise RoutingError(f"unknown router {name!r}: choose one of {names}")
+        options = {} if temperature is None else {"temperature": temperature}
+        if name == "likelihood":
+            return self._by_likelihood(ids, mask, counted, **options)
+        if name in _CALIBRATED:
+            return self._by_calibration(ids, mask, counted, name, temperature)
         responses, response = self._responses(ids, mask, counted)
-        return response.decide(responses, self._reference, **given)
+        return response.decide(responses, self._reference, **options)
 
     @cached_property
     def _calibrated(self) -> CalibratedRouter | None:
@@ -120,7 +122,7 @@ class Routers:
 
     @cached_property
     def _response(self) -> ResponseRouter | None:
-        """The router that needs no data, or None where it has nothing to measure in this model."""
+        """The router that needs no data, or None if it has nothing to measure in this model."""
         if RESPONSE not in self._manifest.files:
             return None
         path = self._root / RESPONSE
@@ -129,7 +131,7 @@ class Routers:
 
     @cached_property
     def _reference(self) -> dict[str, Tensor]:
-        """The responses to a prompt that says nothing: the chat template around an empty message."""
+        """The responses to the chat template around an empty message."""
         tokens = self._contexts.nothing or [pad_token(self._model)]
         ids = torch.tensor([tokens], device=self._model.device)
         mask = torch.ones_like(ids)
@@ -142,12 +144,13 @@ class Routers:
         router = self._calibrated
         if router is None:
             raise RoutingError(
-                f"{self._root}: has no calibrated router: run `mergekit-mediator calibrate`"
+                f"{self._root}: the artifact has no calibrated router: run `mergekit-mediator "
+                "calibrate`"
             )
         if name not in ("calibrated", router.kind):
             raise RoutingError(
-                f"{self._root}: is calibrated with {router.kind} features: run `mergekit-mediator "
-                f"calibrate --features {name}` to route by {name}"
+                f"{self._root}: the router is calibrated with {router.kind} features: run "
+                f"`mergekit-mediator calibrate --features {name}` to route by {name}"
             )
         if router.kind == "embedding":
             embedding: Any = self._model.get_input_embeddings()
@@ -163,8 +166,8 @@ class Routers:
     ) -> tuple[dict[str, Tensor], ResponseRouter]:
         if self._response is None:
             raise RoutingError(
-                f"{self._root}: response routing has nothing to measure in this model: use the "
-                "likelihood router, or calibrate one"
+                f"{self._root}: the response router has nothing to measure in this model: use the "
+                "likelihood router, or run `mergekit-mediator calibrate`"
             )
         with self._response.recording(self._model, counted) as responses:
             self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -173,7 +176,7 @@ class Routers:
     def _by_likelihood(
         self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float = 1.0
     ) -> RoutingDecision:
-        """p(t | prompt) ∝ exp((L_t − L_dense) / T), with L in nats over the counted tokens."""
+        """Decide by p(t | prompt) ∝ exp((L_t − L_dense) / T), with L in nats over the counted tokens."""
         dense = self._log_likelihood(ids, mask, counted)
         scores = []
         for name in self._mixer.experts.files:
@@ -183,7 +186,7 @@ class Routers:
         return decide_from_scores(torch.stack(scores, dim=1), names, temperature)
 
     def _log_likelihood(self, ids: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
-        """Nats `[batch]` of the counted tokens that follow a token, in float32."""
+        """Sum the log-likelihoods of counted tokens that follow a token: nats, `[batch]` float32."""
         logits = self._forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
         tokens = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         likelihood: Tensor = (tokens * (counted[:, 1:] * mask[:, :-1])).sum(dim=1)

@@ -1,7 +1,7 @@
-"""How a module that uses a routed weight is given a weight of its own for every row of a batch.
+"""Give a module that uses a routed weight another weight for every row of a batch.
 
-One function for each kind of module. It prepares what the experts in use add, and gives the hook that adds
-it. Larger batches than prepared for have groups of equal size, in order.
+Each kind of module has one function. It prepares the changes of the experts in use, and returns the hook that
+adds them. In a larger batch than prepared, each row is a group of consecutive rows of equal size.
 """
 
 import warnings
@@ -21,14 +21,19 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # From this density on, a sparse product takes longer than a dense one.
 _DENSE_FROM = 0.35
-# MKL's sparse products take half as much longer where the number of columns is not a multiple of this;
-# and one with this many columns takes no longer than one with half as many.
+# MKL's sparse product takes half as much longer if its number of columns is no multiple of `_COLUMNS`. With
+# `_TOGETHER` columns it takes no longer than with half as many.
 _COLUMNS, _TOGETHER = 4, 8
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module that uses a routed weight, as this parameter."""
+    """A module that uses a routed weight.
+
+    Attributes:
+        module: the module.
+        parameter: the name of the weight in the module.
+    """
 
     module: nn.Module
     parameter: str
@@ -36,10 +41,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """What one expert adds to one weight.
+    """The change that one expert makes to one weight.
 
-    coefficients: `[batch]` float32.
-    matrix: gives the sparse part `[out, in]`: CSR in float32, or dense in the weight's dtype.
+    Attributes:
+        stored: the stored weight.
+        coefficients: the expert's coefficient for each row, `[batch]` float32.
+        matrix: returns the sparse part `[out, in]`: CSR in float32, or dense in the weight's dtype.
     """
 
     stored: StoredWeight
@@ -53,35 +60,36 @@ Kind = Callable[[Place, Tensor, Parts, int], Hook]
 
 @dataclass(frozen=True)
 class _Term:
-    """The sparse part of one expert in one weight, for its rows.
+    """The sparse part of one expert in one weight, and the rows of the batch that use the expert.
 
-    rows: of the batch, as a slice where they follow each other.
-    coefficients: `[n]` float32 of these rows, or None where all are 1.
-    everyone: `[batch]` float32, the coefficients of all rows.
-    matrix: `[out, in]`.
+    Attributes:
+        rows: the n rows; a slice if they are consecutive.
+        coefficients: the coefficients of these rows, `[n]` float32; None if all are 1.
+        all_coefficients: the coefficients of all rows of the batch, `[batch]` float32.
+        matrix: `[out, in]`.
     """
 
     rows: Tensor | slice
     coefficients: Tensor | None
-    everyone: Tensor
+    all_coefficients: Tensor
     matrix: Tensor
 
 
 def kind_of(place: Place) -> Kind | None:
-    """How a module is given rows of its own, or None if it cannot."""
+    """Return the function that serves a kind of module in rows, or None if there is none."""
     forward = type(place.module).forward
     if forward is nn.Linear.forward:
         return _linear if place.parameter == "weight" else _bias
     if forward is nn.Embedding.forward:
         return _embedding
-    # elementwise scales broadcast over rows; torch's fused norms do not take one per row
+    # Elementwise scales broadcast over rows. The fused norm of torch takes one scale for all rows.
     if type(place.module).__name__.endswith("RMSNorm") and not isinstance(place.module, nn.RMSNorm):
         return _scale
     return None
 
 
 def sparse_matrix(weight: Tensor, stored: StoredWeight) -> Tensor:
-    """The sparse part of an expert's change of a weight `[out, in]`; see `Part`."""
+    """Return the sparse part of an expert's change of a weight `[out, in]`; see `Part.matrix`."""
     positions = stored.positions.to(torch.int64)
     values = stored.difference(weight.view(-1)[positions])
     out, width = weight.shape
@@ -122,10 +130,10 @@ def _linear(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
 
 
 def _bias(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
-    added = _row_weights(weight, parts, batch) - weight.to(torch.float32)
+    changes = _row_weights(weight, parts, batch) - weight.to(torch.float32)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + _column(added, _repeat(output, batch), output).to(output.dtype)
+        return output + _column(changes, _repeat(output, batch), output).to(output.dtype)
 
     return Hook(place.module, hook)
 
@@ -152,32 +160,32 @@ def _embedding(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
 
 def _scale(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
     rows = _row_weights(weight, parts, batch).to(weight.dtype)
-    module, own = place.module, place.module._parameters[place.parameter]
+    module, dense = place.module, place.module._parameters[place.parameter]
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         value: Any = _column(rows, _repeat(args[0], batch), args[0])
         module._parameters[place.parameter] = value
 
     def reset() -> None:
-        module._parameters[place.parameter] = own
+        module._parameters[place.parameter] = dense
 
     return Hook(module, hook, before=True, reset=reset)
 
 
 def _add_together_(output: Tensor, x: Tensor, terms: list[_Term]) -> None:
-    """Add the sparse products of all experts with all rows, few as they are; what is not an expert's
-    row is zero there."""
+    """Add each expert's sparse product with all rows; rows that do not use the expert are scaled by 0."""
     columns = x.reshape(-1, x.shape[-1]).T.to(torch.float32)
     tokens = columns.shape[1]
-    added = columns.new_zeros(output.shape[-1], tokens)
+    change = columns.new_zeros(output.shape[-1], tokens)
     for term in terms:
-        scale = term.everyone.repeat_interleave(tokens // len(term.everyone))
-        added.addmm_(term.matrix, columns * scale)
-    output += added.T.reshape(output.shape)
+        coefficients = term.all_coefficients
+        scale = coefficients.repeat_interleave(tokens // len(coefficients))
+        change.addmm_(term.matrix, columns * scale)
+    output += change.T.reshape(output.shape)
 
 
 def _add_(output: Tensor, x: Tensor, term: _Term, repeat: int) -> None:
-    """Add an expert's product with its own rows."""
+    """Add an expert's product with the rows that use the expert."""
     rows = _expand(term.rows, repeat)
     part = x[rows]
     if term.matrix.layout is torch.sparse_csr:
@@ -194,7 +202,7 @@ def _add_(output: Tensor, x: Tensor, term: _Term, repeat: int) -> None:
 
 
 def _sparse_product(matrix: Tensor, x: Tensor) -> Tensor:
-    """`[n, in]` times a CSR matrix `[out, in]`, transposed: `[n, out]` float32."""
+    """Multiply `[n, in]` by a transposed CSR matrix `[out, in]`: `[n, out]` float32."""
     count = len(x)
     if count == 1:
         return (matrix @ x[0].to(torch.float32))[None]
@@ -206,7 +214,7 @@ def _sparse_product(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _terms(parts: Parts) -> list[_Term]:
-    """The sparse parts as matrices."""
+    """Make a matrix of each sparse part that some row uses."""
     terms = []
     for part in parts:
         if not part.stored.positions.numel():
@@ -214,11 +222,11 @@ def _terms(parts: Parts) -> list[_Term]:
         rows = part.coefficients.nonzero()[:, 0]
         if rows.numel():
             first, last = int(rows[0]), int(rows[-1])
-            together = last - first + 1 == rows.numel()
+            consecutive = last - first + 1 == rows.numel()
             coefficients = part.coefficients[rows]
             terms.append(
                 _Term(
-                    slice(first, last + 1) if together else rows,
+                    slice(first, last + 1) if consecutive else rows,
                     None if bool((coefficients == 1).all()) else coefficients,
                     part.coefficients,
                     part.matrix(),
@@ -228,26 +236,31 @@ def _terms(parts: Parts) -> list[_Term]:
 
 
 def _thin(weight: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Tensor] | None:
-    """All experts' factors side by side: `[Σr, in]`, `[Σr, out]`, and `[batch, Σr]` of scales, in the
-    dtype of the weight."""
-    factored = [(p.stored.factors, p.coefficients) for p in parts if p.stored.factors]
-    if not factored:
+    """Put the factors of all experts side by side, in the weight's dtype; None if no expert has factors.
+
+    Returns:
+        Right factors `[Σr, in]`, left factors `[Σr, out]`, and scales `[batch, Σr]`.
+    """
+    low_rank = [(p.stored.factors, p.coefficients) for p in parts if p.stored.factors]
+    if not low_rank:
         return None
     rights, lefts, scales = [], [], []
-    for factors, coefficients in factored:
-        left, right, own = factors.left, factors.right, factors.scales
-        if left.dtype == torch.int8:  # between the two, so that no product leaves float16's range
-            root = own.abs().sqrt()
-            left, right, own = left * root, right * root, own.sign()
+    for factors, coefficients in low_rank:
+        left, right, scale = factors.left, factors.right, factors.scales
+        if (
+            left.dtype == torch.int8
+        ):  # both sides share the scale, so products stay in float16's range
+            root = scale.abs().sqrt()
+            left, right, scale = left * root, right * root, scale.sign()
         lefts.append(left.to(weight.dtype))
         rights.append(right.to(weight.dtype))
-        scales.append(coefficients[:, None] * own)
+        scales.append(coefficients[:, None] * scale)
     right, left = torch.cat(rights, dim=1), torch.cat(lefts, dim=1)
     return right.T, left.T, torch.cat(scales, dim=1).to(weight.dtype)
 
 
 def _row_weights(weight: Tensor, parts: Parts, batch: int) -> Tensor:
-    """A small weight for each row, `[batch, *shape]` float32, summed as `stored_weight.mix_` does."""
+    """Sum a small weight for each row as `stored_weight.mix_` does: `[batch, *shape]` float32."""
     flat = weight.reshape(-1)
     rows = flat.to(torch.float32).repeat(batch, 1)
     for part in parts:
@@ -260,16 +273,23 @@ def _row_weights(weight: Tensor, parts: Parts, batch: int) -> Tensor:
 
 
 def _table(stored: StoredWeight, positions: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-    """What an expert adds to some rows of an embedding, `[tokens, hidden]` float32."""
+    """Return an expert's change of an embedding's rows of some tokens, `[tokens, hidden]` float32.
+
+    Args:
+        stored: the stored weight.
+        positions: its positions, int64.
+        values: its changes at these positions, float32.
+        tokens: the tokens, in order.
+    """
     width = stored.shape[-1]
     first = torch.searchsorted(positions, tokens * width)
     last = torch.searchsorted(positions, (tokens + 1) * width)
     counts = last - first
     place = torch.arange(len(tokens), device=tokens.device).repeat_interleave(counts)
-    skipped = (first - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-    taken = torch.arange(place.numel(), device=tokens.device) + skipped
+    offset = (first - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+    index = torch.arange(place.numel(), device=tokens.device) + offset
     table = torch.zeros(len(tokens), width, device=tokens.device)
-    table[place, positions[taken] % width] = values[taken]
+    table[place, positions[index] % width] = values[index]
     factors = stored.factors
     if factors is not None:
         left = factors.left[tokens].to(torch.float32) * factors.scales
@@ -278,11 +298,11 @@ def _table(stored: StoredWeight, positions: Tensor, values: Tensor, tokens: Tens
 
 
 def _repeat(x: Tensor, batch: int) -> int:
-    """How many rows of an input belong to each row of the batch."""
+    """Count the rows of an input that belong to each row of the batch."""
     repeat, rest = divmod(x.shape[0], batch)
     if rest or not repeat:
         raise MixtureError(
-            f"apply='rows': {batch} rows have mixtures, but a module got {x.shape[0]}: use "
+            f"apply='rows': {batch} rows have mixtures, but a module got {x.shape[0]} rows: use "
             "apply='merge'"
         )
     return repeat
@@ -296,11 +316,11 @@ def _expand(rows: Tensor | slice, repeat: int) -> Tensor | slice:
     return (rows[:, None] * repeat + torch.arange(repeat, device=rows.device)).view(-1)
 
 
-def _column(values: Tensor, repeat: int, like: Tensor) -> Tensor:
-    """Values `[batch, ...]` of the batch's rows, shaped to scale `like` `[rows, ..., features]`."""
+def _column(values: Tensor, repeat: int, x: Tensor) -> Tensor:
+    """Shape values `[batch, ...]` of the batch's rows to scale `x` `[rows, ..., features]`."""
     if repeat > 1 and len(values) > 1:
         values = values.repeat_interleave(repeat, dim=0)
     if values.ndim == 1:
         values = values[:, None]
-    between = [1] * (like.ndim - values.ndim)
-    return values.view(values.shape[0], *between, *values.shape[1:]).to(like.dtype)
+    between = [1] * (x.ndim - values.ndim)
+    return values.view(values.shape[0], *between, *values.shape[1:]).to(x.dtype)

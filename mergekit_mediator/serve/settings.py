@@ -1,7 +1,7 @@
-"""How a routed model answers requests: its settings, checked whenever one is set."""
+"""The settings of a routed model, checked at every assignment."""
 
 import difflib
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,21 +12,22 @@ from mergekit_mediator.serve.batch_forms import Apply
 
 
 class Settings(BaseModel):
-    """The settings of a routed model; they may be changed between requests.
+    """The settings of a routed model; users may change them between requests.
 
     Attributes:
-        policy: how probabilities become a mixture; see `decision.apply_policy`.
-        entropy_threshold: of the policy `auto`, as a fraction of log(number of experts); None is the
-            calibrated one, or 0.5 without calibration.
-        ood_threshold: requests beyond it count as out of distribution; None is the calibrated one.
-        ood_action: what is done with a request that is out of distribution; see `decision.apply_policy`.
-        fallback: what answers a request that has no text to route by, and with the action `fallback` one
-            that is out of distribution: an expert's name or `dense`. None refuses the former.
-        route_on: what routing looks at: the whole `prompt`, or the `last_user` turn of a chat.
-        apply: `merge` puts a mixture into the weights, and rows that need different ones are run one
-            mixture after the other; `rows` gives every row its own without touching the weights (see
-            `rows`); `auto` is `rows` for rows that differ, where the model's layers allow it, and
-            where experts are factors alone and few tokens are computed; else `merge`.
+        policy: the way from probabilities to a mixture; see `decision.apply_policy`.
+        entropy_threshold: the normalised entropy, a fraction of log(number of experts), above which the
+            policy `auto` blends experts; None is the calibrated threshold, or 0.5 without calibration.
+        ood_threshold: the score above which a request is out of distribution; None is the calibrated
+            threshold.
+        ood_action: the action for requests that are out of distribution; see `decision.apply_policy`.
+        fallback: an expert's name or `dense`. It answers requests that have no text to route by, and with
+            the action `fallback` those that are out of distribution. None refuses requests without text.
+        route_on: the text that routing reads: the whole `prompt`, or the `last_user` turn of a chat.
+        apply: the form of a batch. `merge` puts a mixture into the weights; rows that need different
+            mixtures run one mixture after the other. `rows` gives every row its mixture without a change
+            of the weights (see `rows`). `auto` is `rows` for rows that differ, if the model's layers allow
+            it, and for experts that are factors alone, if few tokens are computed; else it is `merge`.
     """
 
     model_config = ConfigDict(validate_assignment=True, extra="forbid")
@@ -43,7 +44,7 @@ class Settings(BaseModel):
         """Set one setting.
 
         Raises:
-            SettingError: there is no such setting, or it cannot have this value.
+            SettingError: there is no such setting, or the value is not allowed.
         """
         if name not in type(self).model_fields:
             raise unknown_setting(name)
@@ -55,7 +56,7 @@ class Settings(BaseModel):
 
 
 class SettingAttribute:
-    """An attribute of an object with `settings` that is one of them."""
+    """An attribute of an object that reads and writes the setting of the same name in `settings`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -67,9 +68,40 @@ class SettingAttribute:
         setattr(owner.settings, self._name, value)
 
 
+class SettingAttributes:
+    """An object whose settings are its attributes too; a misspelt setting is an error.
+
+    Attributes:
+        settings: the settings.
+    """
+
+    # The names of public attributes that are no settings.
+    _plain_attributes: ClassVar[frozenset[str]] = frozenset({"settings"})
+    settings: Settings
+
+    policy = SettingAttribute()
+    entropy_threshold = SettingAttribute()
+    ood_threshold = SettingAttribute()
+    ood_action = SettingAttribute()
+    fallback = SettingAttribute()
+    route_on = SettingAttribute()
+    apply = SettingAttribute()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            SettingError: there is no setting and no attribute of this name.
+        """
+        public = name in Settings.model_fields or name in self._plain_attributes
+        if not (public or name.startswith("_")):
+            raise unknown_setting(name)
+        super().__setattr__(name, value)
+
+
 def unknown_setting(name: str) -> SettingError:
-    """The error for a name that is no setting."""
-    known = list(Settings.model_fields)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
-    return SettingError(f"no setting {name!r}: {hint}")
+    """Make the error for a name that is no setting; it suggests the nearest setting."""
+    names = list(Settings.model_fields)
+    matches = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {matches[0]!r}?" if matches else f"the settings are {', '.join(names)}"
+    return SettingError(f"unknown setting {name!r}: {hint}")

@@ -1,3 +1,4 @@
 """An artifact on disk: manifest, expert files, router files, and how they are published.
 
-It knows no model and no mergekit."""
+The room knows no model and no mergekit.
+"""

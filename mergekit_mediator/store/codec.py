@@ -1,4 +1,4 @@
-"""StoredWeight to bytes and back: the one place that knows how a stored weight is laid out (FORMAT.md)."""
+"""A stored weight as bytes and back; docs/format.md has the layout."""
 
 import math
 import zlib
@@ -11,7 +11,7 @@ from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import by_exponent, from_ordered, raw_bytes, to_ordered
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.store.description import DTYPES, Description
+from mergekit_mediator.store.description import Description
 from mergekit_mediator.store.factor_codec import decode_factors, encode_factors
 from mergekit_mediator.store.streams import (
     Bytes,
@@ -24,17 +24,20 @@ from mergekit_mediator.store.streams import (
     unpack,
 )
 
-# From this density on, codes of all coordinates are shorter than gaps and codes of the kept ones.
+# From this density on, codes of all coordinates are shorter than gaps and codes of the stored ones.
 _IMPLIED_DENSITY = 0.45
 
 
 def encode_bytes(sparse: StoredWeight, dense: Tensor | None = None) -> tuple[Tensor, Description]:
-    """The stored form `[bytes]` uint8 of a sparse tensor, and its description.
+    """Encode a stored weight.
 
     Args:
-        sparse: what to store.
+        sparse: the stored weight, on the CPU.
         dense: the dense expert's weight, of the same shape and dtype. With it, exact values take about
-            half the bytes, and reading them takes the same weight.
+            half the bytes, and decoding them takes the same weight.
+
+    Returns:
+        The stream `[bytes]` uint8, and its description.
     """
     positions, numel = sparse.positions, math.prod(sparse.shape)
     exact, relative = sparse.values == "exact", sparse.values == "exact" and dense is not None
@@ -51,15 +54,15 @@ def encode_bytes(sparse: StoredWeight, dense: Tensor | None = None) -> tuple[Ten
         check=_checksum(sparse.codes, sparse.factors),
     )
     codes = to_ordered(sparse.codes) if exact else sparse.codes
-    kept = _kept(dense, positions) if relative else None
-    if kept is not None:
-        codes = codes - to_ordered(kept)
+    reference = _dense_values(dense, positions) if relative else None
+    if reference is not None:
+        codes = codes - to_ordered(reference)
     if d.implied:
         codes = codes.new_zeros(numel).index_copy_(0, positions.to(torch.int64), codes)
-        kept = _kept(dense, None) if relative else None
+        reference = _dense_values(dense, None) if relative else None
     array: Integers = codes.numpy()
-    if kept is not None:
-        array = array[by_exponent(kept)]
+    if reference is not None:
+        array = array[by_exponent(reference)]
     parts = [] if d.implied else gap_streams(positions.numpy(), d.wide)
     streams = [pack(part) for part in [*parts, *byte_planes(array)]]
     sizes = tuple(len(stream) for stream in streams)
@@ -76,60 +79,63 @@ def encode_bytes(sparse: StoredWeight, dense: Tensor | None = None) -> tuple[Ten
 def decode_bytes(
     stream: Tensor, description: Description, where: str, dense: Tensor | None = None
 ) -> StoredWeight:
-    """The sparse tensor of a stored form.
+    """Decode a stored weight; the inverse of `encode_bytes`.
 
     Args:
         stream: `[bytes]` uint8.
-        description: as written beside it; see `parse_description`.
+        description: of the stream; see `parse_description`.
         where: the file and tensor, for error messages.
-        dense: the dense expert's weight as in its checkpoint; needed if the description says `relative`,
-            and of the described shape if it is given.
+        dense: the dense expert's weight as in its checkpoint. A `relative` description requires it. Any
+            weight must have the described shape.
 
     Raises:
-        ArtifactError: the bytes do not fit the description, or `dense` is not what they were stored with.
+        ArtifactError: the bytes do not fit the description, or `dense` is another weight than the encoder
+            had.
     """
-    d, dtype = description, DTYPES[description.dtype]
+    d, dtype = description, getattr(torch, description.dtype)
     fits = dense is not None and tuple(dense.shape) == d.shape
     same = fits and dense is not None and dense.dtype == dtype
     if not (same if d.relative else fits or dense is None):
         got = "none" if dense is None else f"{dense.dtype} {list(dense.shape)}"
-        raise ArtifactError(f"{where}: needs the dense weight {dtype} {list(d.shape)}, got {got}")
+        raise ArtifactError(
+            f"{where}: the dense weight {dtype} {list(d.shape)} is required, got {got}"
+        )
     sizes = d.sizes + (d.factors.sizes if d.factors else ())
     if sum(sizes) != stream.numel():
-        raise ArtifactError(f"{where}: {sum(sizes)} bytes expected, got {stream.numel()}")
+        raise ArtifactError(f"{where}: {sum(sizes)} bytes required, got {stream.numel()}")
     streams = _cut(stream.numpy(), sizes)
     factors = decode_factors(streams[len(d.sizes) :], d, d.factors, where) if d.factors else None
-    kept: Tensor | None = None
+    places: Tensor | None = None
     if not d.implied:
         heads = [unpack(s, n, where) for s, n in zip(streams, d.heads, strict=False)]
-        kept = torch.from_numpy(from_gap_streams(heads, d.numel, where))
+        places = torch.from_numpy(from_gap_streams(heads, d.numel, where))
     coded = d.numel if d.implied else d.count
     planes = [unpack(s, coded, where) for s in streams[len(d.heads) : len(d.sizes)]]
     array = from_byte_planes(planes, d.code_bytes)
     if d.relative:
         ordered = np.empty_like(array)
-        ordered[by_exponent(_kept(dense, kept))] = array
+        ordered[by_exponent(_dense_values(dense, places))] = array
         array = ordered
     codes = torch.from_numpy(array)
-    if kept is None:
-        kept = codes.nonzero().reshape(-1)
-        codes = codes[kept]
-    if kept.numel() != d.count:
-        raise ArtifactError(f"{where}: {d.count} coordinates expected, got {kept.numel()}")
+    if places is None:
+        places = codes.nonzero().reshape(-1)
+        codes = codes[places]
+    if places.numel() != d.count:
+        raise ArtifactError(f"{where}: {d.count} coordinates required, got {places.numel()}")
     if d.values == "exact":
-        codes = codes + to_ordered(_kept(dense, kept)) if d.relative else codes
+        codes = codes + to_ordered(_dense_values(dense, places)) if d.relative else codes
         codes = from_ordered(codes, dtype)
     if _checksum(codes, factors) != d.check:
-        reason = ": is this the dense weight it was stored with?" if d.relative else ""
+        reason = ": is this the dense weight of the merge?" if d.relative else ""
         raise ArtifactError(f"{where}: the decoded values fail their checksum{reason}")
-    positions = kept.to(torch.int32 if d.numel < 2**31 else torch.int64)
+    positions = places.to(torch.int32 if d.numel < 2**31 else torch.int64)
     return StoredWeight(
         d.shape, dtype, d.values, positions, codes, d.scale, d.shift, factors, d.share
     )
 
 
-def _kept(dense: Tensor | None, positions: Tensor | None) -> Tensor:
-    """The dense weights at some positions, or all of them, flat."""
+def _dense_values(dense: Tensor | None, positions: Tensor | None) -> Tensor:
+    """The dense weights `[k]` at positions `[k]`, or all of them, flat."""
     if dense is None:
         raise TypeError("relative values need the dense weight")
     flat = dense.reshape(-1)
@@ -142,7 +148,7 @@ def _cut(stream: Bytes, sizes: tuple[int, ...]) -> list[Bytes]:
 
 
 def _checksum(codes: Tensor, factors: Factors | None) -> int:
-    """CRC-32 of the codes, and of the factors row by row if there are any."""
+    """The CRC-32 of the codes, and of the factors row by row if there are any."""
     check = zlib.crc32(raw_bytes(codes).data)
     for part in (factors.left, factors.right, factors.scales) if factors else ():
         check = zlib.crc32(raw_bytes(part).data, check)

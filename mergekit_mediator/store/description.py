@@ -1,28 +1,33 @@
-"""What an expert file says about each stored weight, checked before anything is read by it (FORMAT.md)."""
+"""The description of each stored weight in an expert file, and its checks; docs/format.md has the fields.
+
+All checks pass before any byte of the weight is read. No torch is imported.
+"""
 
 import math
 import reprlib
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_mediator.delta.stored_weight import Form
+from mergekit_mediator.delta.value_forms import Form
 from mergekit_mediator.errors import ArtifactError
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-FACTOR_DTYPES = {"int8": torch.int8, **DTYPES}
-# Below this density the low byte of a gap is as good as random and goes to a stream of its own.
+# The bytes of a number, by the name of its dtype in torch.
+_DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_FACTOR_DTYPES = {"int8": 1, **_DTYPES}
+# Below this density the low byte of a gap is almost random, and goes to a stream of its own.
 _WIDE_GAPS_DENSITY = 1 / 256
 
 
 class FactorsDescription(BaseModel):
-    """What must be known of the low-rank part of a stored weight."""
+    """The low-rank part of a stored weight.
+
+    Attributes:
+        rank: the number of components.
+        dtype: of the factors, by its name in torch.
+        paired: the number of trailing columns whose codes are stored two a byte.
+        sizes: the bytes of each stored stream.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,7 +38,23 @@ class FactorsDescription(BaseModel):
 
 
 class Description(BaseModel):
-    """What must be known of one stored weight before its bytes are read; see FORMAT.md."""
+    """One stored weight.
+
+    Attributes:
+        shape: of the weight, as in the checkpoint.
+        dtype: of the weight, by its name in torch.
+        values: the form of the codes.
+        count: the number of stored coordinates.
+        scale: of the codes; see `StoredWeight`.
+        shift: of the codes; see `StoredWeight`.
+        share: of the expert in the dense weight; see `StoredWeight`.
+        relative: whether exact values are differences from the dense weight.
+        implied: whether all coordinates have a code, so that no positions are stored.
+        gaps: the decoded size of the first stream of positions, in bytes.
+        sizes: the bytes of each stored stream, without those of the factors.
+        factors: the low-rank part, if there is one.
+        check: the CRC-32 of the decoded codes and factors.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,51 +74,56 @@ class Description(BaseModel):
 
     @property
     def numel(self) -> int:
+        """The number of coordinates of the weight."""
         return math.prod(self.shape)
 
     @property
     def wide(self) -> bool:
+        """Whether the low bytes of the gaps have a stream of their own."""
         return self.count < _WIDE_GAPS_DENSITY * self.numel
 
     @property
     def code_bytes(self) -> int:
-        """The size of one code in memory."""
+        """The bytes of one code in memory."""
         if self.values == "exact":
-            return DTYPES[self.dtype].itemsize
+            return _DTYPES[self.dtype]
         return 2 if self.values == "steps" else 1
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """The decoded sizes of the streams that hold positions; those that hold codes come after them."""
+        """The decoded sizes, in bytes, of the streams of positions; the streams of codes follow them."""
         if self.implied:
             return ()
         return (self.gaps, self.count) if self.wide else (self.gaps,)
 
     @property
     def most_gaps(self) -> int:
-        """The largest decoded size that the first stream can have: a byte for each coordinate, and one more
-        for each run of 255 that is left out (of 255 low bytes, if those have a stream of their own)."""
+        """The largest possible decoded size of the first stream, in bytes.
+
+        It has one byte for each stored coordinate, and one more for each run of 255 coordinates between
+        them. With wide gaps a run is 255 · 256 coordinates long.
+        """
         return self.count + (self.numel - self.count) // (255 * (256 if self.wide else 1))
 
     @property
     def factor_numbers(self) -> int:
-        """How many numbers the factors hold, without their scales."""
+        """The number of numbers in the two factors, without the scales."""
         if self.factors is None:
             return 0
         return self.factors.rank * (self.numel // max(1, self.shape[-1]) + self.shape[-1])
 
 
 def parse_description(fields: Any, where: str, shape: tuple[int, ...] | None = None) -> Description:
-    """Check a description that was read from a file: what is decoded by it is bounded by its shape.
+    """Check a description from a file, so that its shape bounds the memory that decoding takes.
 
     Args:
-        fields: as decoded from JSON.
+        fields: the description as JSON has it.
         where: the file and tensor, for error messages.
-        shape: of the weight in the dense checkpoint, which bounds the description's own; None if that is
-            not known.
+        shape: of the weight in the dense checkpoint, which the description must have; None to take the
+            description's own shape.
 
     Raises:
-        ArtifactError: a field is missing, unknown or out of range, or the shape is another one.
+        ArtifactError: a field is missing, unknown or out of range, or the shape differs.
     """
     try:
         d = Description.model_validate(fields)
@@ -109,8 +135,8 @@ def parse_description(fields: Any, where: str, shape: tuple[int, ...] | None = N
         raise ArtifactError(
             f"{where}: shape {list(shape)} required, as in the dense checkpoint, got {_short(d.shape)}"
         )
-    if d.dtype not in DTYPES:
-        raise ArtifactError(f"{where}: dtype {d.dtype!r} is none of {', '.join(DTYPES)}")
+    if d.dtype not in _DTYPES:
+        raise ArtifactError(f"{where}: dtype of {', '.join(_DTYPES)} required, got {d.dtype!r}")
     if any(size < 0 for size in d.shape) or d.numel >= 2**63:
         raise ArtifactError(f"{where}: shape {_short(d.shape)} is out of range")
     if d.count > d.numel:
@@ -124,32 +150,40 @@ def parse_description(fields: Any, where: str, shape: tuple[int, ...] | None = N
     planes = len(d.sizes) - len(d.heads)
     coded = d.numel if d.implied else d.count
     if min(d.sizes, default=0) < 0 or not min(coded, 1) <= planes <= min(coded, 1) * d.code_bytes:
-        raise ArtifactError(f"{where}: sizes {_short(d.sizes)} are not those of its streams")
+        raise ArtifactError(f"{where}: sizes {_short(d.sizes)} do not fit its streams")
     if (d.relative and d.values != "exact") or (
         d.implied and d.values == "exact" and not d.relative
     ):
-        raise ArtifactError(f"{where}: {d.values} values are never stored so")
+        raise ArtifactError(
+            f"{where}: {d.values} values cannot have relative {d.relative} and implied {d.implied}"
+        )
     if d.factors:
         _check_factors(d, d.factors, where)
     return d
 
 
 def _check_factors(d: Description, factors: FactorsDescription, where: str) -> None:
-    if factors.dtype not in FACTOR_DTYPES:
-        raise ArtifactError(f"{where}: factors of dtype {factors.dtype!r}")
+    if factors.dtype not in _FACTOR_DTYPES:
+        raise ArtifactError(
+            f"{where}: factors: dtype of {', '.join(_FACTOR_DTYPES)} required, got {factors.dtype!r}"
+        )
     if (d.values == "exact" and d.count) or not d.shape or d.numel == 0:
-        raise ArtifactError(f"{where}: {d.values} values of shape {list(d.shape)} take no factors")
-    if factors.rank > min(
-        d.shape[-1], d.numel // d.shape[-1]
-    ):  # at most two numbers for each weight
+        raise ArtifactError(
+            f"{where}: {d.values} values of shape {list(d.shape)} cannot have factors"
+        )
+    # The limit allows at most two numbers for each weight.
+    if factors.rank > min(d.shape[-1], d.numel // d.shape[-1]):
         raise ArtifactError(f"{where}: rank {factors.rank} does not fit shape {list(d.shape)}")
     if factors.paired > (factors.rank if factors.dtype == "int8" else 0):
-        raise ArtifactError(f"{where}: {factors.paired} of its factors cannot be paired")
-    planes = FACTOR_DTYPES[factors.dtype].itemsize + (1 if factors.paired else 0)
+        raise ArtifactError(
+            f"{where}: {factors.paired} columns of {factors.dtype} factors of rank {factors.rank} "
+            "cannot be paired"
+        )
+    planes = _FACTOR_DTYPES[factors.dtype] + (1 if factors.paired else 0)
     if len(factors.sizes) != planes + 1 or min(factors.sizes) < 0:
-        raise ArtifactError(f"{where}: sizes {_short(factors.sizes)} are not those of factors")
+        raise ArtifactError(f"{where}: sizes {_short(factors.sizes)} do not fit its factors")
 
 
 def _short(numbers: tuple[int, ...]) -> str:
-    """A list that stays readable, whatever a file holds."""
+    """A list of numbers, cut to a readable length."""
     return reprlib.repr(list(numbers))

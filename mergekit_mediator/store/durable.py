@@ -1,4 +1,4 @@
-"""Steps on a file system that outlive a crash or a power cut: flushed to disk, and each moved into place at once."""
+"""Steps on a file system that outlive a crash or a power cut: each is flushed to disk and takes effect at once."""
 
 import ctypes
 import errno
@@ -16,14 +16,14 @@ _WINDOWS = os.name == "nt"
 def sync(path: Path) -> None:
     """Flush a file or a directory to disk."""
     is_directory = path.is_dir()
-    # Windows opens no directories, and flushes only files that are open for writing
+    # Windows opens no directories, and flushes only files that are open for writing.
     if is_directory and _WINDOWS:
         return
     descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems flush no directories
+        # Some network file systems flush no directories.
         if not is_directory or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -41,14 +41,19 @@ def sync_tree(root: Path) -> None:
 
 
 def replace(written: Path, path: Path) -> None:
-    """Move a file that was written beside its place into it, at once and for good."""
+    """Move a complete file into its place, at once and for good.
+
+    Args:
+        written: the file, beside its place.
+        path: the place, where a file may be.
+    """
     sync(written)
     os.replace(written, path)
     sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once and for good; an error leaves what was there."""
+    """Replace a text file at once and for good; after an error the old file is there."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -59,10 +64,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Let two directories of one file system change places, in one step.
+    """Exchange two directories of one file system, in one step.
 
     Raises:
-        OSError: they cannot; `ENOSYS` where the system has no such step.
+        OSError: the file system refuses; `ENOSYS` if the operating system has no such step.
     """
     rename = _renameat2()
     if rename is None:
@@ -74,12 +79,12 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def can_exchange() -> bool:
-    """Whether this system has a step for `exchange`; its file systems may still refuse it."""
+    """Tell whether the operating system has a step for `exchange`; its file systems may still refuse it."""
     return _renameat2() is not None
 
 
 def _renameat2() -> Callable[..., int] | None:
-    """The function of Linux, which Python has no name for."""
+    """The function of Linux, for which Python has no name."""
     if not sys.platform.startswith("linux"):
         return None
     function: Callable[..., int] | None = getattr(
@@ -89,7 +94,7 @@ def _renameat2() -> Callable[..., int] | None:
 
 
 def remove_tree(root: Path) -> None:
-    """Remove a directory with everything below it, also what it forbids to change."""
+    """Remove a directory with everything below it, even if its rights forbid changes."""
     root.chmod(0o700)
     for folder, names, _ in os.walk(root):
         for path in (Path(folder, name) for name in names):

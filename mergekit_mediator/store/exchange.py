@@ -1,7 +1,7 @@
-"""Publishing into a directory that is there: the staging directory takes its place in one step.
+"""Publishing into a directory that exists: the staging directory takes its place in one step.
 
-The user's files are in both directories meanwhile, each under a second name of the same file: so they are
-never absent, and never copied.
+Before the step, the staging directory gets a second name (a hard link) of each file of the user. So those files
+are never absent, and never copied.
 """
 
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergekit_mediator.store import durable
 
-# What says that directories cannot be exchanged here, or that a file can have no second name.
+# Errors of file systems that exchange no directories, or give files no second name.
 _IMPOSSIBLE = {
     *(errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV),
     *(errno.EBUSY, errno.EPERM, errno.EACCES, errno.EMLINK),
@@ -20,18 +20,18 @@ _IMPOSSIBLE = {
 
 
 def exchange_with(staged: Path, out: Path, model: Container[str]) -> bool:
-    """Let a staging directory and the output change places.
+    """Exchange a staging directory with the output.
 
     Args:
         staged: the staging directory, beside the output.
         out: the output.
-        model: paths of the files in the output that are not carried over.
+        model: paths of the model's files inside the output, which are not carried over.
 
     Returns:
-        Whether they did. If not, the system cannot do it here, and the output is as it was.
+        Whether the exchange took place. If not, the system cannot do it here, and the output is unchanged.
 
     Raises:
-        OSError: a step failed, and the output is as it was.
+        OSError: a step failed, and the output is unchanged.
     """
     if not durable.can_exchange():
         return False
@@ -46,9 +46,18 @@ def exchange_with(staged: Path, out: Path, model: Container[str]) -> bool:
 
 
 def carry_over(source: Path, target: Path, model: Container[str], folder: Path = Path()) -> None:
-    """Give the files of a directory a second name in another one, except those of a model.
+    """Give each file of a directory a second name in another one, except the files of a model.
 
-    Files that the other directory has by then stay as they are.
+    A file of that name in the other directory stays.
+
+    Args:
+        source: the directory that has the files.
+        target: the directory that gets the names.
+        model: paths of the model's files inside the source.
+        folder: the folder inside both directories to begin with.
+
+    Raises:
+        OSError: a step failed; `EXDEV` if the folder is on another file system.
     """
     status = os.stat(source / folder)
     if status.st_dev != os.stat(source).st_dev:
@@ -61,17 +70,17 @@ def carry_over(source: Path, target: Path, model: Container[str], folder: Path =
             _carry_folder(source, target, model, name)
         elif not os.path.lexists(place):
             os.link(entry.path, place, follow_symlinks=False)
-    there = os.stat(target / folder)
-    if (there.st_uid, there.st_gid) != (status.st_uid, status.st_gid):
+    target_status = os.stat(target / folder)
+    if (target_status.st_uid, target_status.st_gid) != (status.st_uid, status.st_gid):
         os.chown(target / folder, status.st_uid, status.st_gid)
     shutil.copystat(source / folder, target / folder)
     durable.sync(target / folder)
 
 
 def _carry_folder(source: Path, target: Path, model: Container[str], folder: Path) -> None:
-    made = not os.path.lexists(target / folder)
-    if made:
+    is_new = not os.path.lexists(target / folder)
+    if is_new:
         os.mkdir(target / folder)
     carry_over(source, target, model, folder)
-    if made and any((source / folder).iterdir()) and not any((target / folder).iterdir()):
-        os.rmdir(target / folder)  # there were files of the model only
+    if is_new and any((source / folder).iterdir()) and not any((target / folder).iterdir()):
+        os.rmdir(target / folder)  # the source's folder has files of the model only

@@ -1,4 +1,4 @@
-"""Factors to streams and back: most codes of a low-rank part fit into half a byte."""
+"""Factors as streams and back; most codes of a low-rank part fit into half a byte."""
 
 import numpy as np
 import torch
@@ -7,18 +7,21 @@ from torch import Tensor
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import from_ordered, raw_bytes, to_ordered
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.store.description import FACTOR_DTYPES, Description, FactorsDescription
+from mergekit_mediator.store.description import Description, FactorsDescription
 from mergekit_mediator.store.streams import Bytes, byte_planes, from_byte_planes, pack, unpack
 
-# Where the codes of a column are this many times smaller than those of an earlier one, another block may begin.
+# A block may end before a column whose mean magnitude is below this part of that of the block's first column.
 _FALLS = (0.75, 0.55, 0.35, 0.0)
 
 
 def encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
-    """Each column of the left factor with its right one, as byte planes; then the scales.
+    """Encode factors as byte planes of the joined columns, and then the scales.
 
-    int8 columns from the last one backwards, as long as all their codes are in -8 to 7, are stored two
-    codes a byte: a Huffman code of such pairs is within 2% of their entropy, one of single codes 9% above.
+    The trailing int8 columns with all codes in -8 to 7 are stored two codes a byte. A Huffman code of such
+    pairs is within 2% of their entropy; one of single codes is 9% above it.
+
+    Returns:
+        The streams, and the description of the factors.
     """
     numbers = torch.cat([factors.left, factors.right]).T.contiguous()
     integers = to_ordered(numbers) if numbers.is_floating_point() else numbers
@@ -36,18 +39,18 @@ def encode_factors(factors: Factors) -> tuple[list[bytes], FactorsDescription]:
 def decode_factors(
     streams: list[Bytes], d: Description, factors: FactorsDescription, where: str
 ) -> Factors:
-    """The factors of `encode_factors`.
+    """Decode factors; the inverse of `encode_factors`.
 
     Args:
-        streams: as stored.
-        d: of the whole weight.
-        factors: of its low-rank part.
+        streams: of the factors.
+        d: the description of the whole weight.
+        factors: the description of its low-rank part.
         where: the file and tensor, for error messages.
 
     Raises:
-        ArtifactError: the streams do not fit the descriptions, or scales are not finite.
+        ArtifactError: the streams do not fit the descriptions, or a scale is not finite.
     """
-    dtype, rank = FACTOR_DTYPES[factors.dtype], factors.rank
+    dtype, rank = getattr(torch, factors.dtype), factors.rank
     length = d.factor_numbers // rank
     joined = factors.paired * length
     planes = [unpack(s, rank * length - joined, where) for s in streams[: dtype.itemsize]]
@@ -58,13 +61,13 @@ def decode_factors(
     numbers = from_ordered(integers, dtype) if dtype.is_floating_point else integers
     scales = torch.from_numpy(unpack(streams[-1], 4 * rank, where).copy()).view(torch.float32)
     if not bool(scales.isfinite().all()):
-        raise ArtifactError(f"{where}: scales of factors must be finite")
+        raise ArtifactError(f"{where}: the scales of its factors must be finite")
     columns, out = numbers.view(rank, -1), d.numel // d.shape[-1]
     return Factors(columns[:, :out].T.contiguous(), columns[:, out:].T.contiguous(), scales)
 
 
 def _encode_codes(columns: Tensor) -> tuple[int, list[bytes]]:
-    """How many of the columns `[r, out + in]` int8 are paired, and the streams of the others and of those."""
+    """The number of paired columns of `[r, out + in]` int8, and the streams of the single and the paired ones."""
     rank, length = columns.shape
     paired = _trailing_nibbles(columns)
     single = rank - paired
@@ -78,30 +81,32 @@ def _encode_codes(columns: Tensor) -> tuple[int, list[bytes]]:
 
 
 def _shortest(content: Bytes, sizes: list[float], length: float) -> bytes:
-    """Packed in blocks of columns of similar size: the more alike, the better each block's code, but the more
-    codes there are to be stored."""
+    """The shortest stream of columns, in blocks of columns of similar magnitude.
+
+    More similar columns make a better code of each block, but more blocks store more codes.
+    """
     ends = {tuple(int(i * length) for i in _falls(sizes, by)) for by in _FALLS}
     return min((pack(content, e) for e in sorted(ends)), key=len)
 
 
 def _falls(sizes: list[float], by: float) -> list[int]:
-    """Which columns are smaller than the first of their block by a factor, and begin the next one."""
-    found, first = [], sizes[0] if sizes else 0.0
+    """The columns that begin a block: each is smaller than the first of the block before, by a factor."""
+    starts, first = [], sizes[0] if sizes else 0.0
     for i, size in enumerate(sizes):
         if size < by * first:
-            found.append(i)
+            starts.append(i)
             first = size
-    return found
+    return starts
 
 
 def _trailing_nibbles(columns: Tensor) -> int:
-    """How many of the last columns `[r, out + in]` int8 are in -8 to 7 throughout."""
+    """The number of trailing columns of `[r, out + in]` int8 with all codes in -8 to 7."""
     fits = (columns.amin(1) >= -8) & (columns.amax(1) <= 7)
     return int(fits.flip(0).to(torch.int64).cumprod(0).sum())
 
 
 def _join(nibbles: Bytes) -> Bytes:
-    """Numbers below 16, two a byte, the first one low; `[ceil(n / 2)]`."""
+    """Join numbers below 16 `[n]`, two a byte, the first one low: `[ceil(n / 2)]`."""
     even = np.append(nibbles, np.uint8(0)) if nibbles.size % 2 else nibbles
     return even[0::2] | (even[1::2] << np.uint8(4))
 

@@ -1,8 +1,8 @@
-"""Publishing into a directory that cannot be exchanged for another: file by file, and undone unless all have arrived.
+"""Publishing file by file, into a directory that cannot be exchanged for another.
 
-The old model moves aside, the new one moves in, the configuration that every loader reads first goes first
-and comes last. So the directory holds no model while this goes on. A journal in the staging directory
-lists both, so that after a crash the next merge puts the old model back.
+The old model moves aside, then the new one moves in. The configuration, which every loader reads first, is the
+first file to leave and the last to arrive. So the directory holds no model in between. A journal in the staging
+directory lists both, and after a crash the next merge puts the old model back.
 """
 
 import json
@@ -20,14 +20,20 @@ _ENTRANCES = ("config.json", "adapter_config.json", "params.json")
 
 
 class _Moves(NamedTuple):
-    """The files that are moved in and those that are moved aside, in order."""
+    """The files of the new model that move in, and those of the old one that move aside, both in order."""
 
     new: list[str]
     old: list[str]
 
 
 def publish_in_place(staged: Path, out: Path, new: Sequence[str], old: Sequence[str]) -> None:
-    """Move the files `new` of a staging directory into `out`, in the place of its files `old`.
+    """Replace the model in an output directory by the one in a staging directory.
+
+    Args:
+        staged: the staging directory.
+        out: the output directory.
+        new: paths inside the staging directory of the files to move in.
+        old: paths inside the output of the files to move aside.
 
     Raises:
         OSError: a step failed; `roll_back` puts the old model back.
@@ -45,13 +51,18 @@ def publish_in_place(staged: Path, out: Path, new: Sequence[str], old: Sequence[
 
 
 def is_half_published(staged: Path) -> bool:
-    """Whether a staging directory holds what belongs into the output: some of the old model or of the new one."""
+    """Tell whether a staging directory still has files of a model that belong into the output."""
     moves = _read_journal(staged)
     return moves is not None and (staged / moves.new[-1]).exists()
 
 
 def roll_back(staged: Path, out: Path) -> None:
-    """Put the old model back, if not all of the new one has arrived."""
+    """Put the old model back, unless all files of the new one have arrived.
+
+    Raises:
+        OutputError: the journal is damaged.
+        OSError: a step failed.
+    """
     moves = _read_journal(staged)
     if moves is None or not is_half_published(staged):
         return
@@ -79,8 +90,8 @@ def _read_journal(staged: Path) -> _Moves | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(
-            f"{path}: a list of moved files required, to undo a merge that was stopped: {error}: "
-            f"move what you need out of {staged}, then remove it"
+            f"{path}: a list of moved files required, to undo an interrupted merge: {error}: move the "
+            f"files that you need out of {staged}, then remove it"
         ) from error
     return moves
 
@@ -95,7 +106,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _folders(root: Path, names: Iterable[str]) -> list[Path]:
-    """The folders of files, the deepest first; the root is the last one."""
+    """The folders of files, from the deepest to the root."""
     inside = {folder for name in names for folder in Path(name).parents}
     return [root / folder for folder in sorted(inside, key=lambda f: -len(f.parts))]
 

@@ -1,7 +1,7 @@
-"""The files that loading a model's directory reads: transformers with its tokenizers and processors, PEFT, engines.
+"""The names of the files that transformers, PEFT and engines read when they load a model's directory.
 
-A file of these names that nobody vouches for can change every answer. A test holds the names to those
-that transformers and PEFT have themselves.
+A file of such a name that no manifest vouches for can change every answer. A test compares the names with those
+in the code of transformers and PEFT.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ _WEIGHTS = (
 )
 _CONFIGURATIONS = (
     "config.json",
-    "config.[0-9]*.json",  # for one version of transformers, where config.json names it
+    "config.[0-9]*.json",  # of one version of transformers, if config.json names it
     "generation_config.json",
     "adapter_config.json",
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
-    # of engines and of older quantisers
+    # Engines and older quantisers read these.
     "params.json",
     "quant_config.json",
     "quantize_config.json",
@@ -39,7 +39,7 @@ _CONFIGURATIONS = (
 )
 _TOKENIZERS = (
     "tokenizer.json",
-    "tokenizer.[0-9]*.json",  # for one version of transformers, where tokenizer_config.json names it
+    "tokenizer.[0-9]*.json",  # of one version of transformers, if tokenizer_config.json names it
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -71,7 +71,7 @@ _TOKENIZERS = (
     "word_pronunciation.json",
 )
 _ANY_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-# By folder; loading reads no other one.
+# Patterns of names, by folder; loading reads no other folder.
 _MODEL = {
     ".": (*_WEIGHTS, *_CONFIGURATIONS, *_TOKENIZERS),
     "additional_chat_templates": ("*.jinja",),
@@ -88,17 +88,25 @@ FOLDERS = tuple(_MODEL)
 
 
 def is_of_a_model(name: str) -> bool:
-    """Whether a file of this name, a path inside a directory, belongs to the model there and to nobody else."""
+    """Tell whether a file of this name can only belong to a model.
+
+    Args:
+        name: a path inside the model's directory.
+    """
     return _matches(name, _MODEL)
 
 
 def is_loaded(name: str) -> bool:
-    """Whether loading may read a file of this name: of a model, or weights and code that a user may have put there."""
+    """Tell whether loading may read a file of this name, be it the model's or the user's own weights or code.
+
+    Args:
+        name: a path inside the model's directory.
+    """
     return _matches(name, _MODEL) or _matches(name, _OTHERS)
 
 
 def loaded_files(root: Path) -> Iterator[str]:
-    """The files of a directory that loading may read, as paths inside it."""
+    """Yield the files of a directory that loading may read, as paths inside it."""
     for folder in FOLDERS:
         if (root / folder).is_dir():
             for path in sorted((root / folder).iterdir()):
@@ -110,5 +118,5 @@ def loaded_files(root: Path) -> Iterator[str]:
 def _matches(name: str, by_folder: dict[str, tuple[str, ...]]) -> bool:
     path = PurePosixPath(name)
     patterns = by_folder.get(path.parent.as_posix(), ())
-    # some file systems do not tell cases apart
+    # Some file systems do not tell cases apart.
     return any(fnmatchcase(path.name.casefold(), pattern) for pattern in patterns)

@@ -1,8 +1,8 @@
-"""The artifact: a directory with an ordinary checkpoint, sparse experts, and the manifest that vouches for them."""
+"""The manifest of an artifact: its experts and layers, and the digests of all its files."""
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store import durable, in_place
-from mergekit_mediator.store.expert_file import ExpertFile
 from mergekit_mediator.store.loaded_files import loaded_files
 from mergekit_mediator.store.staging_directories import staging_directories
 
@@ -32,14 +31,26 @@ class _Model(BaseModel):
 
 
 class FileDigest(_Model):
-    """What a file must be: its SHA-256 in hexadecimal, and its size."""
+    """The content that a file must have.
+
+    Attributes:
+        sha256: of the content, in hexadecimal.
+        bytes: the size of the file.
+    """
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0)]
 
 
 class BaseEntry(_Model):
-    """The base model: where it came from, and its weight files by name."""
+    """The base model.
+
+    Attributes:
+        source: its directory, or its repository on the Hub.
+        revision: of the repository.
+        license: as its card says.
+        files: the digests of its weight files, by name.
+    """
 
     source: str
     revision: str | None = None
@@ -48,8 +59,14 @@ class BaseEntry(_Model):
 
 
 class Tuned(_Model):
-    """What an expert was tuned on, and what that did: KL(expert ‖ stored) in nats for each answer, of prompts
-    that were not learnt from, before and after."""
+    """The tuning of an expert on prompts.
+
+    Attributes:
+        prompts: the number of prompts.
+        data: the digest of the prompts.
+        divergence_before: KL(expert ‖ stored) in nats per answer before tuning, the mean of held-out prompts.
+        divergence_after: the same after tuning.
+    """
 
     prompts: Annotated[int, Field(gt=0)]
     data: str
@@ -58,7 +75,17 @@ class Tuned(_Model):
 
 
 class ExpertEntry(_Model):
-    """One expert: where it came from, its share in the mean, and its file below `mediator/`."""
+    """One expert.
+
+    Attributes:
+        name: as in the configuration.
+        source: its directory, or its repository on the Hub.
+        revision: of the repository.
+        license: as its card says.
+        weight: of the expert in the mean, as in the configuration.
+        file: its path below `mediator/`.
+        tuned: its tuning on prompts, if there was one.
+    """
 
     name: Annotated[str, Field(pattern=EXPERT_NAME)]
     source: str
@@ -70,7 +97,14 @@ class ExpertEntry(_Model):
 
 
 class LayerEntry(_Model):
-    """One layer: its weights, its conflict by metric in [0, 1] where it was measured, and the decision."""
+    """One layer.
+
+    Attributes:
+        name: of the layer.
+        weights: the names of its weights in the checkpoint.
+        conflict: in [0, 1] by metric; empty if no merge step measured it.
+        routed: whether every expert has its own version; else the layer is averaged.
+    """
 
     name: str
     weights: tuple[str, ...]
@@ -79,14 +113,18 @@ class LayerEntry(_Model):
 
 
 class Manifest(_Model):
-    """Everything that is needed to trust an artifact and to run it.
+    """Everything that a reader needs to trust an artifact and to run it.
 
     Attributes:
         format_version: of the artifact; this package reads version 1.
+        package_version: of the mergekit-mediator that wrote it.
+        base: the base model.
+        experts: in the order of the configuration.
+        layers: of the model, from the embeddings to the head.
         parameters: the configuration's parameters, with their defaults.
-        parameter_count: of the dense expert, each tied weight counted once.
-        router: which router `router_file` holds, with its held-out figures, or None.
-        files: digest by path of every other file of the artifact.
+        parameter_count: of the dense expert; each tied weight counts once.
+        router: the kind of the router in `router_file` and its held-out figures, or None.
+        files: the digests of all files but the manifest and the card, by path inside the artifact.
     """
 
     format_version: int
@@ -122,14 +160,14 @@ class Manifest(_Model):
 
     @property
     def expert_names(self) -> tuple[str, ...]:
-        """In the order of the configuration."""
+        """The names of the experts, in the order of the configuration."""
         return tuple(expert.name for expert in self.experts)
 
     @property
     def router_file(self) -> str | None:
-        """The file of the calibrated router, if there is one.
+        """The path of the calibrated router, if there is one.
 
-        It is `ROUTER`, or has its digest in its name, if a process was killed while it replaced a router.
+        It is `ROUTER`. If a process was killed while it replaced a router, its name contains its digest.
         """
         return next(filter(_ROUTER_FILE.fullmatch, self.files), None)
 
@@ -140,7 +178,11 @@ class Manifest(_Model):
 
 
 def digest(path: Path) -> FileDigest:
-    """The digest of a file, read once as a stream."""
+    """Compute the digest of a file, which is read once as a stream.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     state = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -148,36 +190,49 @@ def digest(path: Path) -> FileDigest:
     return FileDigest(sha256=state.hexdigest(), bytes=path.stat().st_size)
 
 
+def digest_of(content: bytes) -> FileDigest:
+    """The digest of a file with this content."""
+    return FileDigest(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+
 def digests(root: Path, names: Iterable[str]) -> dict[str, FileDigest]:
-    """The digests of files below a directory, two at a time: hashing leaves the interpreter free."""
+    """Compute the digests of files below a directory by two threads; hashing leaves the interpreter free.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     ordered = list(names)
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(ordered, pool.map(lambda name: digest(root / name), ordered), strict=True))
 
 
 def files_below(root: Path) -> list[str]:
-    """All files of an artifact but its manifest, as sorted relative paths."""
+    """List all files of an artifact but its manifest, as sorted paths inside it."""
     paths = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     return sorted(name for name in paths if name != MANIFEST)
 
 
 def vouched_for(root: Path) -> list[str]:
-    """The files that a manifest names: all but the model card, which people edit on the Hub."""
+    """List the files that a manifest names: all but the model card, which people edit on the Hub."""
     return [name for name in files_below(root) if name != CARD]
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """The manifest as it is written."""
+    return manifest.model_dump_json(indent=1) + "\n"
+
+
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write the manifest beside its place, then move it there in one step."""
+    """Write the manifest beside its place, then move it into place in one step."""
     (root / MANIFEST).parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(root / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    durable.write_text(root / MANIFEST, manifest_text(manifest))
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read and check the manifest, without looking at the files it names.
+    """Read and check the manifest, without a look at the files that it names.
 
     Raises:
-        ArtifactError: there is none, it is not valid, it is of another version, or it does not vouch
-            for every expert.
+        ArtifactError: the manifest is missing, invalid or of another version, or an expert has no digest.
     """
     path = root / MANIFEST
     try:
@@ -185,8 +240,8 @@ def read_manifest(root: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         if any(map(in_place.is_half_published, staging_directories(root.resolve()))):
             raise ArtifactError(
-                f"{root}: a merge was stopped while it moved its files there: run it again, which "
-                "first puts back what was there"
+                f"{root}: a merge was interrupted while it moved its files there: run it again; it "
+                "first puts the old files back"
             ) from error
         raise ArtifactError(
             f"{path}: cannot be read, so {root} is not a mediator artifact: {error}"
@@ -204,21 +259,29 @@ def read_manifest(root: Path) -> Manifest:
         )
     for expert in manifest.experts:
         if f"mediator/{expert.file}" not in manifest.files:
-            raise ArtifactError(f"{path}: no digest of expert {expert.name!r}'s file")
+            raise ArtifactError(
+                f"{path}: a digest of {expert.file} required, expert {expert.name!r} has none: merge again"
+            )
     return manifest
 
 
-def verify_files(root: Path, manifest: Manifest) -> None:
-    """Check size and digest of every file that the manifest names, and that loading reads no other.
+def verify_files(root: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Check size and digest of every file that the manifest names, and that loading reads no other file.
+
+    Args:
+        root: of the artifact.
+        manifest: of the artifact.
+        names: the files to check, of those that the manifest names; None for all.
 
     Raises:
-        ArtifactError: naming the first file that is missing or differs, or that loading would read
-            though it is not named.
+        ArtifactError: a file is missing or differs, or loading would read a file that the manifest does not
+            name. The error names the first such file.
     """
-    for name, expected in manifest.files.items():
-        path = root / name
+    checked = list(manifest.files if names is None else names)
+    for name in checked:
+        path, expected = root / name, manifest.files[name]
         if not path.is_file():
-            raise ArtifactError(f"{path}: missing, but named by the manifest")
+            raise ArtifactError(f"{path}: missing, but the manifest names it")
         if path.stat().st_size != expected.bytes:
             raise ArtifactError(
                 f"{path}: {expected.bytes} bytes required, got {path.stat().st_size}"
@@ -227,19 +290,24 @@ def verify_files(root: Path, manifest: Manifest) -> None:
         for name in loaded_files(root):
             if name not in manifest.files and not is_router_left_behind(name, manifest):
                 raise ArtifactError(
-                    f"{root / name}: not named by the manifest, but would be loaded: remove it"
+                    f"{root / name}: the manifest does not name it, but loading would read it: remove it"
                 )
-        read = digests(root, manifest.files)
-    for name, found in read.items():
-        if found != manifest.files[name]:
+        read = digests(root, checked)
+    for name, actual in read.items():
+        if actual != manifest.files[name]:
             raise ArtifactError(
                 f"{root / name}: SHA-256 {manifest.files[name].sha256[:12]}… required, got "
-                f"{found.sha256[:12]}…: the file was altered after the merge"
+                f"{actual.sha256[:12]}…: the file was altered after the merge"
             )
 
 
 def is_router_left_behind(name: str, manifest: Manifest) -> bool:
-    """Whether a file is a router that nobody reads: `calibrate` was stopped before the manifest named it, or after."""
+    """Tell whether a file is a router that nobody reads, since `calibrate` was interrupted.
+
+    Args:
+        name: the path of the file inside the artifact.
+        manifest: of the artifact.
+    """
     if name == ROUTER:
         return manifest.router_file not in (None, ROUTER)
     return bool(_ROUTER_FILE.fullmatch(name)) and name != manifest.router_file
@@ -249,17 +317,20 @@ def verify_base(base: Path, manifest: Manifest) -> None:
     """Check that a local directory holds the base model that the artifact was made from.
 
     Raises:
-        ArtifactError: naming the first weight file that is missing or differs.
+        ArtifactError: a weight file is missing or differs. The error names the first such file.
     """
     for name, expected in manifest.base.files.items():
         path = base / name
         if not path.is_file():
-            raise ArtifactError(f"{path}: missing from the base model, {manifest.base.source}")
-        with _reading(base):
-            found = digest(path)
-        if found != expected:
             raise ArtifactError(
-                f"{path}: is not the base this artifact was made from (SHA-256 differs)"
+                f"{path}: missing, but a weight file of the base model {manifest.base.source}"
+            )
+        with _reading(base):
+            actual = digest(path)
+        if actual != expected:
+            raise ArtifactError(
+                f"{path}: SHA-256 {expected.sha256[:12]}… required, got {actual.sha256[:12]}…: name the "
+                f"directory of the base of this artifact, {manifest.base.source}"
             )
 
 
@@ -271,22 +342,3 @@ def _reading(root: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{error.filename or root}: cannot be read: {error.strerror or error}"
         ) from error
-
-
-def open_expert(
-    root: Path, entry: ExpertEntry, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> ExpertFile:
-    """Open an expert's file, memory-mapped.
-
-    Args:
-        root: of the artifact.
-        entry: of the expert.
-        shapes: of the dense checkpoint's weights; see `ExpertFile`.
-
-    Raises:
-        ArtifactError: it cannot be read, or belongs to another expert.
-    """
-    file = ExpertFile(root / "mediator" / entry.file, shapes)
-    if file.expert != entry.name:
-        raise ArtifactError(f"{file.path}: holds expert {file.expert!r}, not {entry.name!r}")
-    return file

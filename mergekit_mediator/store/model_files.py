@@ -1,4 +1,4 @@
-"""Whose the files of an output directory are: the model's, which a merge replaces, or the user's, which it keeps."""
+"""The files of an output directory: a merge replaces those of the model, and leaves those of the user alone."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,17 +16,18 @@ from mergekit_mediator.store.manifest import CARD, CONFIG_SOURCE, MANIFEST, read
 class ModelFiles:
     """The files of the model that a directory holds.
 
-    Links are entries themselves: what they lead to belongs to nobody here.
+    A link counts as a file; its target is never touched.
 
     Attributes:
-        replaced: the files that a new model takes the place of, as paths inside the directory: those
-            that the manifest names, those that can only be a model's, and what a merge adds to them.
+        replaced: the files that a new model replaces, as paths inside the directory. The manifest names
+            them, or they can only be a model's, or a merge added them.
     """
 
     def __init__(self, out: Path) -> None:
-        """
+        """List the files.
+
         Args:
-            out: a directory, or nothing yet.
+            out: the output directory, which need not exist.
         """
         self._out = out
         vouched = _vouched(out)
@@ -37,44 +38,50 @@ class ModelFiles:
 
     @property
     def holds_users_card(self) -> bool:
-        """Whether there is a README that no merge wrote."""
+        """Whether the directory has a README that no merge wrote."""
         return os.path.lexists(self._out / CARD) and CARD not in self.replaced
 
     def check(self, overwrite: bool) -> None:
-        """Refuse a directory that no model may be put into.
+        """Check that a merge may put a model into the directory.
+
+        Args:
+            overwrite: whether the merge may replace a model.
 
         Raises:
-            OutputError: it holds a model and `overwrite` is not set, or files that would be loaded with
-                the new one and may yet be the user's.
+            OutputError: the directory holds a model and `overwrite` is False, or it holds a file that
+                loading the new model would read and that may be the user's.
         """
         if self._model and not overwrite:
             raise OutputError(
-                f"{self._out}: already holds a model ({self._model[0]}): choose another directory, or "
-                "run `mergekit-mediator merge --overwrite`"
+                f"{self._out}: holds a model ({self._model[0]}): choose another directory, or run "
+                "`mergekit-mediator merge --overwrite`"
             )
         if self._unclear:
             raise OutputError(
-                f"{self._out / self._unclear[0]}: would be loaded with the model, and may be yours: "
-                "move it to another directory, or remove it"
+                f"{self._out / self._unclear[0]}: loading the model would read this file, which may be "
+                "yours: move it to another directory, or remove it"
             )
 
     def make_way(self, new: Iterable[str]) -> None:
-        """Refuse files that would take the place of the user's.
+        """Check that no file of a new model takes the place of a file of the user.
+
+        Args:
+            new: paths of the new files inside the directory.
 
         Raises:
-            OutputError: something else has one of the names.
+            OutputError: a file or folder of the user has one of the names.
         """
         for name in new:
             for folder in (*(f.as_posix() for f in reversed(Path(name).parents)), name):
-                there = self._out / folder
+                place = self._out / folder
                 if folder in self.replaced:
                     break
-                if os.path.lexists(there) and (folder == name or not there.is_dir()):
-                    raise OutputError(f"{there}: has the name of a file of the model: move it")
+                if os.path.lexists(place) and (folder == name or not place.is_dir()):
+                    raise OutputError(f"{place}: has the name of a file of the model: move it")
 
 
 def _vouched(out: Path) -> set[str]:
-    """The files that the manifest names, if there is one that can be read."""
+    """The files that the manifest names; none without a readable manifest."""
     try:
         return set(read_manifest(out).files)
     except ArtifactError:
@@ -87,7 +94,7 @@ def _is_of_a_model(name: str) -> bool:
 
 
 def _entries(out: Path) -> Iterator[str]:
-    """The files in all folders that a model has, and links in the place of such folders."""
+    """The files in all folders of a model, and the links in the place of such folders."""
     for folder in FOLDERS:
         path = out / folder
         if folder != "." and path.is_symlink():
@@ -101,12 +108,12 @@ def _entries(out: Path) -> Iterator[str]:
 
 
 def _additions(out: Path) -> Iterator[str]:
-    """The configuration of a merge, and a card that a merge wrote: mergekit tags those that it writes."""
+    """The configuration of a merge, and the card if a merge wrote it, which mergekit's tag shows."""
     if (out / CONFIG_SOURCE).is_file():
         yield CONFIG_SOURCE
     try:
         tags = (metadata_load(out / CARD) or {}).get("tags")
-    except (OSError, ValueError, yaml.YAMLError):  # there is none, or it is no card
+    except (OSError, ValueError, yaml.YAMLError):  # there is no card, or it has no valid header
         return
     if isinstance(tags, list) and "mergekit" in tags:
         yield CARD

@@ -1,4 +1,4 @@
-"""The right to write to an output directory: one process has it at a time, and loses it when it ends."""
+"""The lock of an output directory: one process holds it at a time, and loses it when it ends."""
 
 import errno
 import os
@@ -25,17 +25,20 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 @contextmanager
 def output_lock(out: Path) -> Iterator[Path]:
-    """Hold an output directory, which need not be there yet.
+    """Hold the lock of an output directory, which need not exist.
 
-    The lock is a hidden file beside the directory; inside, where nothing can be written beside it, or
-    where it is a file system of its own, which others may see under another path. The file is removed
-    in the end. The operating system gives the lock back when its process ends, however that ends.
+    The lock is a hidden file beside the directory. It is inside the directory if the parent is not writable,
+    or if the directory is a mount point, which others may see under another path. The file is removed
+    at the end. The operating system releases the lock when its process ends, however it ends.
+
+    Args:
+        out: the output directory, or a link to it.
 
     Yields:
-        The directory that holds the lock: the output's parent, or the output.
+        The directory of the lock file: the output's parent, or the output.
 
     Raises:
-        OutputError: another process holds it, or no lock can be written.
+        OutputError: another process holds the lock, or the lock file cannot be written.
     """
     place = out.resolve()
     beside, inside = place.parent / f".{place.name}.mediator-lock", place / INSIDE
@@ -49,7 +52,7 @@ def output_lock(out: Path) -> Iterator[Path]:
                     raise
                 first = inside
                 stack.enter_context(_locked(first, out))
-            if first == beside and inside.exists():  # of someone who cannot write beside it
+            if first == beside and inside.exists():  # its process cannot write beside the output
                 stack.enter_context(_locked(inside, out))
         except OSError as error:
             raise OutputError(
@@ -61,9 +64,9 @@ def output_lock(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path, out: Path) -> Iterator[None]:
-    """Hold one lock file, and remove it."""
+    """Hold one lock file, and remove it at the end."""
     while True:
-        # no link is followed: others may write there too, and the file is written to
+        # A link is not followed: another user may have put it there to make this process overwrite its target.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(path, flags, 0o666)
         try:
@@ -73,13 +76,13 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed it just now
+        os.close(descriptor)  # its holder has just removed it
     try:
         _sign(descriptor)
         yield
     finally:
-        # It is removed while it is held, so that nobody holds a file that is gone. Windows removes no
-        # file that is open, nor one that another process has opened.
+        # The file is removed while this process holds it, so that no other process locks a removed file.
+        # Windows removes no open file.
         try:
             if os.name != "nt":
                 path.unlink(missing_ok=True)
@@ -111,7 +114,7 @@ def _lock(descriptor: int, path: Path, out: Path) -> None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether a file is still the one of its name."""
+    """Whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -119,7 +122,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write who holds the lock, for those who meet it."""
+    """Write the holder of the lock into its file, for the error of other processes."""
     since = datetime.now().astimezone().isoformat(" ", "seconds")
     text = f"process {os.getpid()} on {socket.gethostname()}, since {since},"
     os.lseek(descriptor, 0, os.SEEK_SET)
@@ -130,6 +133,6 @@ def _sign(descriptor: int) -> None:
 def _holder(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # it has just ended
+    except OSError:  # the holder has just ended
         text = ""
     return " ".join(text.split())[:200] or "another process"

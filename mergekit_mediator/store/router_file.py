@@ -1,4 +1,4 @@
-"""One safetensors file per router: tensors, and a JSON object in the header. No pickle."""
+"""One safetensors file for each router: tensors, and a JSON object in the header. No pickle."""
 
 import json
 import math
@@ -17,17 +17,23 @@ from mergekit_mediator.store import durable
 
 _KEY = "mediator_router"
 _VERSION = 1
-# The JSON object takes no more than this, and this for each tensor.
+# The JSON object takes at most so many bytes, and so many more for each tensor.
 _ABOUT_BYTES = 1 << 16
 _ABOUT_BYTES_PER_TENSOR = 1 << 10
-_LONGEST_LIST = 500  # letters of it in an error message
+_LONGEST_LIST = 500  # letters of a list of names in an error message
 _DTYPES = {"U8": torch.uint8, "I64": torch.int64, "F32": torch.float32}
 
 
 def save_tensors(
     path: Path, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> None:
-    """Write a router of a kind, and move it into place at once, so that an older one stays until then.
+    """Write a router beside its place, then move it into place in one step.
+
+    Args:
+        path: of the router, where an older one may be.
+        kind: of the router.
+        tensors: by name, on any device.
+        about: the entries of the JSON object.
 
     Raises:
         OutputError: the file cannot be written.
@@ -42,13 +48,13 @@ def save_tensors(
         )
         durable.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write the router {path}: {error}") from error
+        raise OutputError(f"{path}: the router cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 class RouterFile:
-    """A router on disk, memory-mapped: its JSON object, and tensors that are read when their header is right.
+    """A router on disk, memory-mapped. A caller checks the header of a tensor before it reads the tensor.
 
     Attributes:
         names: of the tensors.
@@ -57,6 +63,10 @@ class RouterFile:
 
     def __init__(self, path: Path, kind: str) -> None:
         """Read and check the header.
+
+        Args:
+            path: of the router.
+            kind: that the router must have.
 
         Raises:
             ArtifactError: the file is missing, damaged, or of another kind or version.
@@ -68,7 +78,7 @@ class RouterFile:
             text = (self._file.metadata() or {}).get(_KEY, "")
             self.names = frozenset(self._file.keys())
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"cannot read the router {path}: {error}") from error
+            raise ArtifactError(f"{path}: the router cannot be read: {error}") from error
         most = _ABOUT_BYTES + _ABOUT_BYTES_PER_TENSOR * len(self.names)
         if len(text) > most:
             raise ArtifactError(
@@ -77,41 +87,45 @@ class RouterFile:
         try:
             about = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path} is no router: its header has no JSON {_KEY!r}") from error
+            raise ArtifactError(f"{path}: no router: its header has no JSON {_KEY!r}") from error
         if not isinstance(about, dict) or about.get("kind") != kind:
             got = about.get("kind") if isinstance(about, dict) else about
-            raise ArtifactError(f"{path} must hold a router of kind {kind!r}, got {short(got)}")
+            raise ArtifactError(f"{path}: a router of kind {kind!r} required, got {short(got)}")
         if about.get("format_version") != _VERSION:
             raise ArtifactError(
-                f"{path} has router format {short(about.get('format_version'))}, this version reads "
-                f"{_VERSION}: run `mergekit-mediator calibrate` again"
+                f"{path}: router format {_VERSION} required, got "
+                f"{short(about.get('format_version'))}: run `mergekit-mediator calibrate` again"
             )
         self.about: dict[str, Any] = about
 
-    def experts(self, own: Sequence[str] | None = None) -> tuple[str, ...]:
-        """The experts that the router routes to.
+    def experts(self, required: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Read the names of the experts that the router routes to.
 
         Args:
-            own: those of the artifact, which they must be; None if they are not known.
+            required: the names of the artifact's experts, in order; None if there is no artifact.
 
         Raises:
-            ArtifactError: they are no list of names, or others.
+            ArtifactError: the entry is no list of names, or the names differ from the required ones.
         """
         experts = self.about.get("experts")
         if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
             raise ArtifactError(
                 f"{self._path}: `experts` must be a list of names, got {short(experts)}"
             )
-        if own is not None and experts != list(own):
+        if required is not None and experts != list(required):
             raise ArtifactError(
-                f"{self._path}: routes to {listed(experts)}, and the manifest has {listed(own)}: merge "
-                "again, or calibrate again for these experts"
+                f"{self._path}: routes to {listed(experts)}, and the manifest has {listed(required)}: "
+                "merge again, or calibrate again for these experts"
             )
         return tuple(experts)
 
     def header(self, name: str) -> tuple[torch.dtype | str | None, list[int]]:
-        """The dtype of a tensor (as safetensors names it, if no router is stored in it) and its shape; None
-        and an empty shape of one that is not there."""
+        """Read the dtype and the shape of a tensor.
+
+        Returns:
+            The dtype, as a string if no router has tensors of it, and the shape. None and an empty shape if
+            there is no such tensor.
+        """
         if name not in self.names:
             return None, []
         header = self._file.get_slice(name)
@@ -119,10 +133,10 @@ class RouterFile:
         return _DTYPES.get(dtype, dtype), list(header.get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor, of which the header was checked.
+        """Read a tensor whose header the caller has checked.
 
         Raises:
-            ArtifactError: it holds numbers that are not finite.
+            ArtifactError: a number in it is not finite.
         """
         tensor: Tensor = self._file.get_tensor(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -131,20 +145,25 @@ class RouterFile:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names on one line of an error message, whatever a file holds."""
+    """Join names from a file to a short text on one line, for an error message."""
     return " ".join(", ".join(names).split())[:_LONGEST_LIST]
 
 
 def number(about: Mapping[str, Any], key: str, path: Path) -> float:
-    """A finite number of a router's JSON object.
+    """Read a finite number from a router's JSON object.
+
+    Args:
+        about: the JSON object.
+        key: of the number.
+        path: of the router, for the error message.
 
     Raises:
-        ArtifactError: it is missing or no finite number.
+        ArtifactError: the entry is missing or no finite number.
     """
     value = about.get(key)
     try:
         if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
             return float(value)
-    except OverflowError:  # of an integer beyond the floats
+    except OverflowError:  # an integer beyond the range of floats
         pass
     raise ArtifactError(f"{path}: {key!r} must be a finite number, got {short(value)}")

@@ -1,4 +1,7 @@
-"""Publishing a merge: written beside its place, then put there in one step, while all that is the user's stays."""
+"""Publishing a merge: all files are written beside the output, then put into place in one step.
+
+Files of the user in the output stay.
+"""
 
 import errno
 import os
@@ -18,15 +21,15 @@ from mergekit_mediator.store.staging_directories import new_staging_directory, s
 
 
 class Staging:
-    """A directory that becomes the output when all is written, or vanishes.
+    """A directory that becomes the output when a merge is complete, and is removed if it fails.
 
-    Use as a context manager; `publish` at the end. One process at a time stages for an output. What a
-    killed one left behind, the next one undoes.
+    Use it as a context manager, and call `publish` at the end. One process at a time stages for an output.
+    The next process removes the staging directory of a killed one, and undoes its steps.
 
-    The directory is beside the output and is renamed, or exchanged for one that is there. It is inside
-    an output that is empty, the working directory or a mount point, or with nothing writable beside
-    it. Then files are moved one by one, as they are where systems exchange no directories or give
-    files no second name. See `exchange` and `in_place`.
+    The directory is beside the output. It is renamed, or exchanged with an output that exists. It is inside
+    the output if that is empty, the working directory or a mount point, or if its parent is not writable.
+    Then files are moved one by one, and also if the system exchanges no directories or gives files no second
+    name. See `exchange` and `in_place`.
 
     Attributes:
         path: of the staging directory, within the context.
@@ -37,11 +40,12 @@ class Staging:
     def __init__(
         self, out: Path, overwrite: bool = False, inputs: Mapping[str, Path] | None = None
     ) -> None:
-        """
+        """Check the place of the output; no file is written.
+
         Args:
             out: the output directory, or a link to it.
-            overwrite: replace a model that is there.
-            inputs: directories that are read, by what to call them.
+            overwrite: whether the merge may replace a model in the output.
+            inputs: the directories that the merge reads, by their names in error messages.
 
         Raises:
             OutputError: the output is a file or an input, or one of the two is inside the other.
@@ -50,19 +54,20 @@ class Staging:
             raise OutputError(f"{out}: is a file: choose another output directory")
         self.out, self._place, self._overwrite = out, out.resolve(), overwrite
         self._exchanged = False
-        for what, path in (inputs or {}).items():
+        for name, path in (inputs or {}).items():
             relation = _relation(self._place, path.resolve())
             if relation:
                 raise OutputError(
-                    f"{out}: {relation} the directory of {what}, which the merge reads: choose "
+                    f"{out}: {relation} the directory of {name}, which the merge reads: choose "
                     "another output directory"
                 )
 
     def __enter__(self) -> "Staging":
-        """
+        """Lock the output and make the staging directory.
+
         Raises:
-            OutputError: another process writes there, the output holds a model and `overwrite` is not
-                set, or it cannot be written.
+            OutputError: another process writes there, the output holds a model and `overwrite` is False,
+                or the output cannot be written.
         """
         parent = self._place.parent
         try:
@@ -90,15 +95,18 @@ class Staging:
             self._stack.close()
         except OSError as error:
             tqdm.write(
-                f"warning: {error}: the next merge into {self.out} removes what is left there"
+                f"warning: {error}: the next merge into {self.out} removes the remaining files"
             )
 
     def publish(self, manifest: Manifest) -> None:
-        """Put everything into place, with the manifest that vouches for it.
+        """Write the manifest, and put all files into place.
+
+        Args:
+            manifest: of the artifact, with the digests of its files.
 
         Raises:
-            OutputError: the output has come to hold what must not be replaced.
-            OSError: a step failed; the output is as it was, or it is complete.
+            OutputError: the output now holds files that a merge must not replace.
+            OSError: a step failed. The output is unchanged, or it is complete.
         """
         write_manifest(self.path, manifest)
         self._old = ModelFiles(self.out)
@@ -121,15 +129,15 @@ class Staging:
         in_place.publish_in_place(self.path, self._place, new, old)
 
     def _make(self, writable: Path) -> None:
-        """Make the staging directory: beside the output, or inside if it cannot be exchanged."""
+        """Make the staging directory: beside the output, or inside if the output cannot be exchanged."""
         place = self._place
-        there = place.is_dir()
-        inside = there and (
+        exists = place.is_dir()
+        inside = exists and (
             writable == place or Path.cwd().is_relative_to(place) or not any(place.iterdir())
         )
-        self.path = new_staging_directory(place, inside=there)
+        self.path = new_staging_directory(place, inside=exists)
         self.path.mkdir()
-        if there and not inside:
+        if exists and not inside:
             beside = new_staging_directory(place, inside=False)
             try:
                 os.rename(self.path, beside)
@@ -142,7 +150,7 @@ class Staging:
     def _discard(self) -> None:
         if not self.path.exists():
             return
-        if self._exchanged:  # the user may have written to the old directory until then
+        if self._exchanged:  # the user may have written to the old directory before the exchange
             carry_over(self.path, self._place, self._old.replaced)
         self._remove(self.path)
 
@@ -152,7 +160,7 @@ class Staging:
 
 
 def _relation(out: Path, read: Path) -> str | None:
-    """How the output is in the way of a directory that is read, in a word or two."""
+    """The relation of the output to an input directory that forbids a merge, in a word or two; else None."""
     if _is_same(out, read):
         return "is"
     if any(_is_same(folder, read) for folder in out.parents):
@@ -165,7 +173,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the deepest first, as far as they are there and empty."""
+    """Remove empty folders, the deepest first, up to the first that is missing or not empty."""
     for folder in folders:
         if not folder.is_dir() or any(folder.iterdir()):
             return

@@ -1,7 +1,7 @@
-"""Integers to bytes near their entropy, and back: gaps, byte planes, zstandard. Layout in FORMAT.md.
+"""Integers as bytes near their entropy, and back: gaps, byte planes, zstandard; docs/format.md has the layout.
 
-Huffman coding of bytes, which is what zstandard does here, is within 1.3% of the entropy of random
-positions at densities from 1% to 20%, and needs neither a model nor code of our own in the inner loop.
+zstandard codes bytes by Huffman here. That is within 1.3% of the entropy of random positions at densities from
+1% to 20%, and needs neither a model nor code of our own in the inner loop.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from mergekit_mediator.errors import ArtifactError
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.signedinteger[Any]]
 
-# A stream may be this many times its stored size, so that a small file cannot ask for much memory. The
-# writer pads what compresses better with zeros.
+# A stream may expand to at most so many times its stored size, so that a small file cannot ask for much memory.
+# The writer pads shorter frames with zeros.
 _MAX_EXPANSION = 4096
 _ALWAYS_ALLOWED = 1 << 20
 _ESCAPE = 255
-# Hardly any matches are looked for: the streams have no repetitions, only unequal frequencies.
+# The search for matches is minimal: the streams have no repetitions, only unequal frequencies.
 _PARAMETERS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
     window_log=17,
@@ -35,10 +35,12 @@ _PARAMETERS = zstandard.ZstdCompressionParameters(
 
 
 def pack(raw: Bytes, ends: Sequence[int] = ()) -> bytes:
-    """One stored stream: a zstandard frame, or the bytes themselves where that is shorter.
+    """Compress bytes to a stored stream: a zstandard frame, or the bytes themselves if they are shorter.
 
-    At `ends` the frequencies of bytes change: a block of the frame ends there, since each has a code
-    of its own.
+    Args:
+        raw: `[n]` uint8.
+        ends: places at which the frequencies of bytes change. A block of the frame, which has a Huffman code
+            of its own, ends there.
     """
     content = np.ascontiguousarray(raw)
     compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
@@ -54,10 +56,15 @@ def pack(raw: Bytes, ends: Sequence[int] = ()) -> bytes:
 
 
 def unpack(stored: Bytes, size: int, where: str) -> Bytes:
-    """The `size` bytes of a stored stream.
+    """Decompress a stored stream; the inverse of `pack`.
+
+    Args:
+        stored: `[n]` uint8.
+        size: the number of bytes that it must hold.
+        where: the file and tensor, for error messages.
 
     Raises:
-        ArtifactError: the stream does not hold that many bytes, or claims to expand too far.
+        ArtifactError: the stream does not hold `size` bytes, or claims to expand too far.
     """
     if stored.size == size:
         return stored
@@ -65,24 +72,27 @@ def unpack(stored: Bytes, size: int, where: str) -> Bytes:
         raise ArtifactError(f"{where}: {stored.size} bytes cannot hold {size}")
     try:
         if zstandard.frame_content_size(stored.data) != size:
-            raise ArtifactError(f"{where}: a stream of {size} bytes expected")
+            raise ArtifactError(f"{where}: a stream of {size} bytes required")
         content = zstandard.ZstdDecompressor().decompress(
             stored.data, max_output_size=size, allow_extra_data=True
         )
     except zstandard.ZstdError as error:
         raise ArtifactError(f"{where}: a stream cannot be decompressed: {error}") from error
     if len(content) != size:
-        raise ArtifactError(f"{where}: {size} bytes expected in a stream, got {len(content)}")
+        raise ArtifactError(f"{where}: {size} bytes required in a stream, got {len(content)}")
     return np.frombuffer(content, dtype=np.uint8)
 
 
 def gap_streams(positions: Integers, wide: bool) -> list[Bytes]:
-    """Ascending positions as gaps: a stream of bytes where 255 means 255 more and the gap goes on.
+    """Encode ascending positions as the gaps between them, one byte each; 255 adds 255, and the gap goes on.
 
     Args:
-        positions: `[k]`, ascending from 0.
-        wide: for gaps of hundreds, whose low byte is as good as random: it goes to a second stream `[k]`,
-            and the first holds the rest.
+        positions: `[k]`, at least 0, ascending.
+        wide: whether the low byte of each gap goes to a second stream `[k]`, and the rest to the first. Gaps of
+            hundreds have an almost random low byte.
+
+    Returns:
+        One stream, or two if `wide`.
     """
     gaps = positions.copy()
     gaps[1:] -= positions[:-1] + 1
@@ -98,10 +108,15 @@ def gap_streams(positions: Integers, wide: bool) -> list[Bytes]:
 
 
 def from_gap_streams(streams: list[Bytes], numel: int, where: str) -> NDArray[np.int64]:
-    """The positions of `gap_streams`.
+    """Decode positions `[k]` int64; the inverse of `gap_streams`.
+
+    Args:
+        streams: one, or two of wide gaps.
+        numel: the number of coordinates.
+        where: the file and tensor, for error messages.
 
     Raises:
-        ArtifactError: they do not ascend within `numel`.
+        ArtifactError: the positions do not ascend from 0 to below `numel`.
     """
     first, *low = streams
     ends = first != _ESCAPE
@@ -120,11 +135,14 @@ def from_gap_streams(streams: list[Bytes], numel: int, where: str) -> NDArray[np
 
 
 def byte_planes(codes: Integers, all_planes: bool = False) -> list[Bytes]:
-    """Signed integers as zigzag codes (0, -1, 1, -2 as 0, 1, 2, 3), one plane `[k]` for each byte in use.
+    """Encode signed integers as zigzag codes (0, -1, 1, -2 as 0, 1, 2, 3) in planes of bytes.
 
     Args:
-        codes: `[k]`; there is at least one plane if k > 0.
-        all_planes: keep those that are zero as well.
+        codes: `[k]`.
+        all_planes: whether planes of zeros are kept.
+
+    Returns:
+        A plane `[k]` for each byte in use, the lowest first; at least one if k > 0.
     """
     bits = 8 * codes.itemsize
     zigzag = ((codes << 1) ^ (codes >> (bits - 1))).view(f"u{codes.itemsize}")
@@ -134,7 +152,12 @@ def byte_planes(codes: Integers, all_planes: bool = False) -> list[Bytes]:
 
 
 def from_byte_planes(planes: list[Bytes], itemsize: int) -> Integers:
-    """The signed integers of byte planes, lowest byte first."""
+    """Decode signed integers `[k]`; the inverse of `byte_planes`.
+
+    Args:
+        planes: `[k]` each, the lowest byte first.
+        itemsize: the bytes of an integer.
+    """
     unsigned = np.zeros(planes[0].size if planes else 0, dtype=f"u{itemsize}")
     for byte, plane in enumerate(planes):
         unsigned |= plane.astype(unsigned.dtype) << unsigned.dtype.type(8 * byte)

@@ -1,9 +1,8 @@
-"""Brings what is stored of an expert nearer to the expert itself, on prompts, in as many bytes.
+"""Fits the stored form of an expert to the expert's answers to prompts; its number of bytes stays.
 
-Knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) of the expert into its own stored form,
-as far as it is `tunable`: that is fitted to what the expert answers. The loss of an answer is
-Σ_tokens KL(expert ‖ stored) in nats, with the tokens that the expert finds likely by themselves and all
-others as one.
+The method is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) of the expert into its own
+stored form, of which `tunable` moves a part. The loss of an answer is Σ_tokens KL(expert ‖ stored) in nats. Each
+token that the expert finds likely counts alone; all other tokens count as one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,23 +21,24 @@ from mergekit_mediator.models.prefix import Prefix, read_prefix
 from mergekit_mediator.tune.teacher import Answered, batches
 from mergekit_mediator.tune.tunable import Tunable
 
-# How often each prompt is seen. Found on prompts that are not reported.
-_ROUNDS = 3
+# Passes over the prompts. Tuned on prompts that no table reports; no results file holds that search.
+ROUNDS = 3
 _WARM_UP = 5  # steps
-# Whose activations are in memory at once; a single answer may be longer.
+# Tokens whose activations are in memory at once; a single answer may be longer.
 TOKENS_AT_ONCE = 512
-# Every so many prompts one is not learnt from, and tells whether it helped.
-_HELD_OUT = 8
-_LEAST = 1e-6
+# The first of every so many answers is held out, and shows whether the fit helps.
+HELD_OUT = 8
+_LEAST = 1e-6  # the least probability of the other tokens, whose logarithm must be finite
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What came of it.
+    """The result of a fit.
 
     Attributes:
-        stored: by weight, those that are stored otherwise now; empty if that was of no use.
-        before, after: KL(expert ‖ stored) in nats for each answer, of prompts that were not learnt from.
+        stored: the new stored forms, by the name of the weight; empty if the fit did not help.
+        before: KL(expert ‖ stored) in nats per answer before the fit, the mean of the held-out answers.
+        after: the same after the fit.
     """
 
     stored: Mapping[str, StoredWeight]
@@ -51,30 +51,35 @@ def distil(
     parts: Mapping[str, Tunable],
     answers: Sequence[Answered],
     step: Callable[[int], Any] = lambda _: None,
+    rounds: int = ROUNDS,
+    tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Distilled:
-    """Fit what is stored of an expert to its answers.
+    """Fit the stored form of an expert to the expert's answers.
 
     Args:
-        model: any `AutoModelForCausalLM` in float32, holding what is served as the expert.
-        parts: by weight, what can be tuned of it; the model's weights follow.
+        model: any `AutoModelForCausalLM` in float32, which holds the stored form of the expert.
+        parts: the tunable parts of the stored form, by the name of the weight. The model's weights follow.
         answers: of the expert, at least two.
-        step: called with the number of answers in each batch that was learnt from.
+        step: called after each batch with its number of answers.
+        rounds: passes over the answers.
+        tokens_at_once: tokens whose activations are in memory at once.
     """
-    held_out, learnt = answers[::_HELD_OUT], [a for i, a in enumerate(answers) if i % _HELD_OUT]
+    held_out = answers[::HELD_OUT]
+    training = [a for i, a in enumerate(answers) if i % HELD_OUT]
     before = _divergence(model, held_out)
     if parts:
-        tuned = list(parts.values())
-        with _gradients(model, tuned):
-            _fit(model, tuned, learnt, step)
+        tunables = list(parts.values())
+        with _gradients(model, tunables):
+            _fit(model, tunables, training, step, rounds, tokens_at_once)
     after = _divergence(model, held_out)
     if after >= before:
         return Distilled({}, before, before)
     return Distilled({name: part.result() for name, part in parts.items()}, before, after)
 
 
-def seen(answers: int) -> int:
-    """How many answers `distil` learns from, each as often as it is seen."""
-    return _ROUNDS * (answers - len(range(0, answers, _HELD_OUT)))
+def seen(answers: int, rounds: int = ROUNDS) -> int:
+    """Count the answers of all batches of `distil`, given the number of answers."""
+    return rounds * (answers - len(range(0, answers, HELD_OUT)))
 
 
 def _fit(
@@ -82,24 +87,26 @@ def _fit(
     parts: Sequence[Tunable],
     answers: Sequence[Answered],
     step: Callable[[int], Any],
+    rounds: int,
+    tokens_at_once: int,
 ) -> None:
-    """Adam (Kingma and Ba, arXiv 1412.6980) with a rate that rises at first and then falls to zero."""
+    """Run Adam (Kingma and Ba, arXiv 1412.6980) with a rate that rises at first and then falls to zero."""
     order = batches([len(a.prompt) + len(a.answer) for a in answers])
-    moved: dict[float, list[nn.Parameter]] = {}
+    by_rate: dict[float, list[nn.Parameter]] = {}
     for part in parts:
         for rate, parameter in part.parameters():
-            moved.setdefault(rate, []).append(parameter)
-    groups = [{"params": parameters, "lr": rate} for rate, parameters in moved.items()]
+            by_rate.setdefault(rate, []).append(parameter)
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-12)
-    total = _ROUNDS * len(order)
+    total = rounds * len(order)
     schedule = LambdaLR(
         optimizer, lambda done: min((done + 1) / _WARM_UP, 1 - (done + 1) / (total + 1))
     )
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for place in torch.randperm(len(order), generator=generator).tolist():
             rows = [answers[i] for i in order[place]]
-            _backward(model, rows)
+            _backward(model, rows, tokens_at_once)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -108,33 +115,37 @@ def _fit(
             step(len(rows))
 
 
-def _backward(model: Any, answers: Sequence[Answered]) -> None:
-    """The gradients of the mean loss of a batch."""
+def _backward(
+    model: Any, answers: Sequence[Answered], tokens_at_once: int = TOKENS_AT_ONCE
+) -> None:
+    """Add the gradients of the mean loss of a batch."""
     prefix = read_prefix(model, [a.prompt for a in answers])
-    for few in _parts(answers, prefix.length if prefix else 0):
+    for few in _parts(answers, prefix.length if prefix else 0, tokens_at_once):
         loss = torch.stack(list(_losses(model, few, prefix))).sum() / len(answers)
         torch.autograd.backward(loss)
     if prefix:
         prefix.backward()
 
 
-def _parts(answers: Sequence[Answered], shared: int) -> list[Sequence[Answered]]:
-    """A batch in parts whose activations are in memory together, with those of so many shared tokens."""
+def _parts(
+    answers: Sequence[Answered], shared: int, tokens_at_once: int
+) -> list[Sequence[Answered]]:
+    """The parts of a batch whose activations are in memory at once, with those of a shared prefix of tokens."""
     longest = max(len(a.prompt) + len(a.answer) for a in answers) - shared
-    count = max(1, (TOKENS_AT_ONCE - shared) // longest)
+    count = max(1, (tokens_at_once - shared) // longest)
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
 @contextmanager
 def _gradients(model: nn.Module, parts: Sequence[Tunable]) -> Iterator[None]:
-    """Every gradient of a weight goes to its parts at once, so that only one is in memory."""
+    """Hand each gradient of a model's weight to its parts at once, so that only one is in memory."""
     hooks = []
 
-    def collect(owned: Sequence[Tunable], parameter: Tensor) -> None:
+    def collect(receivers: Sequence[Tunable], parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None:
             gradient = gradient.contiguous()
-            for part in owned:
+            for part in receivers:
                 offset = part.weight.storage_offset() - parameter.storage_offset()
                 place = part.weight.shape, part.weight.stride(), offset
                 part.add_gradient(gradient.as_strided(*place))
@@ -144,11 +155,11 @@ def _gradients(model: nn.Module, parts: Sequence[Tunable]) -> Iterator[None]:
     for part in parts:
         storages.setdefault(part.weight.untyped_storage().data_ptr(), []).append(part)
     for parameter in model.parameters():
-        owned = storages.get(parameter.untyped_storage().data_ptr(), [])
-        parameter.requires_grad_(bool(owned))
-        if owned:
+        receivers = storages.get(parameter.untyped_storage().data_ptr(), [])
+        parameter.requires_grad_(bool(receivers))
+        if receivers:
             register: Any = parameter.register_post_accumulate_grad_hook
-            hooks.append(register(partial(collect, owned)))
+            hooks.append(register(partial(collect, receivers)))
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
@@ -162,18 +173,19 @@ def _losses(
     model: Any, answers: Sequence[Answered], prefix: Prefix | None = None
 ) -> Iterator[Tensor]:
     """KL(expert ‖ model) of each answer in nats, summed over its tokens."""
-    logits = answer_logits(model, [(a.prompt, a.answer) for a in answers], prefix)
-    for answered, found in zip(answers, logits, strict=True):
-        logs = found.float().log_softmax(-1).gather(-1, answered.likely)
+    pairs = [(a.prompt, a.answer) for a in answers]
+    for answered, logits in zip(answers, answer_logits(model, pairs, prefix), strict=True):
+        logs = logits.float().log_softmax(-1).gather(-1, answered.likely)
         p = answered.logs.exp()
-        others = (1 - p.sum(-1)).clamp(min=_LEAST)
-        of_others = (1 - logs.exp().sum(-1)).clamp(min=_LEAST)
+        # The probability of all other tokens, of the expert and of the model.
+        p_others = (1 - p.sum(-1)).clamp(min=_LEAST)
+        q_others = (1 - logs.exp().sum(-1)).clamp(min=_LEAST)
         likely = (p * (answered.logs - logs)).sum()
-        yield likely + (others * (others.log() - of_others.log())).sum()
+        yield likely + (p_others * (p_others.log() - q_others.log())).sum()
 
 
 def _divergence(model: Any, answers: Sequence[Answered]) -> float:
-    """The mean of their losses."""
+    """The mean loss of answers, in nats."""
     total = 0.0
     with torch.no_grad():
         prefix = read_prefix(model, [a.prompt for a in answers])

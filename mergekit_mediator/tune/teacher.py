@@ -1,4 +1,4 @@
-"""What an expert answers to prompts, and how likely it finds each token: what its stored form is fitted to."""
+"""The answers of an expert to prompts, with the probabilities of their tokens. The stored form is fitted to them."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from mergekit_mediator.errors import PromptError
 from mergekit_mediator.models.answers import answer_logits
 from mergekit_mediator.models.prefix import read_prefix
 
-_BATCH = 8
-_LIKELY = 128
-_ANSWER_TOKENS = 128
+_BATCH = 8  # prompts
+_LIKELY = 128  # tokens in each place whose probabilities are kept
+ANSWER_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Answered:
 
     Attributes:
         prompt: token ids.
-        answer: token ids, `n` of them.
-        likely: `[n, k]` int64, the tokens that the expert finds likeliest in each place.
-        logs: `[n, k]` float32, the logarithms of their probabilities.
+        answer: `n` token ids.
+        likely: `[n, k]` int64, the likeliest tokens in each place, by the expert.
+        logs: `[n, k]` float32, the natural logarithms of their probabilities.
     """
 
     prompt: list[int]
@@ -38,60 +38,73 @@ def answer(
     prompts: Sequence[list[int]],
     pad: int,
     step: Callable[[int], Any] = lambda _: None,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> list[Answered]:
-    """What a model answers by greedy decoding, and how likely it finds each token.
+    """Answer prompts by greedy decoding, and keep the probabilities of the likeliest tokens.
 
     Args:
-        model: any `AutoModelForCausalLM`, holding the expert's weights.
+        model: any `AutoModelForCausalLM`, which holds the expert's weights.
         prompts: token ids.
         pad: the token that fills up rows.
-        step: called with the number of prompts that were answered.
+        step: called after each batch with its number of prompts.
+        answer_tokens: the most tokens of an answer.
+
+    Returns:
+        The answers in the order of the prompts.
 
     Raises:
-        PromptError: a prompt that leaves no room for an answer.
+        PromptError: a prompt leaves no room for an answer.
     """
-    found: dict[int, Answered] = {}
+    answers: dict[int, Answered] = {}
     with torch.no_grad():
         prefix = read_prefix(model, prompts)
         for rows in batches([len(prompt) for prompt in prompts]):
             batch = [prompts[i] for i in rows]
-            pairs = list(zip(batch, _decode(model, batch, pad), strict=True))
-            found_logits = answer_logits(model, pairs, prefix)
-            for i, pair, logits in zip(rows, pairs, found_logits, strict=True):
+            pairs = list(zip(batch, _decode(model, batch, pad, answer_tokens), strict=True))
+            for i, pair, logits in zip(
+                rows, pairs, answer_logits(model, pairs, prefix), strict=True
+            ):
                 k = min(_LIKELY, logits.shape[-1])
                 logs, likely = logits.float().log_softmax(-1).topk(k)
-                found[i] = Answered(*pair, likely, logs)
+                answers[i] = Answered(*pair, likely, logs)
             step(len(rows))
-    return [found[i] for i in range(len(prompts))]
+    return [answers[i] for i in range(len(prompts))]
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of what is alike in length together: less padding."""
+    """Group the places of texts into batches of similar lengths, which need little padding.
+
+    Args:
+        lengths: of the texts, in tokens.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 
 
-def room(config: Any, prompt: int) -> int:
-    """How many tokens an answer may have, after a prompt of so many.
+def room(config: Any, prompt: int, answer_tokens: int = ANSWER_TOKENS) -> int:
+    """Count the tokens that an answer may have.
 
     Args:
         config: of the model.
-        prompt: its tokens.
+        prompt: the tokens of the prompt.
+        answer_tokens: the most tokens of an answer.
 
     Raises:
-        PromptError: none.
+        PromptError: the model has no position for a token after the prompt.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    left = _ANSWER_TOKENS if limit is None else min(_ANSWER_TOKENS, limit - prompt)
-    if left < 1:
+    tokens = answer_tokens if limit is None else min(answer_tokens, limit - prompt)
+    if tokens < 1:
         raise PromptError(
             f"a prompt of {prompt} tokens leaves no room for an answer: the model reads {limit}"
         )
-    return left
+    return tokens
 
 
-def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int]]:
-    """The answers, each with the token that ends it, if it was reached."""
+def _decode(
+    model: Any, prompts: Sequence[list[int]], pad: int, answer_tokens: int
+) -> list[list[int]]:
+    """The answers, each with its end token if the model reached one."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad, device=model.device)
     mask = torch.zeros_like(ids)
@@ -101,17 +114,17 @@ def _decode(model: Any, prompts: Sequence[list[int]], pad: int) -> list[list[int
     output = model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=room(model.config, width),
+        max_new_tokens=room(model.config, width, answer_tokens),
         do_sample=False,
         pad_token_id=pad,
     )
-    given = model.generation_config.eos_token_id
-    ends = set(given if isinstance(given, list) else [given])
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end])
     answers: list[list[int]] = output[:, width:].tolist()
     return [_until(tokens, ends) for tokens in answers]
 
 
 def _until(tokens: list[int], ends: Collection[int | None]) -> list[int]:
-    """Tokens up to the first that is an end, and that one."""
+    """The tokens up to the first end token, with that one."""
     last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: last + 1]

@@ -26,8 +26,8 @@ def check_gateway(words, upstreams):
     """A command of our own, with all engines."""
     assert words[0] == "mergekit-mediator"
     name, command, rest = main.resolve_command(click.Context(main), words[1:])
-    given = command.make_context(name, rest).params
-    assert given["urls"] == upstreams
+    values = command.make_context(name, rest).params
+    assert values["urls"] == upstreams
 
 
 def test_the_command_of_vllm_has_a_rank_that_it_takes_and_a_slot_for_each(artifact):
@@ -60,6 +60,13 @@ def test_kubernetes_takes_the_manifests(artifact):
     hosts = [f"http://mediator-engine-{n}.mediator-engine:8000" for n in range(2)]
     check_gateway(gateway["command"], tuple(hosts))
     assert gateway["image"] == "registry/mediator:1"
+
+
+def test_kubernetes_does_not_describe_its_services_as_settings(artifact):
+    documents = yaml.safe_load_all(written("kubernetes", artifact))
+    pods = [d["spec"]["template"]["spec"] for d in documents if "template" in d["spec"]]
+    assert len(pods) == 2
+    assert all(pod["enableServiceLinks"] is False for pod in pods)
 
 
 def test_ray_loads_adapters_from_where_they_are_told_to_be(artifact):
@@ -97,7 +104,7 @@ def test_no_file_has_references_that_people_must_resolve(artifact, tool):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compose", "nowhere/at-all"], "neither a directory nor a repository"),
+        (["compose", "nowhere/at-all"], "is not in the cache, and the Hub cannot be reached"),
         (["nomad", "OUT"], "'nomad' is not one of"),
         (["vllm", "{artifact}", "--rank", "1000"], "vLLM takes at most 512"),
         (["ray-serve", "{artifact}"], "Ray loads them from s3://, gs://"),

@@ -92,5 +92,6 @@ def test_a_folder_that_is_in_use_is_refused_before_anything_is_done(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     result = click.testing.CliRunner().invoke(main, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == 1
-    assert "is not empty: choose another directory with --out" in result.output
+    message = "an empty directory is required, got one with files: choose another with --out"
+    assert message in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

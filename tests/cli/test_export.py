@@ -83,6 +83,11 @@ def test_the_start_command_of_an_engine_names_rank_modules_and_adapters(out, tmp
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["code"]
 
 
+def test_an_expert_that_is_named_twice_is_exported_once(out, tmp_path):
+    told = figures("export", out, tmp_path / "a", "--expert", "code", "--expert", "code")
+    assert [expert["name"] for expert in told["experts"]] == ["code"]
+
+
 def test_llama_cpp_is_told_to_convert_and_to_start_with_all_adapters_off(out, tmp_path):
     folder = tmp_path / "adapters"
     command = figures("export", out, folder, "--format", "llama.cpp")["command"]
@@ -140,3 +145,27 @@ def test_an_artifact_that_does_not_verify_is_not_exported(artifact, tmp_path):
     result = call("export", damaged, tmp_path / "adapters")
     assert result.exit_code == 1
     assert "math.safetensors" in result.output
+
+
+def test_a_checkpoint_of_a_blend_is_the_model_that_is_served(out, tmp_path):
+    experts = ["--expert", "math=0.25", "--expert", "chat=0.75"]
+    result = figures("export", out, tmp_path / "plain", "--format", "checkpoint", *experts)
+    assert result["mixture"] == {"math": 0.25, "chat": 0.75}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    served = MediatorModel.from_pretrained(out).forward(IDS, mixture=result["mixture"]).logits
+    assert torch.equal(logits(plain), served)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--format checkpoint needs --expert NAME: one of math, code, chat"),
+        (["--expert", "law"], "unknown expert 'law'; this artifact has math, code, chat"),
+        (["--expert", "math=much"], "NAME or NAME=WEIGHT is required, got 'math=much'"),
+    ],
+)
+def test_a_checkpoint_of_no_expert_is_refused(out, tmp_path, arguments, message):
+    result = call("export", out, tmp_path / "plain", "--format", "checkpoint", *arguments)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert not (tmp_path / "plain").exists()

@@ -1,4 +1,7 @@
 import json
+import math
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -21,6 +24,20 @@ def out(family, tmp_path_factory):
     assert result.exit_code == 0, result.output
     assert "3 sparse experts, 2 of 5 layers routed" in result.output
     return root / "out"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_an_artifact_is_inspected_and_verified_without_torch(out, command):
+    code = (
+        "import sys\n"
+        "from mergekit_mediator.cli.main import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))\n"
+    )
+    process = [sys.executable, "-c", code, command, str(out)]
+    lines = subprocess.run(process, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) > 1
+    assert lines[-1] == "[]"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -56,7 +73,10 @@ def test_inspect_gives_no_reason_where_slopes_are_damaged(family, merged):
     manifest = json.loads(path.read_text())
     manifest["parameters"]["slopes"] = "damaged"
     path.write_text(json.dumps(manifest))
-    assert call("inspect", out).exit_code == 0
+    result = call("inspect", out)
+    assert result.exit_code == 0
+    assert "5 of 5 layers routed: " in result.output
+    assert "squared error" not in result.output
 
 
 def test_inspect_leaves_averaged_layers_empty(out):
@@ -74,7 +94,21 @@ def test_a_plan_reads_headers_only(family, tmp_path, monkeypatch):
     assert [layer["name"] for layer in planned["layers"]] == ["embed", "0", "1", "2", "final"]
     assert all(layer["routed"] for layer in planned["layers"])
     assert planned["passes"] == 2
-    assert planned["peak_memory"] > 0
+
+
+def test_a_plan_predicts_memory_from_all_bytes_and_the_largest_weights(
+    family, read, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mergekit_mediator.merge.estimate.count_workers", lambda: 2)
+    planned = figures("plan", write(family.config(route="all"), tmp_path / "config.yml"))
+    weights = read(family.base).values()
+    all_bytes = sum(w.numel() * w.element_size() for w in weights)
+    sizes = sorted(w.numel() for w in weights)
+    # Two workers measure the two largest weights: 9 bytes a parameter, and the dense weight.
+    largest = max(w.numel() * w.element_size() for w in weights)
+    measuring = 9 * (sizes[-1] + sizes[-2]) + 2 * largest
+    # The process, all four models mapped, and the dense expert, which is one shard.
+    assert planned["peak_memory"] == 700_000_000 + 4 * all_bytes + all_bytes + measuring
 
 
 def test_a_plan_counts_the_bytes_of_all_inputs(family, read, tmp_path):
@@ -124,11 +158,12 @@ def test_a_plan_of_adapters_merges_nothing(family, tmp_path, monkeypatch):
     assert all(layer["routed"] for layer in figures("plan", config)["layers"])
 
 
-def test_a_picture_needs_what_it_shows(family, tmp_path):
+def test_a_picture_without_conflict_or_curve_is_refused(family, tmp_path):
     config = write(family.config(), tmp_path / "config.yml")
-    result = call("plan", config, "--plot", tmp_path / "x.png")
-    assert result.exit_code == 2
-    assert "--conflict" in result.output
+    for options in ([], ["--conflict", "--curve"]):
+        result = call("plan", config, *options, "--plot", tmp_path / "x.png")
+        assert result.exit_code == 2
+        assert "--plot needs exactly one of --conflict and --curve" in result.output
 
 
 @pytest.mark.parametrize(
@@ -141,7 +176,7 @@ def test_a_picture_needs_what_it_shows(family, tmp_path):
     ],
 )
 @pytest.mark.parametrize("command", ["merge", "plan"])
-def test_a_configuration_that_is_none_is_refused(tmp_path, command, text, message):
+def test_a_file_that_is_no_configuration_of_the_method_is_refused(tmp_path, command, text, message):
     (tmp_path / "config.yml").write_text(text)
     out = [tmp_path / "out"] if command == "merge" else []
     result = call(command, tmp_path / "config.yml", *out)
@@ -151,14 +186,18 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, command, text, messag
     assert len(result.output.splitlines()) == 1
 
 
-def test_overwrite_replaces_a_model(family, out, tmp_path):
-    config = write(family.config(route="none"), tmp_path / "config.yml")
-    result = call("merge", config, tmp_path / "out", "--quiet")
+def test_a_model_is_replaced_with_overwrite_only(family, tmp_path):
+    none = write(family.config(route="none"), tmp_path / "none.yml")
+    every = write(family.config(route="all"), tmp_path / "every.yml")
+    result = call("merge", none, tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
-    again = call("merge", config, tmp_path / "out", "--quiet")
-    assert again.exit_code == 1
-    assert "--overwrite" in again.output
-    assert call("merge", config, tmp_path / "out", "--quiet", "--overwrite").exit_code == 0
+    result = call("merge", every, tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "--overwrite" in result.output
+    assert read_manifest(tmp_path / "out").routed_layers == ()
+    result = call("merge", every, tmp_path / "out", "--quiet", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert len(read_manifest(tmp_path / "out").routed_layers) == 5
 
 
 def test_a_traceback_only_where_it_is_asked_for(family, tmp_path):
@@ -203,11 +242,11 @@ def test_a_fraction_takes_the_middle_layers_which_a_plan_knows_from_headers(fami
     assert "routed_by: sign" in call("inspect", tmp_path / "sign").output
 
 
-def test_verify_accepts_what_was_written(out):
+def test_verify_accepts_the_artifact_of_a_merge(out):
     assert figures("verify", out) == {"files": len(read_manifest(out).files), "base_checked": True}
 
 
-def test_verify_refuses_what_was_altered(out, tmp_path):
+def test_verify_refuses_an_altered_file_by_name(out, tmp_path):
     import shutil
 
     copy = shutil.copytree(out, tmp_path / "copy")
@@ -222,7 +261,7 @@ def test_verify_refuses_what_was_altered(out, tmp_path):
 def test_verify_refuses_another_base(out, family):
     result = call("verify", out, "--base", family.experts["math"])
     assert result.exit_code == 1
-    assert "is not the base" in result.output
+    assert "name the directory of the base of this artifact" in result.output
 
 
 def test_a_directory_that_is_no_artifact_is_refused(family):
@@ -235,8 +274,12 @@ def test_a_directory_that_is_no_artifact_is_refused(family):
 def test_generate_answers_every_prompt_and_says_how_it_was_routed(out):
     results = figures("generate", out, "w1 w2", "w3", "--max-new-tokens", 3)
     assert len(results) == 2
+    assert [result["prompt"] for result in results] == ["w1 w2", "w3"]
     for result in results:
+        assert 0 < len(result["mixture"]) <= 3
         assert set(result["mixture"]) <= {"math", "code", "chat"}
+        assert 0 <= result["entropy"] <= math.log(3)
+        assert 1 <= len(result["answer"].split()) <= 3
 
 
 def test_generate_takes_a_mixture_instead_of_routing(out):
@@ -254,13 +297,14 @@ def test_generate_follows_the_policy_that_is_given(out):
     assert max(soft["mixture"], key=soft["mixture"].get) in hard["mixture"]
 
 
-def test_generate_offers_what_the_policy_knows():
-    options = {option.name: option.type for option in main.commands["generate"].params}
+def test_generate_offers_every_policy_and_every_action():
+    command = main.get_command(None, "generate")
+    options = {option.name: option.type for option in command.params}
     assert tuple(options["policy"].choices) == get_args(Policy)
     assert tuple(options["ood_action"].choices) == get_args(OodAction)
 
 
-def test_generate_asks_for_calibration_before_it_refuses_what_is_foreign(out):
+def test_generate_asks_for_calibration_where_no_threshold_refuses_a_prompt(out):
     result = call("generate", out, "w1", "--ood-action", "refuse")
     assert result.exit_code == 1
     assert "run `mergekit-mediator calibrate`" in result.output
@@ -273,16 +317,19 @@ def test_a_fallback_is_named_and_used_or_neither(out, options):
     assert "--ood-action fallback and --fallback NAME go together" in result.output
 
 
-@pytest.mark.parametrize("text", ["- a\n", "just text", ""])
-def test_a_configuration_that_is_no_mapping_says_what_is_required(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "kind"), [("- a\n", "list"), ("just text", "str"), ("", "NoneType")]
+)
+def test_a_configuration_that_is_no_mapping_says_what_is_required(tmp_path, text, kind):
     path = tmp_path / "config.yml"
     path.write_text(text)
     result = call("plan", path)
     assert result.exit_code == 1
-    assert f"{path}: a mapping with merge_method, base_model and models required" in result.output
+    message = "a mapping with merge_method, base_model and models is required, got "
+    assert f"{path}: {message}{kind}" in result.output
 
 
-def test_a_plan_refuses_what_the_merge_would(family, tmp_path):
+def test_a_plan_refuses_configurations_that_the_merge_refuses(family, tmp_path):
     for settings, message in (({"budget": "1x"}, "budget: 1x is"), ({"densty": 1}, "densty")):
         result = call("plan", write(family.config(**settings), tmp_path / "config.yml"))
         assert result.exit_code == 1
@@ -298,4 +345,4 @@ def test_counts_below_one_are_refused(out):
 def test_two_files_for_one_expert_are_refused(out):
     result = call("calibrate", out, "--data", "math=a.jsonl", "--data", "math=b.jsonl")
     assert result.exit_code == 2
-    assert "'math' is given twice" in result.output
+    assert "'math' is named twice" in result.output

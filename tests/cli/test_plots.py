@@ -96,7 +96,7 @@ def test_names_of_a_crowd_neither_cover_each_other_nor_a_point():
 
 def test_there_is_nothing_to_draw_where_no_expert_answers_anything(tmp_path):
     rows = {"base": {"normalized_mean": None, "total_bytes_over_base": 1.0}}
-    with pytest.raises(OutputError, match=r"p\.png: nothing to draw"):
+    with pytest.raises(OutputError, match=r"p\.png: there is nothing to draw"):
         plot_quality(rows, tmp_path / "p.png")
     assert not list(tmp_path.iterdir())
 

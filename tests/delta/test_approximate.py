@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_mediator.delta.approximate import approximate
+from mergekit_mediator.delta.approximate import NORM_POWER, approximate
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.stored_weight import StoredWeight, mix_, restore_
 from mergekit_mediator.store.codec import decode_bytes, encode_bytes
@@ -69,7 +69,7 @@ def test_unchanged_weights_keep_nothing():
         assert stored.factors is None
 
 
-def test_codes_are_worth_the_mean_of_what_they_stand_for():
+def test_a_code_decodes_to_the_mean_of_its_weights():
     delta = torch.zeros(1000, 1)
     delta[:300, 0] = torch.linspace(1.0, 1.2, 300)
     stored = approximate(delta, 0.25, torch.float32)  # a step of 1
@@ -129,7 +129,7 @@ def test_an_adapter_is_stored_and_applied_exactly():
 
 
 @pytest.mark.parametrize("slope", [3e-2, 1e-2])
-def test_what_is_kept_is_strengthened_by_what_is_left_out(slope):
+def test_an_approximation_grows_by_a_power_of_the_part_that_it_lacks(slope):
     generator = torch.Generator().manual_seed(0)
     low_rank = torch.randn(80, 4, generator=generator) @ torch.randn(4, 60, generator=generator)
     delta = 0.1 * (low_rank + torch.randn(80, 60, generator=generator))
@@ -139,10 +139,18 @@ def test_what_is_kept_is_strengthened_by_what_is_left_out(slope):
     )  # the multiple nearest to the difference
     assert float(plain.norm()) < 0.98 * float(delta.norm())
     strength = float(kept.norm() / plain.norm())
-    assert strength == pytest.approx(float(delta.norm() / plain.norm()) ** 0.375, rel=0.01)
+    assert strength == pytest.approx(float(delta.norm() / plain.norm()) ** NORM_POWER, rel=0.01)
 
 
-def test_what_is_kept_whole_is_not_strengthened():
+@pytest.mark.parametrize("slope", [3e-2, 1e-2])
+def test_an_approximation_of_norm_power_0_is_nearest_to_the_difference(slope):
+    delta = 0.1 * difference(80, 60, rank=4, noise=1.0)
+    approximation = rebuilt(approximate(delta, slope, torch.float32, norm_power=0.0))
+    nearest = float((approximation * delta).sum() / approximation.square().sum())
+    assert nearest == pytest.approx(1, abs=0.01)
+
+
+def test_an_approximation_that_lacks_nothing_does_not_grow():
     delta = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     kept = rebuilt(approximate(delta, 1e-8, torch.float32))
     assert float((kept * delta).sum() / kept.square().sum()) == pytest.approx(1, abs=1e-4)

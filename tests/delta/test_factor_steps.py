@@ -12,7 +12,7 @@ def unit(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fine", range(len(BITS)))
-def test_bits_and_what_is_kept_are_those_of_rounded_gaussian_vectors(fine):
+def test_bits_and_kept_energy_are_those_of_rounded_gaussian_vectors(fine):
     kept = 1.0
     for seed in (0, 1):
         vector = unit(seed)

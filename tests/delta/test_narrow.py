@@ -52,7 +52,7 @@ def test_a_dense_weight_that_would_be_infinite_is_refused_by_name(
     message = refused(large.config(**settings, **{key: "float16"}))
     assert message == (
         f"Error: {NAME}: its largest magnitude, 70000, becomes infinite in float16, which ends at 65504: "
-        "set out_dtype to bfloat16 or float32 (--allow-nonfinite is for what is infinite in the inputs)"
+        "set out_dtype to bfloat16 or float32 (--allow-nonfinite is for numbers that are infinite in the inputs)"
     )
 
 
@@ -121,7 +121,7 @@ def test_a_scaled_mean_that_would_be_infinite_is_refused(large, refused):
     assert "becomes infinite in float16, which ends at 65504" in message
 
 
-def test_what_is_allowed_of_the_inputs_is_not_of_the_output(large, tmp_path):
+def test_infinities_are_allowed_in_the_inputs_and_not_in_the_output(large, tmp_path):
     put(large.experts["math"], math.nan, place=(0, 0))
     put_everywhere(large, LARGE)
     config = MergeConfiguration.model_validate(large.config(route="none", out_dtype="float16"))
@@ -145,7 +145,7 @@ def test_a_weight_beyond_float32_is_refused_by_name(large, refused, settings):
     message = refused(large.config(**settings))
     assert message == (
         f"Error: {NAME} of {path}: magnitude 1e+300 is beyond float32, in which merges are computed: scale "
-        "the models' weights down"
+        "down the weights of the models"
     )
 
 
@@ -164,7 +164,7 @@ def test_a_mean_beyond_float32_is_refused(large, refused):
 
 
 @pytest.mark.parametrize("key", ["out_dtype", "dtype"])
-def test_the_dense_method_refuses_it_too(large, refused, key):
+def test_the_dense_method_refuses_a_weight_that_would_be_infinite(large, refused, key):
     put_everywhere(large, LARGE)
     message = refused(large.config("mediator_dense", weight=1.0, **{key: "float16"}))
     where = f"{NAME}: " if key == "out_dtype" else f"{NAME} of "
@@ -206,7 +206,7 @@ def test_other_methods_round_where_mergekit_does(large, merged, read):
     assert read(merged(config))[NAME][3, 4] == math.inf
 
 
-def test_the_dense_method_refuses_it_in_memory():
+def test_the_dense_method_refuses_such_a_weight_in_memory():
     base, expert = ({"w": torch.tensor([1.0, value])} for value in (0.0, LARGE))
     arguments = {"base": "base", "parameters": {"weight": 1.0}}
     models = {"base": base, "a": expert}
@@ -227,7 +227,7 @@ VALUES = st.floats(width=32) | st.sampled_from([65_504.0, 65_519.0, 65_520.0, 3.
 @given(
     st.lists(VALUES, max_size=6), st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 )
-def test_exactly_what_is_finite_and_becomes_infinite_is_lost(values, dtype):
+def test_lost_magnitude_is_the_largest_finite_number_that_becomes_infinite(values, dtype):
     weight = torch.tensor(values, dtype=torch.float32)
     infinite = weight.to(dtype).isinf() & weight.isfinite()
     assert lost_magnitude(weight, dtype) == max(weight[infinite].abs().tolist(), default=0.0)

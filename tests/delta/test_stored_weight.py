@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.kth_largest import count_kept
-from mergekit_mediator.delta.stored_weight import VALUES, StoredWeight, encode, mix_, restore_
+from mergekit_mediator.delta.stored_weight import encode, mix_, restore_
+from mergekit_mediator.delta.value_forms import VALUES
 from mergekit_mediator.errors import InputError
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -166,10 +170,12 @@ def test_a_large_weight_keeps_the_exact_count():
     assert stored.positions.tolist() == kept_by_sorting(expert, dense, 0.1)
 
 
-def test_to_moves_a_stored_tensor_unchanged():
-    stored = encode(torch.ones(3), torch.zeros(3), 1.0, "int8")
-    moved = stored.to(torch.device("cpu"))
-    assert isinstance(moved, StoredWeight)
-    assert torch.equal(moved.positions, stored.positions)
-    assert torch.equal(moved.codes, stored.codes)
-    assert moved.scale == stored.scale
+def test_to_moves_every_tensor_and_changes_nothing_else():
+    factors = Factors(torch.ones(4, 1), torch.ones(3, 1), torch.ones(1))
+    stored = encode(torch.ones(4, 3), torch.zeros(4, 3), 0.5, "int8")
+    stored = replace(stored, shift=0.25, share=0.5, factors=factors)
+    moved = stored.to(torch.device("meta"))
+    parts = (moved.factors.left, moved.factors.right, moved.factors.scales)
+    assert {part.device.type for part in (moved.positions, moved.codes, *parts)} == {"meta"}
+    tensors = {"positions": stored.positions, "codes": stored.codes, "factors": factors}
+    assert replace(moved, **tensors) == stored

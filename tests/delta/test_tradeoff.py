@@ -40,7 +40,9 @@ def test_an_expert_takes_about_the_bits_that_were_asked_for(costs, bits):
 
 def test_a_budget_below_the_vectors_is_refused():
     vector = torch.randn(1000)
-    with pytest.raises(ConfigError, match=r"bits: 0\.1 is less than the least"):
+    with pytest.raises(
+        ConfigError, match=r"bits: at least 6\.5 required for these weights, got 0\.1"
+    ):
         slope_for(tradeoff(vector)[0], 1000, 0.1)
 
 

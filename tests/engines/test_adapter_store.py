@@ -1,5 +1,6 @@
 import os
 import resource
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -59,6 +60,34 @@ def test_blends_used_longest_ago_leave_the_disk_and_experts_stay(artifact, tmp_p
     assert names == {"math", "code", "math=0.25,code=0.75", "math=0.5,code=0.5"}
 
 
+def test_no_server_sees_a_blend_of_which_half_is_deleted(artifact, tmp_path, monkeypatch):
+    store = AdapterStore(artifact, 16, tmp_path, most_blends=1)
+    old = store.path(mixture(store, math=0.5, code=0.5))
+    os.utime(old, (1000, 1000))
+    delete, seen = shutil.rmtree, []
+
+    def recorded(folder, **options):
+        seen.append(old.is_dir())
+        delete(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", recorded)
+    store.path(mixture(store, math=0.25, code=0.75))
+    assert seen[-1] is False
+    assert {path.name for path in store.folder.iterdir()} == {
+        ".lock",
+        "math",
+        "code",
+        "math=0.25,code=0.75",
+    }
+
+
+def test_what_a_killed_server_left_is_deleted(artifact, tmp_path):
+    store = AdapterStore(artifact, 16, tmp_path)
+    (store.folder / ".partial-abc/adapter").mkdir(parents=True)
+    store.path(DENSE)
+    assert {path.name for path in store.folder.iterdir()} == {".lock", "dense"}
+
+
 def test_what_a_small_rank_leaves_out_is_said(artifact, tmp_path):
     whole, small = AdapterStore(artifact, 16, tmp_path), AdapterStore(artifact, 4, tmp_path)
     for store in (whole, small):
@@ -71,7 +100,7 @@ def test_what_a_small_rank_leaves_out_is_said(artifact, tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(artifact, tmp_path):
     (tmp_path / "file").write_text("")
     store = AdapterStore(artifact, 16, tmp_path / "file")
-    with pytest.raises(ExportError, match=r"file/.*/dense: no adapter can be written"):
+    with pytest.raises(ExportError, match=r"file/.*/dense: the adapter cannot be written"):
         store.path(DENSE)
 
 
@@ -80,7 +109,9 @@ def test_a_disk_that_fills_is_said_and_nothing_of_the_adapter_stays(artifact, tm
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(ExportError, match=r"/math: no adapter can be written .* I/O error"):
+        with pytest.raises(
+            ExportError, match=r"/math: the adapter cannot be written: .* I/O error"
+        ):
             store.path(mixture(store, math=1.0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

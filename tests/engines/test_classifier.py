@@ -48,11 +48,13 @@ def test_several_texts_get_a_list_each(address):
         ({"inputs": 3}, 400, "text or list of texts"),
         ({"inputs": []}, 400, "text or list of texts"),
         ({"inputs": ["w1", 3]}, 400, "text or list of texts"),
-        ([1], 400, "text or list of texts"),
+        ([1], 400, "a JSON object is required, got list"),
+        (b"[" * 9000, 400, "the body is no JSON"),
+        ({"inputs": ["w1"] * 257}, 400, "at most 256 texts are required, got 257"),
         ({"inputs": " "}, 400, "no text to route by"),
         ({"inputs": "w1 " * 5000}, 413, "at most 10000 bytes"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:30],
 )
 def test_bad_requests_are_refused_and_the_next_works(address, body, status, message):
     response = post(address, body)

@@ -39,15 +39,19 @@ def test_every_turn_of_a_conversation_is_routed_by_the_same_opening():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({}, "`messages`, `prompt` or `input` required"),
-        ({"messages": "hi"}, "messages: a list of messages required, got str"),
-        ({"messages": [SYSTEM]}, "messages: a message of role `user` required"),
+        ({}, "`messages`, `prompt` or `input` is required"),
+        ({"messages": "hi"}, "messages: a list of messages is required, got str"),
+        ({"messages": [SYSTEM]}, "messages: a message of role `user` is required"),
         ({"messages": [user(" ")]}, "the first user's turn: no text to route by: name a model"),
         ({"messages": [user(None)]}, "no text to route by"),
         ({"prompt": ""}, "prompt: no text to route by"),
-        ({"prompt": 3}, "prompt: a text or a list required, got int"),
-        ({"prompt": []}, "prompt: a text or a list required"),
-        ({"prompt": ["a", 3]}, "prompt: texts or lists of token ids required"),
+        (
+            {"prompt": "a\ud800"},
+            "prompt: text in Unicode is required, got half of a surrogate pair",
+        ),
+        ({"prompt": 3}, "prompt: a text or a list with an entry is required, got int"),
+        ({"prompt": []}, "prompt: a text or a list with an entry is required"),
+        ({"prompt": ["a", 3]}, "prompt: a list of texts or of lists of token ids is required"),
     ],
 )
 def test_requests_without_a_prompt_are_refused(body, message):

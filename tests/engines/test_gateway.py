@@ -7,6 +7,8 @@ import pytest
 from fake_engine import EXPERTS, FakeEngine
 from fake_upstream import FakeUpstream
 from local_servers import running
+from starlette.responses import Response
+from starlette.routing import Route
 
 from mergekit_mediator.engines import gateway
 from mergekit_mediator.engines.gateway import gateway_app
@@ -113,6 +115,67 @@ def test_an_engine_that_holds_the_adapter_is_preferred(cluster):
     assert cluster.counts() == [12, 0]
 
 
+def test_a_request_without_text_still_gets_an_engine_that_holds_its_adapter(cluster):
+    cluster.upstreams[0].models, cluster.upstreams[1].models = ("base", "math"), ("base", "code")
+    with running(gateway_app(EXPERTS, FakeEngine(), ServiceSettings(), cluster.urls)) as address:
+        for model in ("math", "code"):
+            body = {"model": model, "messages": [{"role": "user", "content": []}]}
+            httpx.post(f"{address}/v1/chat/completions", json=body)
+    asked = [[body["model"] for body, _ in upstream.asked] for upstream in cluster.upstreams]
+    assert asked == [["math"], ["code"]]
+
+
+def test_a_body_that_is_too_large_is_not_kept_in_memory(cluster, monkeypatch):
+    monkeypatch.setattr(gateway, "LARGEST_BODY", 100)
+    response = httpx.post(
+        f"{cluster.address}/v1/audio", content=b"x" * 200, headers={"content-type": "audio/wav"}
+    )
+    assert response.status_code == 413
+    assert cluster.counts() == [0, 0]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000], ids=["half", "deep"])
+def test_a_body_that_is_no_json_is_forwarded_as_it_is_and_the_next_request_works(cluster, body):
+    response = httpx.post(f"{cluster.address}/v1/completions", content=body)
+    assert response.status_code == 500  # the engine's own answer
+    assert cluster.text().choices
+
+
+@pytest.mark.parametrize("path", ["%2e%2e/admin", "x/%2e%2e/%2e%2e/admin", "..%2Fadmin"])
+def test_no_path_leads_out_of_the_api_of_an_engine(cluster, path):
+    asked = []
+
+    async def admin(request):
+        asked.append(request.url.path)
+        return Response()
+
+    for upstream in cluster.upstreams:
+        upstream.app.router.routes.append(Route("/admin", admin, methods=["POST"]))
+    response = httpx.post(f"{cluster.address}/v1/{path}", json={})
+    assert (response.status_code, asked) == (404, [])
+    assert response.json()["error"]["message"] == "the path leads out of /v1"
+
+
+def test_a_path_reaches_the_engine_as_it_came(cluster):
+    asked = []
+
+    async def answer(request):
+        asked.append((request.scope["path"], request.scope["query_string"]))
+        return Response()
+
+    for upstream in cluster.upstreams:
+        upstream.app.router.routes.insert(0, Route("/v1/a?b", answer, methods=["POST"]))
+    for query in ("", "?c=1"):
+        httpx.post(f"{cluster.address}/v1/a%3Fb{query}", json={"model": "math"})
+    assert asked == [("/v1/a?b", b""), ("/v1/a?b", b"c=1")]
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:y"])
+def test_an_address_of_an_engine_that_is_none_of_http_is_refused(url):
+    with pytest.raises(EngineError, match="an address such as http://localhost:8000 is required"):
+        gateway_app(EXPERTS, FakeEngine(), ServiceSettings(), (url,))
+
+
 @pytest.mark.parametrize("fault", ["before", 503])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_fails_before_the_first_byte_is_replaced(cluster, fault, stream):
@@ -168,7 +231,7 @@ def test_an_engine_that_comes_back_is_used_again(cluster, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        ("math=x", openai.BadRequestError, "is no number"),
+        ("math=x", openai.BadRequestError, "must be a number"),
         ("law=1", openai.NotFoundError, "unknown expert 'law'"),
     ],
 )

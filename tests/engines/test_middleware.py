@@ -19,7 +19,7 @@ def upstream(events=None, kind="application/json", status=200):
                 break
         app.seen = (scope["path"], dict(scope["headers"]), body)
         headers = [(b"content-type", kind.encode())]
-        chunks = events or [json.dumps({"asked": json.loads(body)}).encode()]
+        chunks = events or [b'{"asked": %s}' % body]
         if events is None:
             headers.append((b"content-length", str(len(chunks[0])).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -30,18 +30,31 @@ def upstream(events=None, kind="application/json", status=200):
     return app
 
 
-def post(app, body, service=None, path="/v1/completions", method="POST", headers=(), parts=1):
-    """Calls an application through the middleware; gives status, headers and body."""
+def post(
+    app,
+    body,
+    service=None,
+    path="/v1/completions",
+    method="POST",
+    headers=(),
+    parts=1,
+    kind=b"application/json",
+    messages=None,
+):
+    """Call an application through the middleware; return status, headers and body.
+
+    The response's messages are added to `messages`.
+    """
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     cut = [raw[i * len(raw) // parts : (i + 1) * len(raw) // parts] for i in range(parts)]
-    messages = [
+    requests = [
         {"type": "http.request", "body": part, "more_body": i + 1 < parts}
         for i, part in enumerate(cut)
     ]
-    sent = []
+    sent = [] if messages is None else messages
 
     async def receive():
-        return messages.pop(0) if messages else {"type": "http.disconnect"}
+        return requests.pop(0) if requests else {"type": "http.disconnect"}
 
     async def send(message):
         sent.append(message)
@@ -53,7 +66,7 @@ def post(app, body, service=None, path="/v1/completions", method="POST", headers
         "type": "http",
         "method": method,
         "path": path,
-        "headers": [(b"content-type", b"application/json"), *headers],
+        "headers": [(b"content-type", kind), *headers],
     }
     asyncio.run(RouteRequests(app, find)(scope, receive, send))
     (start, *rest) = sent
@@ -94,6 +107,24 @@ def test_a_stream_says_the_decision_in_its_first_event_only(service):
     assert headers[b"x-mediator-mixture"] == b"math"
 
 
+def test_a_stream_whose_lines_end_as_those_of_http_passes_event_by_event(service):
+    events = [b'data: {"id": 1}\r\n\r\n', b'data: {"id": 2}\r\n\r\n', b"data: [DONE]\r\n\r\n"]
+    messages = []
+    app = upstream(events, "text/event-stream")
+    _, _, body = post(app, {"model": "auto", "prompt": "x"}, service, messages=messages)
+    assert [m["body"] for m in messages[2:]] == events[1:]
+    first = body.split(b"\r\n\r\n")[0]
+    assert json.loads(first.removeprefix(b"data: "))["mediator"]["mixture"] == {"math": 1.0}
+
+
+def test_a_content_type_in_capitals_is_json_too(service):
+    app = upstream()
+    _, headers, _ = post(
+        app, {"model": "auto", "prompt": "x"}, service, kind=b"Application/JSON; charset=utf-8"
+    )
+    assert headers[b"x-mediator-mixture"] == b"math"
+
+
 @pytest.mark.parametrize(
     ("say", "header", "body"),
     [
@@ -125,7 +156,7 @@ def test_a_request_that_names_no_model_is_answered_by_the_dense_expert(service):
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read_to_its_end(service, monkeypatch):
-    monkeypatch.setattr("mergekit_mediator.engines.middleware._LARGEST_BODY", 100)
+    monkeypatch.setattr("mergekit_mediator.engines.middleware.LARGEST_BODY", 100)
     app = upstream()
     status, _, body = post(app, {"model": "auto", "prompt": "x" * 200}, service, parts=2)
     assert status == 413
@@ -148,18 +179,21 @@ def test_a_refusal_is_an_error_of_the_openai_form(service):
         {"body": {"adapter": "x"}},
         {"body": {"model": 3}},
         {"body": [1, 2]},
+        {"body": b"{"},
+        {"body": b"[" * 100_000},
         {"body": {"model": "auto"}, "method": "PUT"},
         {"body": {"model": "auto"}, "headers": [(b"content-type", b"audio/wav")]},
     ],
-    ids=str,
+    ids=lambda options: str(options)[:40],
 )
 def test_everything_else_passes_untouched(service, options):
     app = upstream()
-    raw = json.dumps(options.pop("body")).encode()
-    _, headers, body = post(app, raw, service, **options)
+    body = options.pop("body")
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    _, headers, answer = post(app, raw, service, **options)
     assert app.seen[2] == raw
     assert b"x-mediator-mixture" not in headers
-    assert "mediator" not in json.loads(body)
+    assert b"mediator" not in answer
 
 
 def test_while_there_is_no_service_requests_pass_untouched():

@@ -5,9 +5,10 @@ from contextlib import AsyncExitStack
 import pytest
 from fake_engine import EXPERTS, FakeEngine
 
+from mergekit_mediator.engines.names import name_of
 from mergekit_mediator.engines.service import RequestError
 from mergekit_mediator.engines.settings import ServiceSettings
-from mergekit_mediator.errors import ExportError, MixtureError, SettingError
+from mergekit_mediator.errors import EngineError, ExportError, MixtureError, SettingError
 
 
 @pytest.fixture
@@ -21,15 +22,15 @@ def service(fake, **settings):
 
 def ask(service, model, body=None):
     async def run():
-        async with service.resolved(model, body or {"prompt": "2 + 2?"}) as found:
-            return found
+        async with service.resolved(model, body or {"prompt": "2 + 2?"}) as answer:
+            return answer
 
     return asyncio.run(run())
 
 
 def test_a_named_expert_answers_without_routing(fake):
-    found = ask(service(fake), "code")
-    assert (found.name, found.figures) == ("code", {})
+    answer = ask(service(fake), "code")
+    assert (answer.name, answer.figures) == ("code", {})
 
 
 def test_the_engine_s_own_name_of_the_dense_expert_is_dense(fake):
@@ -42,10 +43,10 @@ def test_other_names_are_left_to_the_engine(fake):
 
 
 def test_a_sure_request_goes_to_one_expert_and_says_how_sure(fake):
-    found = ask(service(fake), "auto")
-    assert found.name == "math"
-    assert found.figures["entropy"] < 0.01
-    assert found.as_json()["mixture"] == {"math": 1.0}
+    answer = ask(service(fake), "auto")
+    assert answer.name == "math"
+    assert answer.figures["entropy"] < 0.01
+    assert answer.as_json()["mixture"] == {"math": 1.0}
 
 
 def test_an_unsure_request_goes_to_a_blend_of_rounded_weights(fake):
@@ -56,8 +57,8 @@ def test_an_unsure_request_goes_to_a_blend_of_rounded_weights(fake):
 
 def test_several_prompts_of_one_request_share_their_mean(fake):
     fake.scores = [1.0, 0.9, -9.0]
-    found = ask(service(fake, policy="soft"), "auto", {"prompt": ["a", "b"]})
-    assert found.name == "math=0.5,code=0.5"
+    answer = ask(service(fake, policy="soft"), "auto", {"prompt": ["a", "b"]})
+    assert answer.name == "math=0.5,code=0.5"
 
 
 def test_far_requests_get_the_action_that_is_set(fake):
@@ -80,7 +81,9 @@ def test_settings_that_no_request_could_be_answered_with_are_refused_at_the_star
     with pytest.raises(MixtureError, match="unknown expert 'law'"):
         service(fake, fallback="law")
     fake.thresholds = (0.5, None)
-    with pytest.raises(SettingError, match=r"refuse needs a router that knows .*fake does not"):
+    with pytest.raises(
+        SettingError, match=r"refuse needs a router with a threshold .*fake has none"
+    ):
         service(fake, ood_action="refuse")
     assert ask(service(fake, ood_action="refuse", ood_threshold=1.0), "auto").name == "math"
 
@@ -94,7 +97,8 @@ def test_a_router_without_a_distance_says_none(fake):
     ("model", "body", "status", "message"),
     [
         ("law=1", None, 404, "unknown expert 'law'"),
-        ("math=x", None, 400, "is no number"),
+        ("math=x", None, 400, "must be a number"),
+        ("unknown expert=x", None, 400, "must be a number"),
         ("auto", {"prompt": ""}, 400, "no text to route by"),
         ("auto", {}, 400, "no prompt to route by"),
     ],
@@ -149,21 +153,65 @@ def test_a_blend_in_use_stays_and_a_client_waits_its_turn(fake):
                 await stack.enter_async_context(one.resolved("math=0.25,code=0.75", {}))
             assert refusal.value.status == 429
             fake.scores = [1.0, 0.99, 0.98]  # a routed request is answered by its likeliest expert
-            found = await stack.enter_async_context(one.resolved("auto", {"prompt": "x"}))
-            assert found.name == "math"
-        async with one.resolved("math=0.25,code=0.75", {}) as found:
-            assert found.name == "math=0.25,code=0.75"
+            answer = await stack.enter_async_context(one.resolved("auto", {"prompt": "x"}))
+            assert answer.name == "math"
+        async with one.resolved("math=0.25,code=0.75", {}) as answer:
+            assert answer.name == "math=0.25,code=0.75"
 
     asyncio.run(run())
+
+
+def test_without_blends_the_likeliest_expert_answers_and_a_named_blend_is_refused(fake):
+    fake.scores = [1.0, 0.9, -9.0]
+    one = service(fake, blends=0)
+    assert ask(one, "auto").name == "math"
+    with pytest.raises(RequestError, match="at most 0 may be alive") as refusal:
+        ask(one, "math=0.5,code=0.5")
+    assert refusal.value.status == 429
+
+
+def test_a_blend_whose_request_is_cancelled_while_it_loads_counts_and_leaves_later(fake):
+    one = service(fake, blends=1)
+
+    async def add(mixture):  # the engine has the adapter when the request is cancelled
+        fake.loaded.add(name_of(mixture))
+        await asyncio.sleep(1)
+
+    async def run():
+        fake.add, take = add, fake.add
+        request = asyncio.create_task(one.resolved("math=0.5,code=0.5", {}).__aenter__())
+        await asyncio.sleep(0.01)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        fake.add = take
+        async with one.resolved("math=0.25,code=0.75", {}):
+            assert fake.loaded == {"math=0.25,code=0.75"}
+
+    asyncio.run(run())
+
+
+def test_a_blend_that_the_engine_cannot_remove_is_a_refusal_and_the_next_request_works(fake):
+    one = service(fake, blends=1)
+    ask(one, "math=0.5,code=0.5")
+
+    async def remove(mixture):
+        raise EngineError("the engine has ended")
+
+    fake.remove = remove
+    with pytest.raises(RequestError, match="the engine has ended") as refusal:
+        ask(one, "math=0.25,code=0.75")
+    assert refusal.value.status == 503
+    del fake.remove
+    assert ask(one, "math=0.25,code=0.75").name == "math=0.25,code=0.75"
 
 
 def test_many_requests_at_once_load_each_adapter_once(fake):
     one = service(fake, blends=4)
 
     async def request(i):
-        async with one.resolved(f"math={i % 4 / 8},code={1 - i % 4 / 8}", {}) as found:
+        async with one.resolved(f"math={i % 4 / 8},code={1 - i % 4 / 8}", {}) as answer:
             await asyncio.sleep(0)
-            return found.name
+            return answer.name
 
     async def run():
         return await asyncio.gather(*(request(i) for i in range(200)))
@@ -183,7 +231,10 @@ def test_settings_come_from_the_environment():
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"MEDIATOR_GRIDD": "4"}, "MEDIATOR_GRIDD: Extra inputs are not permitted"),
+        (
+            {"MEDIATOR_GRIDD": "4"},
+            "MEDIATOR_GRIDD: there is no such setting: the settings are MEDIATOR_ROUTER, ",
+        ),
         ({"MEDIATOR_GRID": "0"}, "MEDIATOR_GRID: .* greater than or equal to 1, got '0'"),
         ({"MEDIATOR_POLICY": "sotf"}, "policy: input should be 'hard', 'soft' or 'auto'"),
         ({"MEDIATOR_SAY": "loud"}, "MEDIATOR_SAY"),

@@ -151,11 +151,11 @@ def test_an_artifact_alone_is_compared_with_its_own_experts(out, tasks):
 
 
 def test_every_model_is_scored_in_the_dtype_that_is_asked_for(out, tasks, monkeypatch):
-    seen, own = set(), scorer.score_answers
+    seen, stock = set(), scorer.score_answers
 
     def watched(model, *arguments):
         seen.add(next(model.parameters()).dtype)
-        return own(model, *arguments)
+        return stock(model, *arguments)
 
     monkeypatch.setattr(scorer, "score_answers", watched)
     options = ["--rivals", "extract_lora,average", "--limit", 4, "--tune", 4, "--dtype", "float16"]
@@ -187,7 +187,7 @@ def test_scores_are_not_lost_where_the_merge_cannot_be_timed(family, merged, tas
 def test_an_unknown_rival_is_named_with_the_known_ones(out, tasks):
     result = call("evaluate", out, *tasks, "--rivals", "ties,slerp")
     assert result.exit_code == 1
-    expected = f"rival 'slerp': unknown: choose of {', '.join(rivals.KNOWN)}, or all"
+    expected = f"unknown rival 'slerp': choose from {', '.join(rivals.KNOWN)}, or all"
     assert expected in result.output
 
 
@@ -215,7 +215,7 @@ def test_a_place_is_a_directory_or_a_name_on_the_hub(tmp_path, monkeypatch):
 def test_too_few_examples_to_tune_on_are_refused(out, tasks):
     result = call("evaluate", out, *tasks, "--rivals", "ties", "--limit", 12)
     assert result.exit_code == 1
-    assert "coefficients are chosen on others than the 12" in result.output
+    assert "all 12 examples are reported (--limit 12), none is left" in result.output
 
 
 def test_a_truncated_adapter_is_the_extraction_at_that_rank(family, tmp_path):
@@ -229,7 +229,7 @@ def test_a_truncated_adapter_is_the_extraction_at_that_rank(family, tmp_path):
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
-def test_what_mergekit_refuses_is_one_line(family, tmp_path):
+def test_a_merge_that_mergekit_refuses_is_an_error_of_one_line(family, tmp_path):
     made = Rivals(str(family.base), {n: str(p) for n, p in family.experts.items()}, tmp_path)
     with pytest.raises(InputError, match="rival other: mergekit: "):
         made.merged({"merge_method": "ties", "models": [{"model": made.base}]}, "other")
@@ -245,9 +245,9 @@ def test_adapters_are_merged_into_their_base_to_be_compared(family, merged, task
     assert result.exit_code == 0, result.output
     systems = json.loads(result.stdout)["systems"]
     for task, score in systems["experts"]["tasks"].items():
-        own = systems["mediator_oracle"]["tasks"][task]
+        expert = systems["mediator_oracle"]["tasks"][task]
         likelihood = score["answer_log_likelihood"]
-        assert own["answer_log_likelihood"] == pytest.approx(likelihood, abs=0.05)
+        assert expert["answer_log_likelihood"] == pytest.approx(likelihood, abs=0.05)
         assert likelihood != systems["base"]["tasks"][task]["answer_log_likelihood"]
 
 
@@ -258,13 +258,13 @@ def test_spaces_and_a_last_comma_between_rivals_mean_nothing():
 def test_a_place_of_an_expert_that_is_not_there_is_refused(out, tasks):
     result = call("evaluate", out, *tasks, "--experts", "--expert", "law=org/law")
     assert result.exit_code == 2
-    assert "no expert 'law': this artifact has math, code" in result.output
+    assert "unknown expert 'law': this artifact has math, code" in result.output
 
 
 def test_two_tasks_of_one_name_are_refused(out, tasks):
     result = call("evaluate", out, *tasks, *tasks[:2])
     assert result.exit_code == 1
-    assert "task 'math' is given twice" in result.output
+    assert "task 'math' is named twice" in result.output
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_scored(
@@ -281,7 +281,7 @@ def test_damaged_scores_say_what_to_remove(out, tasks, tmp_path):
     (tmp_path / "scores.json").write_text("{")
     result = call("evaluate", out, *tasks, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "scores.json: holds no scores" in result.output
+    assert "scores.json: the file holds no scores" in result.output
 
 
 def test_where_no_expert_answers_anything_the_table_is_written_without_a_picture(out, tmp_path):
@@ -291,6 +291,6 @@ def test_where_no_expert_answers_anything_the_table_is_written_without_a_picture
     result = call("evaluate", out, "--task", f"math={task}", "--out", folder)
     assert result.exit_code == 0, result.output
     assert "warning: " in result.stderr
-    assert "nothing to draw" in result.stderr
+    assert "there is nothing to draw" in result.stderr
     assert (folder / "evaluation.md").exists()
     assert not (folder / "evaluation.png").exists()

@@ -101,7 +101,7 @@ def test_log_likelihood_is_the_mean_over_answer_tokens(model, tokenizer):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_batches_and_padding_change_nothing(model, tokenizer, batch_size):
+def test_a_score_does_not_depend_on_batches_and_padding(model, tokenizer, batch_size):
     examples = generated_examples(model, tokenizer)
     one, many = score(model, tokenizer, examples, 1), score(model, tokenizer, examples, batch_size)
     assert many.accuracy == one.accuracy
@@ -132,20 +132,20 @@ def test_a_model_that_cannot_keep_few_logits_scores_the_same(model, tokenizer):
 
 
 @pytest.mark.parametrize("architecture", sorted(pico.ARCHITECTURES))
-def test_what_prompts_begin_with_is_read_once_and_changes_nothing(architecture):
+def test_a_shared_prefix_of_prompts_is_read_once_and_changes_no_score(architecture):
     torch.manual_seed(3)
-    own, words = pico.ARCHITECTURES[architecture]().eval(), pico.tokenizer()
+    model, words = pico.ARCHITECTURES[architecture]().eval(), pico.tokenizer()
     beginning = " ".join(f"w{i}" for i in range(20))
     ends = ["w1", "w2 w3 w4", "w5 w6", "w1 w9"]
     examples = [Example(f"{beginning} {end}", f"w{i} w7") for i, end in enumerate(ends)]
     read = []
-    own.register_forward_pre_hook(
+    model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    got = score_answers(own, words, examples)
+    got = score_answers(model, words, examples)
     with_beginning = sum(read)
     read.clear()
-    want = [score_answers(own, words, [example])[0] for example in examples]
+    want = [score_answers(model, words, [example])[0] for example in examples]
     assert with_beginning < sum(read) / 2
     for one, alone in zip(got, want, strict=True):
         assert one.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
@@ -175,8 +175,8 @@ def test_without_a_template_a_prompt_is_plain_text(tokenizer):
         render(plain, (turn, turn))
 
 
-def test_nothing_to_score_is_refused(model, tokenizer):
-    with pytest.raises(TaskError, match="at least one example"):
+def test_a_score_of_no_examples_is_refused(model, tokenizer):
+    with pytest.raises(TaskError, match="at least one example, got none"):
         score(model, tokenizer, [])
 
 

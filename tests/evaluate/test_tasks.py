@@ -29,7 +29,7 @@ def test_jsonl_lines_become_examples_in_order(tmp_path):
     assert from_jsonl(path, name="maths").name == "maths"
 
 
-def test_blank_lines_are_passed_over(tmp_path):
+def test_blank_lines_are_skipped(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('\n{"prompt": "a", "answer": "b"}\n\n', encoding="utf-8")
     assert from_jsonl(path).examples == (Example("a", "b"),)
@@ -78,7 +78,7 @@ def test_reasoning_gym_problems_depend_on_the_seed_only():
     ("name", "config"),
     [("no_such_task", {}), ("chain_sum", {"min_terms": -1}), ("chain_sum", {"x": 1})],
 )
-def test_what_reasoning_gym_refuses_is_a_task_error(name, config):
+def test_options_that_reasoning_gym_refuses_are_a_task_error(name, config):
     with pytest.raises(TaskError, match=f"reasoning-gym task '{name}'"):
         from_reasoning_gym(name, size=1, config=config)
 

@@ -78,11 +78,13 @@ def test_a_full_rank_export_is_what_is_served_but_for_what_no_adapter_holds(
     assert all("norm" in n or "ln_" in n or n.endswith(".bias") for n in adapter.dropped)
     served = MediatorModel.from_pretrained(out)
     with served.mixture({"math": 1.0}) as mixed, torch.no_grad():
-        state, own = dict(mixed.named_parameters()), dict(model.named_parameters())
+        mixed_weights = dict(mixed.named_parameters())
+        adapted_weights = dict(model.named_parameters())
         for name in adapter.dropped:
             module, _, parameter = name.rpartition(".")
             names = (f"base_model.model.{module}{x}.{parameter}" for x in ("", ".base_layer"))
-            own[next(n for n in names if n in own)].copy_(state[name])
+            target = next(n for n in names if n in adapted_weights)
+            adapted_weights[target].copy_(mixed_weights[name])
         torch.testing.assert_close(logits(model), logits(mixed), rtol=1e-3, atol=1e-4)
 
 
@@ -110,8 +112,8 @@ def test_a_smaller_rank_loses_what_the_singular_values_say(make, merged, tmp_pat
 def test_a_blend_of_adapters_is_the_adapter_of_the_blend(adapters, merged):
     out = merged({**adapters, "parameters": {"reference": "base"}})
     experts, holdable = StoredExperts(out), Holdable.of(out)
-    own = {n: to_adapter(experts, {n: 1.0}, 8, holdable) for n in "ab"}
-    both = blend([(0.25, own["a"]), (0.75, own["b"])], 8)
+    alone = {n: to_adapter(experts, {n: 1.0}, 8, holdable) for n in "ab"}
+    both = blend([(0.25, alone["a"]), (0.75, alone["b"])], 8)
     expected = to_adapter(experts, {"a": 0.25, "b": 0.75}, 8, holdable)
     assert both.modules.keys() == expected.modules.keys()
     for module, factors in both.modules.items():
@@ -119,7 +121,7 @@ def test_a_blend_of_adapters_is_the_adapter_of_the_blend(adapters, merged):
         torch.testing.assert_close(
             factors.low_rank.left @ factors.low_rank.right.T, other.left @ other.right.T
         )
-    cut = blend([(0.25, own["a"]), (0.75, own["b"])], 3)
+    cut = blend([(0.25, alone["a"]), (0.75, alone["b"])], 3)
     assert cut.rank == 3
     assert 0 < cut.squared_error < 0.5
 
@@ -131,11 +133,11 @@ def test_bad_requests_are_refused_in_one_line(family, merged):
         ExportError, match="unknown expert 'law'; this artifact has math, code, chat"
     ):
         to_adapter(experts, {"law": 1.0}, 8, holdable)
-    with pytest.raises(ExportError, match="rank: at least 1 required, got 0"):
+    with pytest.raises(ExportError, match="rank: at least 1 is required, got 0"):
         to_adapter(experts, {"math": 1.0}, 0, holdable)
     with pytest.raises(
         ExportError, match="stored relative to the dense expert: export relative to"
     ):
         StoredExperts(out, "base")
-    with pytest.raises(ExportError, match="relative to 'mean': dense or base required"):
+    with pytest.raises(ExportError, match="relative to 'mean': dense or base is required"):
         StoredExperts(out, "mean")

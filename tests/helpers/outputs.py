@@ -1,4 +1,4 @@
-"""Output directories as a merge may find them, how it publishes into them, and what they hold after it was stopped."""
+"""Output directories as a merge may find them, how it publishes into them, and what they hold after an interrupted merge."""
 
 import os
 import shutil
@@ -121,7 +121,9 @@ def refuse_to_load(out):
     assert not (out / "config.json").exists()
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(out)
-    with pytest.raises(ArtifactError, match=r"stopped while it moved|missing, but named"):
+    with pytest.raises(
+        ArtifactError, match=r"interrupted while it moved|missing, but the manifest"
+    ):
         MediatorModel.from_pretrained(out)
 
 

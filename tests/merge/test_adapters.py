@@ -30,14 +30,14 @@ def adapters(draw):
     """The settings of one adapter: few targets of few layers, with ranks and scales of their own."""
     targets = draw(st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, unique=True))
     rank, alpha = st.integers(1, 30), st.integers(1, 40)
-    own = st.sampled_from(targets)
+    target = st.sampled_from(targets)
     drawn = {
         "target_modules": targets,
         "r": draw(rank),
         "lora_alpha": draw(alpha),
         "use_rslora": draw(st.booleans()),
-        "rank_pattern": draw(st.dictionaries(own, rank, max_size=2)),
-        "alpha_pattern": draw(st.dictionaries(own, alpha, max_size=2)),
+        "rank_pattern": draw(st.dictionaries(target, rank, max_size=2)),
+        "alpha_pattern": draw(st.dictionaries(target, alpha, max_size=2)),
     }
     layers = draw(st.none() | st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
     if layers is not None and targets != ["lm_head"]:
@@ -109,8 +109,8 @@ def answers_as_peft(base, configs, blend, **parameters):
         expected.append((dict(zip(names, blend, strict=True)), logits(blended)))
         for mixture, answer in expected:
             for form in FORMS:
-                found = model.forward(IDS, mixture=mixture, apply=form).logits
-                assert float((found - answer).abs().max()) < 1e-3 * float(answer.abs().max())
+                result = model.forward(IDS, mixture=mixture, apply=form).logits
+                assert float((result - answer).abs().max()) < 1e-3 * float(answer.abs().max())
 
 
 BLENDS = st.lists(st.sampled_from([0.2, 0.5, 1.0, 1.3]), min_size=4, max_size=4)
@@ -196,7 +196,7 @@ def test_layers_in_another_order_get_the_factors_of_where_they_come_from(base, t
     for expert, change in changes.items():
         with model.mixture(expert) as mixed:
             for name, weight in mixed.state_dict().items():
-                source = re.sub(r"(?<=layers\.)\d", lambda found: order[found[0]], name)
+                source = re.sub(r"(?<=layers\.)\d", lambda match: order[match[0]], name)
                 torch.testing.assert_close(weight, weights[source] + change[source])
 
 

@@ -34,35 +34,34 @@ def change_config(path, **settings):
     (path / "config.json").write_text(json.dumps({**config, **settings}))
 
 
-def test_a_base_that_is_not_given(family, refused):
+def test_a_base_that_is_not_given_is_refused(family, refused):
     assert "base_model: required" in refused(family.config(base_model=None))
 
 
-def test_a_base_that_is_not_there(family, refused, tmp_path):
+def test_a_base_that_is_not_there_is_refused(family, refused, tmp_path):
     message = refused(family.config(base_model=str(tmp_path / "nowhere")))
-    assert "base_model" in message
-    assert str(tmp_path / "nowhere") in message
+    assert f"base_model {tmp_path / 'nowhere'}: its configuration cannot be read" in message
 
 
-def test_an_expert_that_is_not_there(damaged, refused):
+def test_an_expert_that_is_not_there_is_refused(damaged, refused):
     shutil.rmtree(damaged.experts["code"])
     assert f"model {damaged.experts['code']}: " in refused(damaged.config())
 
 
-def test_one_expert_only(family, refused):
+def test_a_merge_without_experts_is_refused(family, refused):
     config = family.config()
-    config["models"] = config["models"][:1]
-    assert "at least two experts required, got 1" in refused(config)
+    config["models"] = [{"model": str(family.base)}]
+    assert "at least one expert required, got 0" in refused(config)
 
 
-def test_two_experts_of_one_name(family, refused):
+def test_two_experts_of_one_name_are_refused(family, refused):
     config = family.config()
     for entry in config["models"]:
         entry["parameters"]["expert"] = "same"
     assert "both named 'same'" in refused(config)
 
 
-def test_an_expert_of_another_architecture(family, make, refused):
+def test_an_expert_of_another_architecture_is_refused(family, make, refused):
     other = make(pico.qwen3).experts["code"]
     config = family.config()
     config["models"][1]["model"] = str(other)
@@ -71,13 +70,13 @@ def test_an_expert_of_another_architecture(family, make, refused):
     assert "Qwen3ForCausalLM, but the base" in message
 
 
-def test_an_expert_with_tied_weights_where_the_base_has_none(family, make, refused):
+def test_an_expert_with_tied_weights_where_the_base_has_none_is_refused(family, make, refused):
     config = family.config()
     config["models"][1]["model"] = str(make(pico.llama_tied).experts["code"])
     assert "tie_word_embeddings is True, but False in the base" in refused(config)
 
 
-def test_an_expert_of_another_shape(family, make, refused):
+def test_an_expert_of_another_shape_is_refused(family, make, refused):
     other = make(lambda: pico.llama(intermediate_size=40)).experts["code"]
     config = family.config()
     config["models"][1]["model"] = str(other)
@@ -87,11 +86,11 @@ def test_an_expert_of_another_shape(family, make, refused):
 
 
 @pytest.mark.parametrize("layers", [2, 4])
-def test_an_expert_of_another_depth(family, make, refused, layers):
+def test_an_expert_of_another_depth_is_refused(family, make, refused, layers):
     config = family.config()
     other = make(lambda: pico.llama(num_hidden_layers=layers)).experts["code"]
     config["models"][1]["model"] = str(other)
-    assert "layer" in refused(config)
+    assert "without slices the same number of layers" in refused(config)
 
 
 def test_an_expert_of_another_vocabulary_says_what_to_put_under_tokenizer(family, make, refused):
@@ -102,7 +101,7 @@ def test_an_expert_of_another_vocabulary_says_what_to_put_under_tokenizer(family
     assert "tokenizer: {source: base}" in message
 
 
-def test_a_checkpoint_that_is_missing(damaged, refused):
+def test_a_checkpoint_that_is_missing_is_refused(damaged, refused):
     (damaged.experts["code"] / "model.safetensors").unlink()
     assert str(damaged.experts["code"]) in refused(damaged.config())
 
@@ -113,13 +112,13 @@ def sharded(make):
     return make(max_shard_size="3KB")
 
 
-def test_a_shard_that_is_missing(sharded, refused):
+def test_a_shard_that_is_missing_is_refused(sharded, refused):
     shard = sorted(sharded.experts["code"].glob("*.safetensors"))[1]
     shard.unlink()
     assert f"{shard}: cannot be read" in refused(sharded.config())
 
 
-def test_a_shard_that_is_truncated(sharded, refused):
+def test_a_shard_that_is_truncated_is_refused(sharded, refused):
     shard = sorted(sharded.experts["code"].glob("*.safetensors"))[1]
     os.truncate(shard, shard.stat().st_size - 10)
     message = refused(sharded.config())
@@ -127,7 +126,7 @@ def test_a_shard_that_is_truncated(sharded, refused):
     assert "truncated" in message
 
 
-def test_a_shard_that_the_index_places_outside_the_model(sharded, refused):
+def test_a_shard_that_the_index_places_outside_the_model_is_refused(sharded, refused):
     index = sharded.experts["code"] / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     name = next(iter(content["weight_map"]))
@@ -136,7 +135,7 @@ def test_a_shard_that_the_index_places_outside_the_model(sharded, refused):
     assert "'../base/model.safetensors', which is outside the model" in refused(sharded.config())
 
 
-def test_a_weight_that_is_in_the_index_but_in_no_shard(sharded, refused):
+def test_a_weight_that_is_in_the_index_but_in_no_shard_is_refused(sharded, refused):
     shard = sorted(sharded.experts["code"].glob("*.safetensors"))[1]
     weights = load_file(shard)
     name = min(weights)
@@ -145,23 +144,23 @@ def test_a_weight_that_is_in_the_index_but_in_no_shard(sharded, refused):
     assert name in refused(sharded.config())
 
 
-def test_a_checkpoint_that_is_truncated(damaged, refused):
+def test_a_checkpoint_that_is_truncated_is_refused(damaged, refused):
     file = damaged.experts["code"] / "model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
     assert str(damaged.experts["code"]) in refused(damaged.config())
 
 
-def test_a_checkpoint_that_is_no_safetensors_file(damaged, refused):
+def test_a_checkpoint_that_is_no_safetensors_file_is_refused(damaged, refused):
     (damaged.experts["code"] / "model.safetensors").write_text("version https://git-lfs")
     assert str(damaged.experts["code"]) in refused(damaged.config())
 
 
-def test_a_configuration_of_a_model_that_is_no_json(damaged, refused):
+def test_a_configuration_of_a_model_that_is_no_json_is_refused(damaged, refused):
     (damaged.experts["code"] / "config.json").write_text("{")
     assert str(damaged.experts["code"]) in refused(damaged.config())
 
 
-def test_a_weight_that_one_expert_lacks(damaged, refused):
+def test_a_weight_that_one_expert_lacks_is_refused(damaged, refused):
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(damaged.experts["code"], lambda weights: weights.pop(name))
     assert name in refused(damaged.config())
@@ -169,7 +168,7 @@ def test_a_weight_that_one_expert_lacks(damaged, refused):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("settings", [{}, {"route": "all"}, {"route": "none"}])
-def test_a_weight_that_is_not_finite(damaged, refused, value, settings):
+def test_a_weight_that_is_not_finite_is_refused(damaged, refused, value, settings):
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(damaged.experts["code"], lambda weights: weights[name][3, 4].fill_(value))
     message = refused(damaged.config(**settings))
@@ -207,24 +206,24 @@ def test_a_pickled_checkpoint_is_read(pickled, family, merged, read, option):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02garbage", b"version https://git-lfs"])
-def test_a_pickled_checkpoint_that_is_damaged(pickled, refused, content):
+def test_a_pickled_checkpoint_that_is_damaged_is_refused(pickled, refused, content):
     (pickled.experts["code"] / "pytorch_model.bin").write_bytes(content)
     assert str(pickled.experts["code"]) in refused(pickled.config())
 
 
-def test_a_pickled_checkpoint_that_is_truncated(pickled, refused):
+def test_a_pickled_checkpoint_that_is_truncated_is_refused(pickled, refused):
     file = pickled.experts["code"] / "pytorch_model.bin"
     os.truncate(file, file.stat().st_size // 2)
     assert str(pickled.experts["code"]) in refused(pickled.config())
 
 
-def test_an_index_that_is_damaged(sharded, refused):
+def test_an_index_that_is_damaged_is_refused(sharded, refused):
     for content in ("{", "{}", "[]"):
         (sharded.experts["code"] / "model.safetensors.index.json").write_text(content)
         assert f"model {sharded.experts['code']}: cannot be loaded" in refused(sharded.config())
 
 
-def test_a_pickled_expert_of_another_shape(pickled, refused):
+def test_a_pickled_expert_of_another_shape_is_refused(pickled, refused):
     file = pickled.experts["code"] / "pytorch_model.bin"
     weights = torch.load(file)
     name = "model.layers.1.mlp.up_proj.weight"

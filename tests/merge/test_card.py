@@ -4,7 +4,8 @@ from huggingface_hub import ModelCard
 
 from mergekit_mediator.cli.plots import plot_conflict
 from mergekit_mediator.errors import OutputError
-from mergekit_mediator.merge.card import conflict_chart, is_hub_id, write_card
+from mergekit_mediator.merge.card import conflict_chart, write_card
+from mergekit_mediator.models.sources import is_hub_id
 from mergekit_mediator.store.manifest import BaseEntry, ExpertEntry, LayerEntry, Manifest
 
 
@@ -36,7 +37,7 @@ def card(tmp_path):
 
 def test_the_metadata_names_models_of_the_hub_only(card):
     metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["base_model"] == ["org/base", "org/lora", "org/math"]
+    assert metadata["base_model"] == ["org/base", "org/math", "org/lora"]
     assert metadata["library_name"] == "transformers"
     assert "mergekit-mediator" in metadata["tags"]
 
@@ -44,7 +45,7 @@ def test_the_metadata_names_models_of_the_hub_only(card):
 def test_the_hub_reads_the_card_and_shows_it_as_a_merge(tmp_path):
     write_card(tmp_path, manifest(), "merge_method: mediator")
     read = ModelCard.load(tmp_path / "README.md")
-    assert read.data.base_model == ["org/base", "org/lora", "org/math"]
+    assert read.data.base_model == ["org/base", "org/math", "org/lora"]
     assert read.data.to_dict()["base_model_relation"] == "merge"
 
 
@@ -53,17 +54,52 @@ def test_the_hub_reads_the_card_and_shows_it_as_a_merge(tmp_path):
     [("mit", "mit", "mit"), ("mit", "apache-2.0", None), (None, "mit", None), (None, None, None)],
 )
 def test_a_licence_is_claimed_only_if_every_model_states_it(tmp_path, of_base, of_experts, stated):
-    given = manifest()
-    licensed = given.model_copy(
+    plain = manifest()
+    licensed = plain.model_copy(
         update={
-            "base": given.base.model_copy(update={"license": of_base}),
-            "experts": tuple(e.model_copy(update={"license": of_experts}) for e in given.experts),
+            "base": plain.base.model_copy(update={"license": of_base}),
+            "experts": tuple(e.model_copy(update={"license": of_experts}) for e in plain.experts),
         }
     )
     write_card(tmp_path, licensed, "merge_method: mediator")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.to_dict().get("license") == stated
     assert f"| {of_experts or 'not stated'} |" in card.text
+    assert ("The licences of these models differ: " in card.text) == (of_base != of_experts)
+
+
+def test_languages_and_datasets_are_those_that_the_models_cards_state(tmp_path):
+    cards = {
+        "base": "---\nlanguage: en\n---\n",
+        "math": "---\nlanguage: [en, de]\ndatasets: [org/sums]\n---\n",
+        "code": "# no metadata\n",
+    }
+    for name, text in cards.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(text)
+    base, *sources = [str(tmp_path / name) for name in cards]
+    write_card(tmp_path, manifest(base, sources), "merge_method: mediator")
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data["language"] == ["en", "de"]
+    assert data["datasets"] == ["org/sums"]
+    assert data["pipeline_tag"] == "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "dense"),
+    [
+        ({}, "the experts' weighted mean. It"),
+        (
+            {"reference": "base"},
+            "the base model, with the experts' weighted mean in averaged layers. It",
+        ),
+    ],
+)
+def test_the_card_says_what_the_dense_expert_is(tmp_path, parameters, dense):
+    plain = manifest()
+    changed = plain.model_copy(update={"parameters": {**plain.parameters, **parameters}})
+    write_card(tmp_path, changed, "merge_method: mediator")
+    assert f"*dense expert*: {dense}" in (tmp_path / "README.md").read_text()
 
 
 def test_no_directory_of_this_machine_is_shown(card):

@@ -8,7 +8,12 @@ from mergekit.config import MergeConfiguration
 from mergekit_mediator.merge.config import MediatorConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yml"))
+# those of other methods: tests/methods/test_example_configs.py
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs").glob("*.yml"))
+    if yaml.safe_load(path.read_text())["merge_method"] == "mediator"
+]
 
 
 def parse(path):

@@ -4,7 +4,7 @@ import socket
 import huggingface_hub.constants
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -65,11 +65,15 @@ def test_a_file_that_is_cut_anywhere_is_named(tmp_path_factory, size):
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_give_a_typed_error_or_headers(tmp_path_factory, content):
+@example(b"{}")
+def test_any_bytes_give_a_typed_error_or_no_tensors(tmp_path_factory, content):
     directory = tmp_path_factory.mktemp("any")
     (directory / "m.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
-    with pytest.raises(InputError):
-        read_headers(directory, ["m.safetensors"])
+    try:
+        tensors = read_headers(directory, ["m.safetensors"])
+    except InputError:
+        tensors = {}
+    assert tensors == {}
 
 
 @pytest.mark.parametrize(

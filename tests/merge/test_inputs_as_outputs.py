@@ -47,7 +47,7 @@ def refused(models, out, match, **options):
 
 
 @pytest.mark.parametrize("name", ["base", "math", "adapter", "tokenizer", "code"])
-def test_the_directory_of_an_input(models, name, tmp_path):
+def test_the_directory_of_an_input_is_no_output(models, name, tmp_path):
     message = f"is the directory of {models / name}, which the merge reads: choose another"
     refused(models, models / name, message)
     (tmp_path / "link").symlink_to(models / name)
@@ -56,21 +56,21 @@ def test_the_directory_of_an_input(models, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["base", "adapter"])
-def test_a_directory_inside_that_of_an_input(models, name):
+def test_a_directory_inside_that_of_an_input_is_no_output(models, name):
     refused(models, models / name / "a" / "out", f"lies inside the directory of {models / name},")
 
 
-def test_a_directory_around_that_of_an_input(models):
+def test_a_directory_around_that_of_an_input_is_no_output(models):
     refused(models, models, "contains the directory of ")
 
 
-def test_the_cache_of_merged_adapters(models):
+def test_the_cache_of_merged_adapters_is_no_output(models):
     options = {"lora_merge_cache": str(models / "cache")}
     refused(models, models / "cache", "is the directory of --lora-merge-cache", **options)
     refused(models, models / "cache" / "out", "lies inside the directory of --lora", **options)
 
 
-def test_the_place_of_a_model_that_was_downloaded(family, tmp_path):
+def test_the_place_of_a_downloaded_model_is_no_output(family, tmp_path):
     hub = tmp_path / "hub"
     out = hub / "models--org--base" / "snapshots" / "0a"
     config = MergeConfiguration.model_validate({**family.config(), "base_model": "org/base"})

@@ -3,8 +3,8 @@ import json
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from mergekit_mediator.merge import card as licenses
-from mergekit_mediator.merge.card import license_of
+from mergekit_mediator.merge import model_cards as licenses
+from mergekit_mediator.merge.model_cards import license_of
 
 
 @pytest.mark.parametrize(

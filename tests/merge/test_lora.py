@@ -126,14 +126,14 @@ def test_adapters_keep_their_own_factors_and_give_their_experts_back(
 
 def test_adapters_take_fewer_bytes_by_their_factors(family, merged, adapters):
     models, _ = adapters
-    own = merged(family.config(models=models, route="all"))
+    factored = merged(family.config(models=models, route="all"))
     sparse = merged(family.config(models=models, route="all", density=1.0), name="sparse")
 
     def size(out):
         files = read_manifest(out).files
         return sum(d.bytes for name, d in files.items() if name.startswith("mediator/experts"))
 
-    assert size(own) < size(sparse)
+    assert size(factored) < size(sparse)
 
 
 def test_an_adapter_of_another_base_is_merged_first(family, merged, adapters, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 import mergekit.merge
 import mergekit.merge_methods
 import pytest
-import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -118,50 +117,3 @@ def test_errors_in_process_keep_their_type(family, tmp_path):
     config = MergeConfiguration.model_validate(family.config(densty=1))
     with pytest.raises(ConfigError, match="densty"):
         mergekit.merge.run_merge(config, str(tmp_path / "out"), options=MergeOptions())
-
-
-def models(count=3):
-    generator = torch.Generator().manual_seed(0)
-    return [{"w": torch.randn(5, 4, generator=generator)} for _ in range(count)]
-
-
-def test_the_dense_method_merges_state_dicts_in_memory():
-    base, first, second = models()
-    merged = mergekit.merge_methods.merge_state_dicts(
-        {"base": base, "a": first, "b": second},
-        "mediator_dense",
-        base="base",
-        parameters={"weight": {"a": 1.0, "b": 3.0}, "lambda": 0.5},
-    )
-    mean = 0.25 * (first["w"] - base["w"]) + 0.75 * (second["w"] - base["w"])
-    torch.testing.assert_close(merged["w"], base["w"] + 0.5 * mean)
-
-
-def test_the_dense_method_refuses_weights_that_sum_to_zero():
-    base, first = models(2)
-    with pytest.raises(ConfigError, match="weight: the sum"):
-        mergekit.merge_methods.merge_state_dicts(
-            {"base": base, "a": first}, "mediator_dense", base="base", parameters={"weight": 0.0}
-        )
-
-
-def test_the_dense_method_writes_the_dense_expert_as_an_ordinary_merge(family, merged, read):
-    config = family.config("mediator_dense", weight=1.0)
-    plain = merged(config)
-    assert not (plain / "mediator").exists()
-    dense, expected = read(plain), read(merged(family.config(route="none"), name="artifact"))
-    assert all(torch.equal(dense[name], expected[name]) for name in expected)
-
-
-def test_in_memory_the_full_method_gives_the_dense_expert_and_says_so(caplog):
-    base, first, second = models()
-    inputs = {"base": base, "a": first, "b": second}
-    parameters = {"weight": {"a": 1.0, "b": 3.0}, "lambda": 0.5}
-    merge = mergekit.merge_methods.merge_state_dicts
-    merged = merge(inputs, "mediator", base="base", parameters={**parameters, "density": 0.2})
-    assert caplog.messages == [
-        "merge_method mediator: in memory it gives the dense expert alone, as mediator_dense does: "
-        "experts are written by mergekit-yaml, mergekit-mediator merge or mergekit.merge.run_merge"
-    ]
-    dense = merge(inputs, "mediator_dense", base="base", parameters=parameters)
-    assert torch.equal(merged["w"], dense["w"])

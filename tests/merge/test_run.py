@@ -16,12 +16,13 @@ from mergekit_mediator import MediatorModel
 from mergekit_mediator.merge import conflict
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.run import run
-from mergekit_mediator.store.manifest import open_expert, read_manifest
+from mergekit_mediator.store.expert_file import open_expert
+from mergekit_mediator.store.manifest import read_manifest
 
 ONE_LAYER = {"routed_layers": "1"}
 
 
-def kept(out, name="math"):
+def densities(out, name="math"):
     """The fraction of coordinates that an expert keeps, by weight."""
     (entry,) = [e for e in read_manifest(out).experts if e.name == name]
     file = open_expert(out, entry)
@@ -81,10 +82,10 @@ def test_weights_that_wait_for_the_choice_of_layers_are_those_of_a_known_choice(
 ):
     waited = merged(family.config(**settings), name="waited")
     routed = ",".join(layer.name for layer in read_manifest(waited).routed_layers)
-    known = read(merged(family.config(routed_layers=routed, **settings), name="known"))
+    expected = read(merged(family.config(routed_layers=routed, **settings), name="known"))
     dense = read(waited)
-    assert dense.keys() == known.keys()
-    assert all(torch.equal(dense[name], known[name]) for name in dense)
+    assert dense.keys() == expected.keys()
+    assert all(torch.equal(dense[name], expected[name]) for name in dense)
     assert not [path for path in waited.iterdir() if path.name.startswith("tmp")]
 
 
@@ -100,11 +101,11 @@ def test_experts_keep_only_the_routed_layers(family, merged):
     (layer,) = read_manifest(out).routed_layers
     assert layer.name == "1"
     for name in family.experts:
-        assert set(kept(out, name)) == set(layer.weights)
+        assert set(densities(out, name)) == set(layer.weights)
 
 
 def test_density_is_the_fraction_kept_of_each_weight(family, merged):
-    for weight, fraction in kept(merged(family.config(route="all", density=0.25))).items():
+    for weight, fraction in densities(merged(family.config(route="all", density=0.25))).items():
         assert fraction == pytest.approx(0.25, abs=0.02), weight
 
 
@@ -113,18 +114,18 @@ def test_density_may_differ_by_expert(family, merged):
     config["models"][0]["parameters"]["density"] = 0.125
     out = merged(config)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert [kept(out, e)[name] for e in family.experts] == [0.125, 0.5, 0.5]
+    assert [densities(out, e)[name] for e in family.experts] == [0.125, 0.5, 0.5]
 
 
 def test_density_may_be_a_filter(family, merged):
     density = [{"filter": "mlp", "value": 0.5}, {"value": 0.25}]
-    fractions = kept(merged(family.config(route="all", density=density)))
+    fractions = densities(merged(family.config(route="all", density=density)))
     assert fractions["model.layers.0.mlp.up_proj.weight"] == 0.5
     assert fractions["model.layers.0.self_attn.q_proj.weight"] == 0.25
 
 
 def test_density_may_be_a_gradient_over_the_layers(family, merged):
-    fractions = kept(merged(family.config(route="all", density=[0.25, 0.75])))
+    fractions = densities(merged(family.config(route="all", density=[0.25, 0.75])))
     rising = [fractions[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]
     assert rising == [0.25, 0.5, 0.75]
 
@@ -286,7 +287,7 @@ def test_slices_have_parameters_of_their_own(family, merged):
     ]
     config = with_slices(family, slices, route="all")
     out = merged(config)
-    fractions = kept(out, read_manifest(out).expert_names[0])
+    fractions = densities(out, read_manifest(out).expert_names[0])
     rows = [fractions[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]
     assert rows == [0.5, 0.125, 0.125]
 
@@ -299,7 +300,7 @@ def test_modules_work_like_models(family, merged, read):
     first, second = read(plain), read(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert kept(plain) == kept(other)
+    assert densities(plain) == densities(other)
 
 
 @pytest.fixture
@@ -320,13 +321,15 @@ def test_vocabularies_are_aligned_as_the_tokenizer_setting_says(wider, merged, r
     out = merged(wider.config(tokenizer={"source": source}, route="all", density=1.0))
     assert len(AutoTokenizer.from_pretrained(out)) == rows
     model = MediatorModel.from_pretrained(out)
-    ids, own = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (out, wider.experts["code"]))
+    ids, source_ids = (
+        AutoTokenizer.from_pretrained(p).get_vocab() for p in (out, wider.experts["code"])
+    )
     expert = read(wider.experts["code"])
     with model.mixture({"code": 1.0}) as mixed:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             weight = mixed.state_dict()[name]
             assert weight.shape[0] == rows
-            assert all(torch.equal(weight[ids[t]], expert[name][own[t]]) for t in ids)
+            assert all(torch.equal(weight[ids[t]], expert[name][source_ids[t]]) for t in ids)
 
 
 def test_the_tokenizer_and_its_chat_template_are_copied(family, merged):

@@ -1,6 +1,7 @@
 """`prompts:` in a merge configuration, through the stock command."""
 
 import json
+from functools import partial
 
 import pico
 import pytest
@@ -13,18 +14,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.cli.inspection import inspect_figures, inspect_report
 from mergekit_mediator.cli.main import main
+from mergekit_mediator.merge import tuning
 from mergekit_mediator.models.prompts import render
 from mergekit_mediator.store.manifest import read_manifest, verify_files
 from mergekit_mediator.tune import fit as distil
-from mergekit_mediator.tune import teacher
+from mergekit_mediator.tune.teacher import answer
 
+short_answers = partial(answer, answer_tokens=8)
 TEXTS = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
 
 
 @pytest.fixture
 def prompts(tmp_path, monkeypatch):
     """A file of prompts, and answers that are short enough for a test."""
-    monkeypatch.setattr(teacher, "_ANSWER_TOKENS", 8)
+    monkeypatch.setattr(tuning, "answer", short_answers)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return path
@@ -64,7 +67,7 @@ def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged
     expert = AutoModelForCausalLM.from_pretrained(family.experts["math"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = [render(tokenizer, text) for text in TEXTS]
-    answers = teacher.answer(expert, ids, pad=0)[:: distil._HELD_OUT]
+    answers = short_answers(expert, ids, pad=0)[:: distil.HELD_OUT]
     with model.mixture({"math": 1.0}) as mixed:
         served = distil._divergence(mixed, answers)
     assert served == pytest.approx(entry.tuned.divergence_after, rel=0.1)
@@ -78,13 +81,22 @@ def test_every_architecture_can_be_tuned(make, merged, prompts, architecture):
     assert entry.tuned.divergence_after < entry.tuned.divergence_before
 
 
-def test_averaged_layers_stay_as_they_are(family, merged, prompts):
-    out = merged(tuned(family, prompts, "math", bits=2, routed_layers="1"))
-    entry = read_manifest(out).experts[0]
-    assert entry.tuned.divergence_after <= entry.tuned.divergence_before
+def test_averaged_layers_stay_bit_for_bit_as_they_are(family, merged, read, prompts):
+    settings = {"bits": 2, "routed_layers": "1"}
+    plain = merged(family.config(**settings), name="plain")
+    out = merged(tuned(family, prompts, "math", **settings))
+    assert expert_bytes(out, "math") != expert_bytes(plain, "math")
+    dense, expected = read(out), read(plain)
+    assert dense.keys() == expected.keys()
+    assert all(torch.equal(dense[name], expected[name]) for name in expected)
+    with MediatorModel.from_pretrained(out).mixture({"math": 1.0}) as mixed:
+        changed = {n for n, w in mixed.state_dict().items() if not torch.equal(w, expected[n])}
+    (layer,) = read_manifest(out).routed_layers
+    assert changed
+    assert changed <= set(layer.weights)
 
 
-def test_a_budget_holds_for_what_was_tuned(make, merged, prompts):
+def test_a_budget_holds_for_tuned_experts(make, merged, prompts):
     wide = make(lambda: pico.llama(hidden_size=128, intermediate_size=384, head_dim=64))
     out = merged(tuned(wide, prompts, "math", "code", "chat", budget="1.5x"))
     ours = {"README.md", "mergekit_config.yml"}
@@ -115,18 +127,34 @@ def test_inspect_says_what_tuning_did(family, merged, prompts):
     assert f"{before:.2g} to {after:.2g} by {len(TEXTS)} prompts" in inspect_report(figures)
 
 
-def test_a_plan_knows_that_tuning_takes_the_whole_model(family, prompts, tmp_path):
-    def planned(config):
-        path = tmp_path / "plan.yml"
-        path.write_text(yaml.safe_dump(config))
-        result = CliRunner().invoke(main, ["plan", str(path), "--json"])
-        return result, json.loads(result.output) if result.exit_code == 0 else None
+def plan(config, tmp_path):
+    path = tmp_path / "plan.yml"
+    path.write_text(yaml.safe_dump(config))
+    return CliRunner().invoke(main, ["plan", str(path), "--json"])
 
-    _, figures = planned(family.config(bits=2))
-    _, with_prompts = planned(tuned(family, prompts, "math", bits=2))
-    assert with_prompts["peak_memory"] >= figures["peak_memory"]
+
+def test_a_plan_adds_the_whole_model_and_its_activations_where_experts_are_tuned(
+    family, prompts, read, tmp_path
+):
+    def peak(config):
+        return json.loads(plan(config, tmp_path).output)["peak_memory"]
+
+    parameters = sum(weight.numel() for weight in read(family.base).values())
+    width, layers, vocabulary = 16, 5, pico.VOCABULARY
+    embedding = vocabulary * width  # the largest weight
+    process = 700_000_000 + 4 * 2 * parameters  # with four models in bfloat16, mapped
+    shard, approximating = 2 * parameters, 20 * embedding
+    assert peak(family.config(bits=2)) == process + shard + approximating
+    model = 4 * parameters + 8 * embedding  # in float32, with a gradient
+    codes = 20 * parameters // 4
+    activations = 4 * 512 * (25 * width * layers + 2 * vocabulary)
+    with_prompts = peak(tuned(family, prompts, "math", bits=2))
+    assert with_prompts == process + model + codes + activations
+
+
+def test_a_plan_refuses_too_few_prompts(family, prompts, tmp_path):
     prompts.write_text("")
-    result, _ = planned(tuned(family, prompts, "math", bits=2))
+    result = plan(tuned(family, prompts, "math", bits=2), tmp_path)
     assert result.exit_code == 1
     assert "at least 5 prompts required" in result.output
 
@@ -142,7 +170,11 @@ def test_an_expert_that_is_the_dense_one_stays_as_it_is(family, merged, prompts)
 @pytest.mark.parametrize(
     ("settings", "content", "message"),
     [
-        ({"density": 0.1}, None, "prompts: they tune what a `budget` or `bits` store"),
+        (
+            {"density": 0.1},
+            None,
+            "prompts: they tune experts that are stored within `bits` or a `budget`",
+        ),
         ({"bits": 2}, "", "prompts.jsonl: at least 5 prompts required, got 0"),
         ({"bits": 2}, "{", "prompts.jsonl line 1: no JSON"),
         ({"bits": 2}, None, "nowhere.jsonl"),
@@ -165,7 +197,7 @@ def test_prompts_belong_to_one_model_and_are_one_file(family, refused, prompts):
     assert "'prompts' belongs to one model's" in refused(family.config(prompts="p.jsonl", bits=2))
     config = tuned(family, prompts, "math", bits=2)
     config["models"][0]["parameters"]["prompts"] = ["a", "b"]
-    assert "prompts: takes one value" in refused(config)
+    assert "prompts: one value required" in refused(config)
 
 
 def test_a_prompt_that_is_too_long_is_refused(family, refused, prompts):
@@ -176,7 +208,7 @@ def test_a_prompt_that_is_too_long_is_refused(family, refused, prompts):
     assert "leaves no room for an answer: the model reads 64" in message
 
 
-def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
+def test_models_that_cannot_be_tuned_are_refused_before_weights_are_read(
     make, refused, prompts, monkeypatch
 ):
     def unread(*_):
@@ -187,13 +219,13 @@ def test_what_could_not_be_tuned_in_the_end_is_refused_before_weights_are_read(
     for path in no_tokenizer.base.glob("tokenizer*"):
         path.unlink()
     message = refused(tuned(no_tokenizer, prompts, "math", bits=2))
-    assert "prompts: the base model has no tokenizer to read them with: add one" in message
+    assert "prompts: a tokenizer required, but the base model has none: add one" in message
     for folder in (unknown.base, *unknown.experts.values()):
         give_model_code(folder)
         names = {"AutoConfig": "configuration_own.OwnConfig"}  # and no causal language model
         edit_json(folder / "config.json", auto_map=names)
     message = refused(tuned(unknown, prompts, "math", bits=2), "--trust-remote-code")
-    assert "prompts: tuning on them requires a causal language model that transformers" in message
+    assert "prompts: tuning requires a causal language model that transformers" in message
     (untemplated.base / "chat_template.jinja").unlink()
     turns = [{"role": "user", "content": "w1"}] * 3
     prompts.write_text((json.dumps({"messages": turns}) + "\n") * 8)

@@ -1,8 +1,9 @@
-"""Code that comes with a model runs only where the user has allowed it, and nobody is asked."""
+"""A model's own code runs only if the user has allowed it, and the user is never asked."""
 
 import io
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def original(make, tmp_path_factory):
 
 @pytest.fixture
 def mark(tmp_path, monkeypatch):
-    """What planted code leaves; and whoever asks whether it may run is told yes."""
+    """The file that planted code writes. Every question whether the code may run is answered with yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     return tmp_path / "it-ran"
@@ -46,15 +47,15 @@ def mark(tmp_path, monkeypatch):
 
 @pytest.fixture(params=PLANTS)
 def planted(original, tmp_path, mark, request):
-    """A copy of the artifact with code of a stranger in it, and digests that are right."""
+    """A copy of the artifact with a stranger's code and matching digests, and the kind of the code."""
     out = shutil.copytree(original, tmp_path / "planted")
     sign(out, *PLANTS[request.param](out, mark))
-    return out
+    return out, request.param
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Prompts of each expert, with answers, as options."""
+    """The options of `calibrate` for files of prompts of each expert."""
     files = {}
     for name, words in WORDS.items():
         lines = [json.dumps({"prompt": f"w{i} w{i + 1} w{i}"}) for i in words]
@@ -72,7 +73,7 @@ def task(tmp_path):
 
 
 def command(*arguments):
-    """The output of a command, to whose questions the answer is yes."""
+    """The output of a command whose questions are answered with yes."""
     result = CliRunner().invoke(main, [str(a) for a in arguments], input="y\n" * 20)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -101,15 +102,25 @@ ENTRANCES = {
 }
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES.values(), ids=ENTRANCES)
+# The entrances that need no code of the artifact: they load neither its model nor its tokenizer from it.
+WITHOUT_CODE = {
+    "model": {"attach", "remote.generate", "load_tokenizer", "inspect", "verify"},
+    "tokenizer": {"load_plain", "inspect", "verify"},
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
 def test_planted_code_does_not_run_and_is_refused_where_it_is_needed(
-    planted, mark, data, task, entrance
+    planted, mark, data, task, name
 ):
-    try:
-        entrance(planted, data, task)
-    except MediatorError as error:
-        message = str(error)
-        assert f"{planted}: needs code that comes with it, which runs only where you" in message
+    out, kind = planted
+    if name in WITHOUT_CODE[kind]:
+        ENTRANCES[name](out, data, task)
+    else:
+        with pytest.raises(MediatorError) as caught:
+            ENTRANCES[name](out, data, task)
+        message = str(caught.value)
+        assert f"{out}: needs code that comes with it, which runs only where you" in message
         assert "trust_remote_code=True, or --trust-remote-code to a command" in message
         assert "\n" not in message
     assert not mark.exists()
@@ -177,7 +188,7 @@ def test_custom_generate_of_the_artifact_is_not_loaded_without_consent(original,
 
 
 def test_a_stock_tokenizer_with_code_beside_it_is_read_as_the_stock_one(original, tmp_path, mark):
-    """As transformers does with models: what is known needs no code."""
+    """transformers does the same with models: a class that it knows needs no code."""
     out = shutil.copytree(original, tmp_path / "out")
     stock = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
     names = give_tokenizer_code(out, mark)
@@ -191,8 +202,8 @@ def test_a_stock_tokenizer_with_code_beside_it_is_read_as_the_stock_one(original
 
 
 @pytest.fixture(scope="module")
-def own(make, tmp_path_factory):
-    """An artifact of a base model with code of its own, merged with consent; and that base."""
+def own_artifact(make, tmp_path_factory):
+    """An artifact of a base model with its own code, merged with consent, and its family."""
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
@@ -208,8 +219,8 @@ def own(make, tmp_path_factory):
     return out, family
 
 
-def test_an_artifact_holds_the_code_that_it_needs_with_digests(own):
-    out, family = own
+def test_an_artifact_holds_the_code_that_it_needs_with_digests(own_artifact):
+    out, family = own_artifact
     files = read_manifest(out).files
     for name in ("configuration_own", "modeling_own", "layers_own", "tokenization_own"):
         assert (out / f"{name}.py").read_text() == (family.base / f"{name}.py").read_text()
@@ -217,8 +228,8 @@ def test_an_artifact_holds_the_code_that_it_needs_with_digests(own):
     verify_files(out, read_manifest(out))
 
 
-def test_an_artifact_of_a_base_with_code_of_its_own_works_with_consent(own, read):
-    out, family = own
+def test_an_artifact_of_a_base_with_code_of_its_own_works_with_consent(own_artifact, read):
+    out, family = own_artifact
     with pytest.raises(ArtifactError, match="needs code that comes with it"):
         MediatorModel.from_pretrained(out)
     model = MediatorModel.from_pretrained(out, trust_remote_code=True)
@@ -234,8 +245,8 @@ def test_an_artifact_of_a_base_with_code_of_its_own_works_with_consent(own, read
     assert torch.equal(routed, model.generate(ids, mask, mixture=best, **GREEDY))
 
 
-def test_transformers_own_loader_routes_generation_of_such_an_artifact(own):
-    out, _ = own
+def test_transformers_own_loader_routes_generation_of_such_an_artifact(own_artifact):
+    out, _ = own_artifact
     named = MediatorModel.from_pretrained(out, trust_remote_code=True)
     ids, mask = named.tokenize(["w3 w41 w5 w9"])
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
@@ -244,8 +255,8 @@ def test_transformers_own_loader_routes_generation_of_such_an_artifact(own):
     assert model.mediator.tokenizer.own
 
 
-def test_the_commands_take_consent(own, tmp_path, data, task):
-    out = shutil.copytree(own[0], tmp_path / "out")
+def test_the_commands_take_consent(own_artifact, tmp_path, data, task):
+    out = shutil.copytree(own_artifact[0], tmp_path / "out")
     for arguments in (
         ["generate", out, "w1 w2", "--max-new-tokens", "3"],
         ["calibrate", out, *data],
@@ -256,11 +267,12 @@ def test_the_commands_take_consent(own, tmp_path, data, task):
         assert command(*arguments, "--trust-remote-code")
 
 
-def test_tuning_takes_the_consent_of_the_merge(own, tmp_path, data, monkeypatch):
-    from mergekit_mediator.tune import teacher
+def test_tuning_takes_the_consent_of_the_merge(own_artifact, tmp_path, data, monkeypatch):
+    from mergekit_mediator.merge import tuning
+    from mergekit_mediator.tune.teacher import answer
 
-    monkeypatch.setattr(teacher, "_ANSWER_TOKENS", 4)
-    config = own[1].config(route="all", bits=2)
+    monkeypatch.setattr(tuning, "answer", partial(answer, answer_tokens=4))
+    config = own_artifact[1].config(route="all", bits=2)
     config["models"][0]["parameters"]["prompts"] = data[1].partition("=")[2]
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(config))
@@ -269,8 +281,8 @@ def test_tuning_takes_the_consent_of_the_merge(own, tmp_path, data, monkeypatch)
     assert tuned.divergence_after < tuned.divergence_before
 
 
-def test_attach_takes_consent_for_the_tokenizer(own):
-    out, _ = own
+def test_attach_takes_consent_for_the_tokenizer(own_artifact):
+    out, _ = own_artifact
     model = load_plain(out, trust_remote_code=True)
     with pytest.raises(ArtifactError, match="needs code that comes with it"):
         MediatorModel.attach(model, out)

@@ -1,4 +1,4 @@
-"""What prompts begin with is read once, for gradients too."""
+"""A model reads the common first tokens of prompts once, for gradients too."""
 
 import pico
 import pytest
@@ -18,36 +18,34 @@ def model(request):
     return pico.ARCHITECTURES[request.param]().eval()
 
 
-def gradients(model, answers):
+def gradients(model, answers, **options):
     model.requires_grad_(True)
     model.zero_grad()
-    distil._backward(model, answers)
+    distil._backward(model, answers, **options)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def watched(model):
-    """The tokens of every call of the model from now on."""
-    read = []
+def count_tokens(model):
+    """A list that grows by the number of tokens of every later call of the model."""
+    counts = []
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+        lambda module, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    return read
+    return counts
 
 
 @pytest.mark.parametrize("at_once", [512, 64])
 def test_gradients_are_those_of_whole_prompts_from_fewer_tokens(model, monkeypatch, at_once):
-    monkeypatch.setattr("mergekit_mediator.tune.teacher._ANSWER_TOKENS", 6)
-    monkeypatch.setattr(distil, "TOKENS_AT_ONCE", at_once)
-    answers = answer(model, PROMPTS, pad=0)
-    # else the model is its own teacher, and all gradients are 0
+    answers = answer(model, PROMPTS, pad=0, answer_tokens=6)
+    # otherwise the model is its own teacher, and all gradients are 0
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
-    read = watched(model)
-    got, tokens = gradients(model, answers), sum(read)
-    read.clear()
+    counts = count_tokens(model)
+    got, tokens = gradients(model, answers, tokens_at_once=at_once), sum(counts)
+    counts.clear()
     monkeypatch.setattr(distil, "read_prefix", lambda *_: None)
-    want = gradients(model, answers)
-    assert tokens < sum(read) / 2
+    want = gradients(model, answers, tokens_at_once=at_once)
+    assert tokens < sum(counts) / 2
     for name, gradient in want.items():
         if gradient is None:
             assert got[name] is None
@@ -56,8 +54,8 @@ def test_gradients_are_those_of_whole_prompts_from_fewer_tokens(model, monkeypat
             torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_gradients_of_weights_come_before_those_of_the_beginning():
-    """So that no weight's gradient waits for its second part while others are made."""
+def test_gradients_of_weights_come_before_those_of_the_prefix():
+    """The gradient of a weight does not wait for the part of the prefix while others are computed."""
     model = pico.llama().eval().requires_grad_(True)
     prefix = read_prefix(model, PROMPTS)
     logits = model(input_ids=torch.tensor([[5], [6]]), **prefix.inputs(2)).logits
@@ -67,12 +65,12 @@ def test_gradients_of_weights_come_before_those_of_the_beginning():
     assert not model.model.layers[0].mlp.up_proj.weight.grad.equal(first)
 
 
-def test_nothing_is_read_where_prompts_share_nothing_or_are_one(model):
+def test_there_is_no_prefix_of_one_prompt_or_of_prompts_that_share_no_token(model):
     assert read_prefix(model, [[4, 5], [5, 5]]) is None
     assert read_prefix(model, PROMPTS[:1]) is None
 
 
-def test_a_cache_that_gradients_do_not_pass_is_left_alone_only_when_they_are_wanted():
+def test_a_cache_that_gradients_do_not_pass_is_used_only_without_gradients():
     class Static:
         layers = (object(),)
 

@@ -1,3 +1,5 @@
+"""Files of prompts and datasets: the prompts that they hold, and the lines that are refused."""
+
 import json
 from pathlib import Path
 
@@ -18,7 +20,13 @@ def test_prompts_and_conversations_are_read(tmp_path: Path) -> None:
     got = read_prompts(path)
     assert got[:2] == ["p0", "p1"]
     assert got[4] == tuple(chat)
-    assert data_digest(got) == data_digest(list(got)) != data_digest(got[:4])
+
+
+def test_the_digest_depends_on_every_prompt_and_its_form() -> None:
+    chat = ({"role": "user", "content": "hi"},)
+    lists = [["hi"], ["hi", "hi"], ["ih"], [chat], [chat * 2], ["hi", chat], [chat, "hi"]]
+    assert len({data_digest(prompts) for prompts in lists}) == len(lists)
+    assert data_digest([({"content": "hi", "role": "user"},)]) != data_digest(["hi"])
 
 
 @pytest.mark.parametrize(
@@ -28,13 +36,15 @@ def test_prompts_and_conversations_are_read(tmp_path: Path) -> None:
         ('{"prompt": "x"}\n' * 4, "got 4"),
         ("{]\n", "line 1: no JSON"),
         ("[1]\n", "line 1: an object required, got list"),
-        ('{"prompt": "x"}\n\n{"text": "x"}\n', "line 3: either"),
+        ('{"prompt": "x"}\n\n{"text": "x"}\n', r"line 3: either .* the keys \['text'\]"),
         ('{"prompt": " "}\n', "line 1: either"),
         ('{"messages": []}\n', "line 1: either"),
         ('{"messages": [{"role": "user"}]}\n', "line 1: every message"),
     ],
 )
-def test_unusable_files_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
+def test_an_unusable_file_is_refused_with_the_number_of_the_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(text)
     with pytest.raises(PromptError, match=message):

@@ -1,3 +1,5 @@
+"""Contexts end, and hooks are removed, at every moment at which an interrupt may fall."""
+
 import contextlib
 
 import pytest
@@ -10,27 +12,27 @@ from mergekit_mediator.models.scope import scope, undoing
 
 @scope
 def inside(places, place):
-    """Notes that a place is entered, and a place in it."""
+    """Put a place on the list for the duration of the context."""
     with undoing(lambda: place in places and places.remove(place)):
         places.append(place)
         yield place
 
 
-def test_a_scope_is_left_at_its_end_and_gives_what_the_generator_yields():
+def test_a_scope_ends_with_its_block_and_gives_the_value_that_the_generator_yields():
     places = []
     with inside(places, "house") as house, inside(places, "room") as room:
         assert places == ["house", "room"] == [house, room]
     assert places == []
 
 
-def test_an_error_leaves_a_scope_and_goes_on():
+def test_an_error_ends_a_scope_and_reaches_the_caller():
     places = []
     with pytest.raises(ZeroDivisionError), inside(places, "house"):
         raise ZeroDivisionError
     assert places == []
 
 
-def test_an_error_of_leaving_is_raised():
+def test_an_error_at_the_end_of_a_scope_reaches_the_caller():
     @scope
     def failing():
         try:
@@ -42,7 +44,7 @@ def test_an_error_of_leaving_is_raised():
         pass
 
 
-def test_scopes_may_be_on_a_stack():
+def test_an_exit_stack_enters_and_ends_scopes():
     places = []
     with contextlib.ExitStack() as stack:
         assert stack.enter_context(inside(places, "house")) == "house"
@@ -50,21 +52,21 @@ def test_scopes_may_be_on_a_stack():
     assert places == []
 
 
-def test_what_is_undone_is_undone_to_the_end_however_often_it_is_interrupted():
-    left = [3, 2, 1]
+def test_an_undo_function_runs_to_its_end_however_often_it_is_interrupted():
+    tasks = [3, 2, 1]
 
     def undo():
-        if left:
-            left.pop()
+        if tasks:
+            tasks.pop()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), undoing(undo):
         pass
-    assert left == []
+    assert tasks == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
-def test_a_scope_is_left_when_an_interrupt_at_any_moment_reaches_the_caller(error):
+def test_a_scope_has_ended_when_an_interrupt_of_any_moment_reaches_the_caller(error):
     places, module = [], nn.Linear(2, 2)
     hooks = [Hook(module, lambda *_: None), Hook(module, lambda *_: None, before=True)]
 
@@ -79,14 +81,14 @@ def test_a_scope_is_left_when_an_interrupt_at_any_moment_reaches_the_caller(erro
     assert moment > 50
 
 
-def test_hooks_are_called_inside_and_reset_what_they_did():
-    module, called = nn.Linear(2, 2), []
+def test_hooks_are_called_inside_the_context_only_and_reset_at_its_end():
+    module, calls = nn.Linear(2, 2), []
     hooks = [
-        Hook(module, lambda *_: called.append("after")),
-        Hook(module, lambda *_: called.append("before"), True, lambda: called.append("reset")),
+        Hook(module, lambda *_: calls.append("after")),
+        Hook(module, lambda *_: calls.append("before"), True, lambda: calls.append("reset")),
     ]
     with hooked(hooks):
         module(module.weight)
-        assert called == ["before", "after"]
+        assert calls == ["before", "after"]
     module(module.weight)
-    assert set(called[2:]) == {"reset"}
+    assert set(calls[2:]) == {"reset"}

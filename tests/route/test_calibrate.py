@@ -1,4 +1,4 @@
-"""Calibrating an artifact: the router is put in place with its digests, or nothing changes."""
+"""Calibration of an artifact: the router and its digests are stored, or nothing changes."""
 
 import json
 
@@ -26,7 +26,7 @@ def out(family, merged):
 
 @pytest.fixture
 def data(tmp_path):
-    """Ten prompts per expert, of words that the others do not use."""
+    """Files of ten prompts per expert, of words that the other experts do not use."""
     files = {}
     for name, words in WORDS.items():
         generator = torch.Generator().manual_seed(len(name))
@@ -43,7 +43,7 @@ def calibrate(out, data, **options):
 
 
 @pytest.mark.parametrize("kind", ["embedding", "hidden"])
-def test_a_calibrated_artifact_routes_prompts_like_those_given(out, data, kind):
+def test_a_calibrated_artifact_routes_similar_prompts_to_their_expert(out, data, kind):
     result = calibrate(out, data, kind=kind)
     assert result.figures["accuracy"] >= 0.9
     model = MediatorModel.from_pretrained(out)
@@ -124,7 +124,7 @@ def test_features_that_are_not_finite_leave_the_old_router_as_it_was(out, data):
     model = MediatorModel.from_pretrained(out)
     with torch.no_grad():
         model.model.get_input_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(RoutingError, match="expert 'math': features that are not finite"):
+    with pytest.raises(RoutingError, match="expert 'math': finite features required"):
         calibrate_artifact(out, model.model, model.tokenizer, data)
     assert before == ((out / artifact.ROUTER).read_bytes(), (out / artifact.MANIFEST).read_bytes())
 
@@ -132,7 +132,7 @@ def test_features_that_are_not_finite_leave_the_old_router_as_it_was(out, data):
 def test_two_experts_with_the_same_data_are_warned_about_with_the_confusion(out, data):
     data["code"].write_text(data["math"].read_text())
     result = calibrate(out, data)
-    assert any("of 'code' are taken for 'math'" in line for line in result.warnings)
+    assert any("held-out prompts of 'code' to 'math'" in line for line in result.warnings)
     assert result.figures["confusion"][1][0] > 0
 
 
@@ -154,15 +154,15 @@ def command(*arguments):
     return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
 
 
-def given(option, data):
+def options(option, data):
     return [text for name, path in data.items() for text in (option, f"{name}={path}")]
 
 
 def test_the_command_calibrates_and_shows_the_confusion(out, data):
-    result = command(out, *given("--data", data), "--features", "embedding")
+    result = command(out, *options("--data", data), "--features", "embedding")
     assert result.exit_code == 0, result.output
     assert "held-out prompts of each expert (rows) routed to each expert" in result.output
-    result = command(out, *given("--add", {"code": data["code"]}), "--json")
+    result = command(out, *options("--add", {"code": data["code"]}), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["prompts"] == {"math": 10, "code": 10, "chat": 10}
 
@@ -171,24 +171,25 @@ def test_the_command_calibrates_and_shows_the_confusion(out, data):
     ("arguments", "message"),
     [
         ([], "give --data for all experts, or --add for some"),
-        (["--data", "math"], "'math': NAME=FILE.jsonl required"),
-        (["--data", "math=gone.jsonl"], "no data for code, chat: give it, or use --add"),
+        (["--data", "math"], "NAME=FILE.jsonl is required, got 'math'"),
+        (["--data", "math=gone.jsonl"], "it names none for code, chat: add them, or use --add"),
         (["--add", "math=gone.jsonl"], "gone.jsonl: cannot be read"),
     ],
 )
-def test_the_command_says_what_it_lacks(out, arguments, message):
+def test_the_command_names_the_missing_data(out, arguments, message):
     result = command(out, *arguments)
     assert result.exit_code != 0
     assert message in result.output
     assert not (out / artifact.ROUTER).exists()
 
 
-def test_experts_that_are_not_there_are_refused(out, data):
+def test_data_of_an_unknown_expert_and_missing_data_are_refused(out, data):
     with pytest.raises(
-        RoutingError, match="--data law: this artifact has no such expert, but math"
+        RoutingError,
+        match=r"--data law: the name of an expert .* required: one of math, code, chat",
     ):
         calibrate(out, {"law": data["math"]})
-    with pytest.raises(RoutingError, match="no data for chat: give --data"):
+    with pytest.raises(RoutingError, match="no data for chat: give --data NAME=FILE"):
         calibrate(out, {"math": data["math"], "code": data["code"]})
 
 
@@ -233,12 +234,12 @@ def test_sixty_four_experts_are_told_apart_and_each_answers_as_if_alone(make, me
         data[name].write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
     calibrate(out, data, kind="embedding", head="mahalanobis")
     model = MediatorModel.from_pretrained(out)
-    asked = [f"w{i % 60} w{(i + 7 + i // 60) % 60}" for i in range(64)]
-    decision = model.route(asked)
+    requests = [f"w{i % 60} w{(i + 7 + i // 60) % 60}" for i in range(64)]
+    decision = model.route(requests)
     assert decision.weights.argmax(dim=1).tolist() == list(range(64))
     model.policy = "hard"
     for i in (0, 31, 63):
-        ids, mask = model.tokenize([asked[i]])
+        ids, mask = model.tokenize([requests[i]])
         alone = AutoModelForCausalLM.from_pretrained(family.experts[names[i]])
         want = alone.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
         model.ood_threshold = float("inf")

@@ -1,4 +1,4 @@
-"""Calibrating that is stopped, or that meets a merge: the artifact is the old or the new one, and valid."""
+"""A calibration that is stopped, or that meets a merge, leaves a valid artifact with the old or the new router."""
 
 import json
 import os
@@ -40,14 +40,14 @@ def model(merged_once):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """For `first` and `second`, six prompts of each expert."""
-    root, found = tmp_path_factory.mktemp("data"), {}
+    """By draw (`first` or `second`) and expert, a file of six prompts."""
+    root, files = tmp_path_factory.mktemp("data"), {}
     for draw in ("first", "second"):
-        found[draw] = {name: root / f"{draw}-{name}.jsonl" for name in NAMES}
-        for i, path in enumerate(found[draw].values()):
+        files[draw] = {name: root / f"{draw}-{name}.jsonl" for name in NAMES}
+        for i, path in enumerate(files[draw].values()):
             words = [f"w{20 * i + n + (7 if draw == 'second' else 0)}" for n in range(6)]
             path.write_text("".join(json.dumps({"prompt": f"{w} w{i}"}) + "\n" for w in words))
-    return found
+    return files
 
 
 def fit(out, model, data, **options):
@@ -58,7 +58,7 @@ def fit(out, model, data, **options):
 
 @pytest.fixture(params=["first time", "again"])
 def out(request, merged_once, model, data, tmp_path):
-    """A copy of the artifact, without a router or with that of other data."""
+    """A copy of the artifact, without a router or with a router of the first draw."""
     out = shutil.copytree(merged_once, tmp_path / "work" / "out")
     if request.param == "again":
         fit(out, model, data["first"])
@@ -67,7 +67,7 @@ def out(request, merged_once, model, data, tmp_path):
 
 @pytest.fixture
 def states(out, model, data, tmp_path):
-    """The router's data and digest, before and after calibrating."""
+    """The router's data and digest before and after a calibration, and the number of its steps on disk."""
     copy = shutil.copytree(out, tmp_path / "copy")
     with faults() as steps:
         fit(copy, model, data["second"])
@@ -75,7 +75,7 @@ def states(out, model, data, tmp_path):
 
 
 def state(out):
-    """What router an artifact has; it must be valid, and route by that router."""
+    """The data and digest of an artifact's router, after a check that the artifact is valid and routes."""
     manifest = read_manifest(out)
     verify_files(out, manifest)
     model = MediatorModel.from_pretrained(out)
@@ -90,7 +90,7 @@ def test_a_kill_leaves_a_valid_artifact_and_a_rerun_leaves_nothing_else(
 ):
     before, after, count = states
     saved = shutil.copytree(out, tmp_path / "saved")
-    seen = set()
+    switched = set()
     for at in range(1, count + 1, 2):
 
         def killed(at=at):
@@ -99,7 +99,7 @@ def test_a_kill_leaves_a_valid_artifact_and_a_rerun_leaves_nothing_else(
 
         assert in_child(killed) == -9
         assert state(out) in (before, after)
-        seen.add(state(out) == after)
+        switched.add(state(out) == after)
         fit(out, model, data["second"])
         assert state(out) == after
         assert contents(out).keys() == {*read_manifest(out).files, MANIFEST, "README.md"}
@@ -107,24 +107,29 @@ def test_a_kill_leaves_a_valid_artifact_and_a_rerun_leaves_nothing_else(
         assert not list(filter(is_leftover, os.listdir(out.parent)))
         shutil.rmtree(out)
         shutil.copytree(saved, out)
-    assert seen == {False, True}
+    assert switched == {False, True}
 
 
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "EROFS"])
-def test_a_step_that_fails_is_told_in_one_line_and_leaves_a_valid_artifact(
+def test_a_step_that_fails_ends_in_one_line_and_leaves_a_valid_artifact(
     out, model, data, states, fault, lasting
 ):
     before, after, count = states
-    for at in range(4, count, 4):  # the first ones make the lock, which may be elsewhere
-        failed = None
+    errors = []
+    for at in range(
+        4, count, 4
+    ):  # the first steps make the lock, which may be in another directory
+        message = None
         with faults(at, fault, lasting):
             try:
                 fit(out, model, data["second"])
             except (OutputError, ArtifactError) as error:
-                failed = str(error)
-        assert state(out) in ((before, after) if failed else (after,))
-        assert "\n" not in (failed or "")
+                message = str(error)
+                errors.append(message)
+        assert state(out) in ((before, after) if message else (after,))
+    assert errors
+    assert not any("\n" in message for message in errors)
     fit(out, model, data["second"])
     assert state(out) == after
 
@@ -143,9 +148,10 @@ def test_a_merge_and_a_calibration_keep_each_other_out(out, model, data, monkeyp
 
     monkeypatch.setattr(calibrate, "_store", store)
     fit(out, model, data["second"])
+    assert state(out) != before
 
 
-def test_an_artifact_that_a_merge_has_replaced_meanwhile_is_left_to_it(
+def test_an_artifact_that_a_merge_replaced_during_the_calibration_is_not_touched(
     out, model, data, monkeypatch
 ):
     manifest = read_manifest(out)
@@ -157,16 +163,20 @@ def test_an_artifact_that_a_merge_has_replaced_meanwhile_is_left_to_it(
         return stock(*arguments)
 
     monkeypatch.setattr(calibrate, "_fit", fit_)
-    with pytest.raises(ArtifactError, match="has become another artifact meanwhile"):
+    with pytest.raises(
+        ArtifactError, match="another artifact is there since the calibration began"
+    ):
         fit(out, model, data["second"])
     assert read_manifest(out) == other
     verify_files(out, other)
 
 
-def test_a_model_that_was_loaded_before_a_merge_replaced_it_is_not_fitted_to(out, model, data):
+def test_a_model_of_an_artifact_that_a_merge_replaced_is_not_calibrated(out, model, data):
     old = read_manifest(out)
     artifact.write_manifest(out, old.model_copy(update={"parameter_count": 7}))
-    with pytest.raises(ArtifactError, match="has become another artifact meanwhile"):
+    with pytest.raises(
+        ArtifactError, match="another artifact is there since the calibration began"
+    ):
         fit(out, model, data["second"], manifest=old)
 
 
@@ -187,12 +197,12 @@ def test_a_flipped_bit_is_refused_by_name(out, model, data, name):
 
 
 def command(out, data):
-    given = [text for name, path in data.items() for text in ("--data", f"{name}={path}")]
-    return CliRunner().invoke(main, ["calibrate", str(out), "--features", "embedding", *given])
+    options = [text for name, path in data.items() for text in ("--data", f"{name}={path}")]
+    return CliRunner().invoke(main, ["calibrate", str(out), "--features", "embedding", *options])
 
 
 @pytest.mark.parametrize("fault", ["EIO", "EROFS"])
-def test_the_command_says_in_one_line_what_it_cannot_write(out, data, fault):
+def test_the_command_names_a_file_that_it_cannot_write_in_one_line(out, data, fault):
     with faults(4, fault, lasting=True):
         result = command(out, data["second"])
     assert isinstance(result.exception, SystemExit)
@@ -203,7 +213,7 @@ def test_the_command_says_in_one_line_what_it_cannot_write(out, data, fault):
 
 
 def test_an_artifact_of_an_earlier_version_loads_and_is_calibrated(out, model, data):
-    """Its router had the usual name from the start, and so it has in the end."""
+    """The router has the usual name from the start, and still has it afterwards."""
     fit(out, model, data["first"])
     assert read_manifest(out).router_file == ROUTER == "mediator/router.safetensors"
     assert artifact.digest(out / ROUTER) == read_manifest(out).files[ROUTER]
@@ -219,7 +229,7 @@ def test_a_router_that_the_manifest_does_not_name_is_not_read(out, model, data, 
     files = {name: d for name, d in manifest.files.items() if name != ROUTER}
     artifact.write_manifest(out, manifest.model_copy(update={"files": files, "router": None}))
     shutil.copy(other / ROUTER, out / ROUTER)
-    with pytest.raises(ArtifactError, match=r"router\.safetensors: not named by the manifest"):
+    with pytest.raises(ArtifactError, match=r"router\.safetensors: the manifest does not name it"):
         MediatorModel.from_pretrained(out)
     model = MediatorModel.from_pretrained(out, verify=False)
     assert model.route(torch.tensor([[5, 6, 7]])).experts == NAMES

@@ -1,4 +1,4 @@
-"""Calibration: fitting, held-out figures, files, adding and removing experts."""
+"""The calibrated router: its fit, held-out figures and file, and experts that are added and removed."""
 
 import json
 import math
@@ -29,7 +29,7 @@ HEADS: tuple[Head, ...] = ("ridge", "mahalanobis", "prototype")
 
 
 def cloud(center: int, count: int = 20, seed: int = 0, noise: float = 0.3) -> Tensor:
-    """Prompts of one expert: a point per class and noise."""
+    """Features of one expert's prompts: the point of its class, with noise."""
     middle = torch.randn(WIDTH, generator=torch.Generator().manual_seed(center))
     generator = torch.Generator().manual_seed(1000 * seed + center + 1)
     return middle + noise * torch.randn(count, WIDTH, generator=generator)
@@ -117,23 +117,23 @@ def test_removing_an_expert_equals_calibrating_without() -> None:
     assert torch.equal(fewer.router.weight, router("a", "b").weight)
 
 
-def test_adding_and_removing_one_of_many_leaves_what_is_known_of_the_others_and_their_routes() -> (
+def test_adding_and_removing_one_of_many_experts_leaves_the_features_and_routes_of_the_others() -> (
     None
 ):
     names = [f"e{i:02d}" for i in range(64)]
     with_all = fit(clouds(*names), "embedding").router
     without = remove(with_all, "e63").router
     again = add(without, "e63", with_all.features["e63"]).router
-    asked = torch.cat([x for name, x in clouds(*names, seed=1).items() if name != "e63"])
+    requests = torch.cat([x for name, x in clouds(*names, seed=1).items() if name != "e63"])
     routes = torch.arange(63).repeat_interleave(20)
     for changed in (with_all, without, again):
         assert all(torch.equal(changed.features[n], with_all.features[n]) for n in names[:63])
-        assert torch.equal(changed.decide(asked).weights.argmax(dim=1), routes)
+        assert torch.equal(changed.decide(requests).weights.argmax(dim=1), routes)
     assert torch.equal(again.weight, with_all.weight)
     assert again.numbers == with_all.numbers
 
 
-def test_removing_what_is_not_there_or_all_but_one_is_refused() -> None:
+def test_removing_an_unknown_expert_or_all_but_one_is_refused() -> None:
     with pytest.raises(RoutingError, match="no expert 'z'"):
         remove(router("a", "b"), "z")
     with pytest.raises(RoutingError, match="at least two experts"):
@@ -152,8 +152,8 @@ def test_two_experts_with_the_same_data_are_warned_about() -> None:
     [
         ({"a": cloud(0)}, "at least two experts, got a"),
         ({"a": cloud(0), "b": cloud(1, 4)}, "'b'.*at least 5"),
-        ({"a": cloud(0), "b": cloud(1) * math.nan}, "'b'.*not finite"),
-        ({"a": cloud(0), "b": cloud(1)[:, :9]}, "different widths"),
+        ({"a": cloud(0), "b": cloud(1) * math.nan}, "'b': finite features required"),
+        ({"a": cloud(0), "b": cloud(1)[:, :9]}, r"one width required, got the widths \[9, 32\]"),
     ],
 )
 def test_unusable_features_are_refused(features: dict[str, Tensor], message: str) -> None:
@@ -166,14 +166,14 @@ def test_an_unknown_head_is_refused() -> None:
         fit(clouds("a", "b"), "embedding", head="tree")  # type: ignore[arg-type]
 
 
-def test_features_of_another_model_are_refused() -> None:
+def test_features_of_another_width_or_not_finite_are_refused() -> None:
     with pytest.raises(RoutingError, match="another model"):
         router("a", "b").decide(torch.zeros(1, 7))
-    with pytest.raises(RoutingError, match="not finite"):
+    with pytest.raises(RoutingError, match="must be finite"):
         router("a", "b").decide(torch.full((1, WIDTH), math.nan))
 
 
-def test_a_saved_router_decides_alike(tmp_path: Path) -> None:
+def test_a_router_decides_the_same_after_save_and_load(tmp_path: Path) -> None:
     path, before = tmp_path / "router.safetensors", router("a", "b", "c")
     before.save(path)
     after = CalibratedRouter.load(path)
@@ -202,7 +202,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **changes: object) -> None:
         ({}, {"experts": ["a", "c"]}, "features.b, features.c"),
         ({}, {"experts": ["a", "a"]}, "different experts"),
         ({}, {"kind": "response"}, "kind 'calibrated'"),
-        ({}, {"format_version": 2}, "router format 2"),
+        ({}, {"format_version": 2}, "router format 1 required, got 2"),
         ({}, {"head": "tree"}, "'head' must be one of"),
         ({}, {"layers": [3]}, "must be a list of 2, got"),
         ({}, {"layers": [3, "4"]}, "'layers' must be a whole number, got '4'"),
@@ -267,7 +267,7 @@ def test_a_prompt_of_excluded_tokens_alone_is_their_mean() -> None:
     torch.testing.assert_close(got, table[:2].mean(0, keepdim=True))
 
 
-def test_the_mean_state_ignores_what_does_not_count() -> None:
+def test_the_mean_state_ignores_tokens_that_do_not_count() -> None:
     hidden = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
     got = mean_state(hidden, torch.tensor([[False, True, True]]))
     torch.testing.assert_close(got, hidden[:, 1:].mean(dim=1))
@@ -288,7 +288,7 @@ def test_a_feature_that_never_varies_does_not_drown_the_others() -> None:
     assert decision.weights.argmax() == 1
 
 
-def test_hidden_layers_exist_in_the_smallest_model() -> None:
+def test_hidden_layers_are_at_two_and_four_fifths_and_exist_in_the_smallest_model() -> None:
     assert [hidden_layers(n) for n in (1, 2, 30)] == [(1, 1), (1, 2), (12, 24)]
 
 
@@ -310,21 +310,21 @@ def test_prompts_that_are_all_alike_still_give_finite_decisions(head: Head) -> N
 
 def test_requests_like_the_background_are_farther_than_without_it() -> None:
     general = cloud(9, 30, noise=1.0)
-    asked = {"own": cloud(0, 50, seed=7), "general": cloud(9, 50, seed=7, noise=1.0)}
+    requests = {"task": cloud(0, 50, seed=7), "general": cloud(9, 50, seed=7, noise=1.0)}
     gaps = []
     for background in (None, general):
         fitted = fit(clouds("a", "b", "c"), "embedding", background=background).router
-        misfit = {k: fitted.measure(x)[1].mean() for k, x in asked.items()}
-        gaps.append(float(misfit["general"] - misfit["own"]))
+        misfit = {k: fitted.measure(x)[1].mean() for k, x in requests.items()}
+        gaps.append(float(misfit["general"] - misfit["task"]))
     assert gaps[1] > 1.3 * gaps[0]
 
 
 def test_background_that_an_expert_claims_is_left_out() -> None:
     features = clouds("a", "b", "c")
-    own = fit(features, "embedding", background=cloud(0, 30, seed=8)).router
+    with_claimed = fit(features, "embedding", background=cloud(0, 30, seed=8)).router
     without = fit(features, "embedding").router
-    assert torch.equal(own.fit_weight, without.fit_weight)
-    assert own.numbers == without.numbers
+    assert torch.equal(with_claimed.fit_weight, without.fit_weight)
+    assert with_claimed.numbers == without.numbers
 
 
 def test_the_background_is_kept_when_experts_come_and_go() -> None:

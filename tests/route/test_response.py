@@ -29,13 +29,13 @@ def low_rank(rank: int, seed: int = 0) -> Tensor:
 
 
 def axes(*columns: int) -> ResponseRouter:
-    """Experts a, b, ... that changed one input column of the weight each."""
+    """A router of experts a and b, each of which changed one input column of the weight."""
     taus = [torch.zeros(4, 6).index_fill(1, torch.tensor([column]), 1.0) for column in columns]
     directions = torch.stack([leading_directions(tau) for tau in taus])
     return ResponseRouter(tuple("ab"[: len(columns)]), {WEIGHT: directions})
 
 
-def measured(router: ResponseRouter, x: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
+def measure(router: ResponseRouter, x: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
     counted = torch.ones(x.shape[:2], dtype=torch.bool) if counted is None else counted
     model = Tiny()
     with router.recording(model, counted) as responses:
@@ -81,8 +81,8 @@ def test_the_expert_whose_change_meets_the_request_is_chosen() -> None:
     x = torch.full((2, 5, 6), 0.1)
     x[0, :, 0] = 2.0
     x[1, :, 3] = 2.0
-    reference = measured(router, torch.ones(1, 2, 6))
-    got = router.decide(measured(router, x), reference)
+    reference = measure(router, torch.ones(1, 2, 6))
+    got = router.decide(measure(router, x), reference)
     assert got.weights.argmax(dim=1).tolist() == [0, 1]
     assert got.experts == ("a", "b")
 
@@ -92,14 +92,14 @@ def test_responses_match_the_formula() -> None:
     x = torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(2))
     share = x[0, :, [0, 3]].square() / x[0].square().sum(dim=1, keepdim=True)
     want = share.mean(dim=0).log() / 2
-    torch.testing.assert_close(measured(router, x)[WEIGHT][0], want, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(measure(router, x)[WEIGHT][0], want, rtol=2e-3, atol=2e-3)
 
 
 def test_tokens_that_do_not_count_change_nothing() -> None:
     router, x = axes(0, 3), torch.randn(1, 4, 6)
     padded = torch.cat([torch.full((1, 3, 6), 7.0), x], dim=1)
     counted = torch.tensor([[False] * 3 + [True] * 4])
-    torch.testing.assert_close(measured(router, padded, counted), measured(router, x))
+    torch.testing.assert_close(measure(router, padded, counted), measure(router, x))
 
 
 def test_the_scale_of_a_change_does_not_matter() -> None:
@@ -153,11 +153,15 @@ STREAM = torch.zeros(48, dtype=torch.uint8)
             {WEIGHT: [2, 4, 6]},
             "must be a stream of bytes, got torch.float32",
         ),
-        ({WEIGHT: STREAM}, {WEIGHT: [2, 4, 6]}, r"scale must be \[2, 4, 1\], got None"),
+        (
+            {WEIGHT: STREAM},
+            {WEIGHT: [2, 4, 6]},
+            r"scale must be \[2, 4, 1\] of torch.float32, got none",
+        ),
         (
             {WEIGHT: STREAM, f"{WEIGHT}.scale": torch.zeros(2, 4)},
             {WEIGHT: [2, 4, 6]},
-            r"scale must be \[2, 4, 1\], got \[2, 4\]",
+            r"scale must be \[2, 4, 1\] of torch.float32, got \[2, 4\]",
         ),
         (
             {WEIGHT: STREAM[:40], f"{WEIGHT}.scale": torch.zeros(2, 4, 1)},
@@ -180,13 +184,13 @@ def test_a_file_with_another_number_of_experts_is_refused(tmp_path: Path) -> Non
         ResponseRouter.load(path)
 
 
-def test_a_file_that_is_no_router_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_a_router_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "response.safetensors"
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ArtifactError, match="no router"):
         ResponseRouter.load(path)
     path.write_bytes(b"not a safetensors file")
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with pytest.raises(ArtifactError, match="the router cannot be read"):
         ResponseRouter.load(path)
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with pytest.raises(ArtifactError, match="the router cannot be read"):
         ResponseRouter.load(tmp_path / "missing.safetensors")

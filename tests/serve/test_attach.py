@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 from mergekit_mediator import MediatorModel, remote
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.route.calibrate import calibrate_artifact
-from mergekit_mediator.serve import model as serving
+from mergekit_mediator.share import pull
 from mergekit_mediator.store.manifest import RESPONSE, ROUTER
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -107,7 +107,7 @@ def test_a_tampered_file_is_refused_by_name(out, name, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_that_the_manifest_does_not_name_are_refused(out, way):
     shutil.copy(out / "model.safetensors", out / "mediator/experts/law.safetensors")
-    with pytest.raises(ArtifactError, match=r"law\.safetensors: not named by the manifest"):
+    with pytest.raises(ArtifactError, match=r"law\.safetensors: the manifest does not name it"):
         way(out)
 
 
@@ -128,10 +128,8 @@ def test_who_trusts_the_files_may_leave_digests_out(out, way):
 )
 def test_digests_are_checked_once_not_at_every_call(out, monkeypatch, load):
     checked = []
-    stock = serving.verify_files
-    monkeypatch.setattr(
-        serving, "verify_files", lambda *given: checked.append(given) or stock(*given)
-    )
+    stock = pull.verify_files
+    monkeypatch.setattr(pull, "verify_files", lambda *given: checked.append(given) or stock(*given))
     model = load(out)
     for _ in range(3):
         model.generate(IDS, **GREEDY)
@@ -157,13 +155,13 @@ def snapshot(out, tmp_path, monkeypatch):
         link.parent.mkdir(parents=True, exist_ok=True)
         path.rename(blobs / str(number))
         link.symlink_to(blobs / str(number))
-    asked = []
+    asked = set()
 
-    def download(repository, revision=None):
-        asked.append((repository, revision))
+    def download(repository, revision=None, allow_patterns=()):
+        asked.add((repository, revision))
         return str(folder)
 
-    monkeypatch.setattr("mergekit_mediator.models.loading.snapshot_download", download)
+    monkeypatch.setattr(pull, "snapshot_download", download)
     return folder, asked
 
 
@@ -171,13 +169,17 @@ def test_a_snapshot_of_the_hub_is_checked_like_a_directory(snapshot):
     folder, asked = snapshot
     model = AutoModelForCausalLM.from_pretrained(folder)
     MediatorModel.attach(model, "someone/artifact", revision="abc").generate(IDS, **GREEDY)
-    assert asked == [("someone/artifact", "abc")]
-    expert = folder / "mediator/experts/math.safetensors"
+    assert asked == {("someone/artifact", "abc")}
+    expert, router = folder / "mediator/experts/math.safetensors", folder / RESPONSE
     change_last_byte(expert)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = MediatorModel.attach(AutoModelForCausalLM.from_pretrained(folder), "someone/artifact")
     with pytest.raises(ArtifactError, match=f"^{expert}: SHA-256"):
+        model.generate(IDS, mixture="math", **GREEDY)
+    change_last_byte(router)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ArtifactError, match=f"^{router}: SHA-256"):
         MediatorModel.attach(model, "someone/artifact", revision="abc")
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.name_or_path = "someone/artifact"
-    with pytest.raises(ArtifactError, match=f"^{expert}: SHA-256"):
+    with pytest.raises(ArtifactError, match=f"^{router}: SHA-256"):
         remote.generate(IDS, model=model, **GREEDY)

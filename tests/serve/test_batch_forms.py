@@ -13,7 +13,6 @@ from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.stored_weight import StoredWeight, mix_, restore_
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.merge.run import run
-from mergekit_mediator.serve import rows as rows_module
 from mergekit_mediator.serve.mixture import DENSE, Mixture
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -122,7 +121,7 @@ def test_a_chat_may_go_on_in_another_form_with_its_cache(factored, ids, monkeypa
     first = factored.forward(ids[:, :3], mixture="a", past_key_values=cache, apply="rows")
     assert first.past_key_values is cache
     assert torch.equal(factored.generate(ids, past_key_values=cache, **GREEDY), expected)
-    monkeypatch.setattr(rows_module, "_ENTERING", 10_000)  # auto takes rows
+    monkeypatch.setattr(factored._serving.rows, "entering_cost", 10_000)  # auto takes rows
     cache = DynamicCache(config=factored.model.config)
     factored.forward(ids[:, :3], mixture="a", past_key_values=cache, apply="merge")
     assert torch.equal(factored.generate(ids, past_key_values=cache, **GREEDY), expected)
@@ -168,18 +167,18 @@ def test_an_interrupt_in_generation_leaves_the_dense_expert(sparse, ids, apply, 
     sparse.generate(ids, mixture="b", apply=apply, **GREEDY)
 
 
-def test_a_batch_of_no_rows_is_refused_wherever_it_comes_in(sparse):
-    nothing = torch.zeros(0, 4, dtype=torch.long)
-    for refused in (sparse.generate, sparse.forward, sparse.route):
-        with pytest.raises(RoutingError, match="got shape"):
-            refused(nothing)
+def test_every_call_refuses_a_batch_of_no_rows(sparse):
+    ids = torch.zeros(0, 4, dtype=torch.long)
+    for call in (sparse.generate, sparse.forward, sparse.route):
+        with pytest.raises(RoutingError, match=r"is required, got \[0, 4\]"):
+            call(ids)
 
 
-def test_a_prompt_longer_than_the_context_is_refused_wherever_it_comes_in(sparse):
-    long = torch.full((1, 65), 5)
-    for refused in (sparse.generate, sparse.forward, sparse.route):
-        with pytest.raises(RoutingError, match="takes at most 64: shorten it"):
-            refused(long)
+def test_every_call_refuses_a_prompt_longer_than_the_context(sparse):
+    ids = torch.full((1, 65), 5)
+    for call in (sparse.generate, sparse.forward, sparse.route):
+        with pytest.raises(RoutingError, match="takes at most 64 tokens: shorten the prompt"):
+            call(ids)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9])

@@ -39,7 +39,7 @@ def test_rows_keep_their_mixtures_with_their_cache(model, batch):
 @pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
 def test_a_cache_of_another_mixture_is_refused(model, batch, copied, name):
-    cache = caches.made(model.forward(batch[0][:1], mixture="code", use_cache=True))
+    cache = caches.in_output(model.forward(batch[0][:1], mixture="code", use_cache=True))
     cache = copy.deepcopy(cache) if copied else cache
     message = "computed with 1 code and cannot be used with 1 math"
     with pytest.raises(MixtureError, match=message):
@@ -50,10 +50,12 @@ def test_a_cache_of_another_mixture_is_refused(model, batch, copied, name):
         mixed(batch[0][:1, :1], **{name: cache})
 
 
-def test_a_cache_that_nobody_knows_is_refused(model, batch):
+def test_a_cache_that_the_model_did_not_fill_is_refused(model, batch):
     cache = DynamicCache(config=model.model.config)
     cache.update(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8), 0)
-    with pytest.raises(MixtureError, match="not known which mixture"):
+    with pytest.raises(
+        MixtureError, match="its mixture is unknown: fill the cache with this model"
+    ):
         model.forward(batch[0][:1], past_key_values=cache)
 
 
@@ -128,22 +130,22 @@ def test_a_fallback_answers_what_cannot_be_routed(model, batch):
     ("action", "fallback", "mixture"),
     [("dense", None, [0, 0, 0]), ("fallback", "chat", [0, 0, 1]), ("fallback", "dense", [0, 0, 0])],
 )
-def test_what_is_out_of_distribution_gets_the_action_that_is_set(
+def test_requests_out_of_distribution_get_the_action_of_the_settings(
     model, batch, action, fallback, mixture
 ):
     model.ood_threshold, model.ood_action, model.fallback = -1e9, action, fallback
     assert model.mixtures(model.route(*batch)).tolist() == [mixture] * 5
 
 
-def test_what_is_out_of_distribution_is_refused_if_so_set(model, batch):
+def test_requests_out_of_distribution_are_refused_by_the_action_refuse(model, batch):
     model.ood_threshold, model.ood_action = -1e9, "refuse"
     with pytest.raises(RoutingError, match="request 0 is out of distribution"):
         model.generate(*batch, max_new_tokens=1)
 
 
-def test_an_action_that_nothing_would_ever_trigger_is_refused(model, batch):
+def test_an_action_without_a_threshold_that_triggers_it_is_refused(model, batch):
     model.ood_action = "refuse"
     with pytest.raises(
-        RoutingError, match=r"'refuse' needs a router .* `mergekit-mediator calibrate`"
+        RoutingError, match=r"'refuse' needs a threshold .* `mergekit-mediator calibrate`"
     ):
         model.mixtures(model.route(*batch))

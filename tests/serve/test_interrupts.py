@@ -27,7 +27,7 @@ def test_an_interrupt_at_any_moment_leaves_the_dense_expert(target, error, step)
     def enter_and_leave():
         if target.form == "rows":
             rows = [target.model._choice.named(mixture) for mixture in MIXTURES[1:]]
-            with target.model._serving._rows.applied(tuple(rows)):
+            with target.model._serving.rows.applied(tuple(rows)):
                 pass
         else:
             target.request(MIXTURES[2])
@@ -67,8 +67,8 @@ def test_bytes_of_experts_are_counted_right_wherever_reading_is_interrupted():
                 experts.read(expert, name, dense.device)
 
     for moment in moments(read, KeyboardInterrupt):
-        kept = [stored_bytes(stored) for stored in experts._kept.values()]
-        assert experts.resident_bytes == sum(kept), moment
+        sizes = [stored_bytes(stored) for stored in experts._decoded.values()]
+        assert experts.resident_bytes == sum(sizes), moment
 
 
 @pytest.mark.parametrize(("form", "times"), [("threads", 1), ("rows", 3)])

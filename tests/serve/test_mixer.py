@@ -260,7 +260,7 @@ def test_the_least_recently_used_weights_go_when_the_budget_is_exceeded(files):
     for name in ("a", "b", "a", "c"):
         mixer.placer.expert(name)
         assert mixer.experts.resident_bytes <= 2 * one
-    assert {expert for expert, _ in mixer.experts._kept} == {"a", "c"}
+    assert {expert for expert, _ in mixer.experts._decoded} == {"a", "c"}
 
 
 def test_nothing_is_decoded_before_it_is_used_and_nothing_kept_on_disk(files):
@@ -292,7 +292,7 @@ def test_experts_in_host_memory_stay_there_when_they_are_copied_to_a_device(tmp_
         ({"x": 1.0}, "unknown expert 'x'; this model has a, b, c"),
         ({"a": -0.5}, "expert 'a': weight must be finite and at least 0, got -0.5"),
         ({"a": float("nan")}, "finite"),
-        ({"a": 0.0, "b": 0}, "needs one weight above 0"),
+        ({"a": 0.0, "b": 0}, "at least one weight above 0 is required"),
         ({"a": "1"}, "expert 'a': weight must be a number, got '1'"),
     ],
 )
@@ -315,7 +315,7 @@ def test_a_mixture_inside_a_mixture_is_refused_by_name(mixer):
     [
         ({"residency": "gpu"}, "device, cpu, disk, got 'gpu'"),
         ({"budget": 0}, "positive number"),
-        ({"budget": "1GB"}, "positive number of bytes, got '1GB'"),
+        ({"budget": "1GB"}, "positive number of bytes, or None, got '1GB'"),
     ],
 )
 def test_an_unknown_residency_or_budget_is_refused(files, options, message):

@@ -38,9 +38,9 @@ def test_a_mixture_stays_what_it_is():
 
 
 @pytest.mark.parametrize("named", [3, None, ["math"]])
-def test_anything_else_is_refused_with_an_example(named):
+def test_values_that_name_no_mixture_are_refused_with_an_example(named):
     with pytest.raises(
-        MixtureError, match=r"an expert's name or weights by expert, got .*'math': 1"
+        MixtureError, match=r"an expert's name or weights by expert are required, got .*'math': 1"
     ):
         Mixture.of(named, EXPERTS)
 

@@ -33,12 +33,12 @@ def digest(model):
     return state.hexdigest()
 
 
-def test_it_verifies():
+def test_an_old_artifact_verifies():
     verify_files(ARTIFACT, read_manifest(ARTIFACT))
 
 
 @pytest.mark.parametrize("mixture", EXPECTED["weights"])
-def test_every_mixture_gives_the_same_bits(old, mixture):
+def test_every_mixture_of_an_old_artifact_gives_the_same_bits(old, mixture):
     assert old.experts == tuple(EXPECTED["experts"])
     with old.mixture(json.loads(mixture)) as model:
         assert digest(model) == EXPECTED["weights"][mixture]
@@ -47,12 +47,12 @@ def test_every_mixture_gives_the_same_bits(old, mixture):
 @pytest.mark.parametrize(
     ("router", "decisions"), [(None, EXPECTED["routed"]), ("likelihood", EXPECTED["likelihood"])]
 )
-def test_every_router_decides_the_same(old, router, decisions):
+def test_every_router_of_an_old_artifact_decides_the_same(old, router, decisions):
     weights = old.route(list(decisions), router=router).weights
     expected = torch.tensor(list(decisions.values()))
     torch.testing.assert_close(weights, expected, rtol=0, atol=2e-3)
 
 
-def test_its_remote_code_finds_what_it_names():
+def test_the_remote_code_of_an_old_artifact_finds_the_package():
     model = AutoModelForCausalLM.from_pretrained(ARTIFACT, trust_remote_code=True)
     assert model.mediator.experts == tuple(EXPECTED["experts"])

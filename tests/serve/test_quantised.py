@@ -1,7 +1,9 @@
-"""Models in 8 or 4 bits, made by the libraries that people use for it: refused, with the reason."""
+"""Models that torchao, bitsandbytes or quanto load in 8 or 4 bits are refused with the reason."""
 
 import pytest
 import torch
+from torchao.quantization import IntxWeightOnlyConfig
+from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from mergekit_mediator import MediatorModel
@@ -9,22 +11,15 @@ from mergekit_mediator.errors import MixtureError
 
 
 def torchao_config(bits):
-    quantization = pytest.importorskip("torchao.quantization")
     dtype = {8: torch.int8, 4: torch.int4}[bits]
-    granularity = pytest.importorskip("torchao.quantization.granularity")
-    config = quantization.IntxWeightOnlyConfig(
-        weight_dtype=dtype, granularity=granularity.PerGroup(8)
-    )
-    return TorchAoConfig(config)
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=dtype, granularity=PerGroup(8)))
 
 
 def bitsandbytes_config(bits):
-    pytest.importorskip("bitsandbytes")
     return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
 
 
 def quanto_config(bits):
-    pytest.importorskip("optimum.quanto")
     return QuantoConfig(weights=f"int{bits}")
 
 

@@ -12,15 +12,15 @@ def test_a_setting_of_a_model_is_an_attribute_of_it(model):
 
 
 def test_a_misspelt_setting_is_an_error_that_names_the_right_one(model):
-    with pytest.raises(SettingError, match=r"no setting 'polcy': did you mean 'policy.\?"):
+    with pytest.raises(SettingError, match=r"unknown setting 'polcy': did you mean 'policy.\?"):
         model.polcy = "soft"
-    with pytest.raises(SettingError, match="no setting 'polcy'"):
+    with pytest.raises(SettingError, match="unknown setting 'polcy'"):
         model.settings.polcy = "soft"
 
 
 def test_a_name_that_is_near_none_is_answered_with_all_settings():
     with pytest.raises(
-        SettingError, match="no setting 'x': settings are policy, entropy_threshold"
+        SettingError, match="unknown setting 'x': the settings are policy, entropy_threshold"
     ):
         Settings().x = 1
 

@@ -17,7 +17,8 @@ with atheris.instrument_imports(include=["mergekit_mediator"]):
     import torch
 
     from mergekit_mediator.delta.approximate import approximate
-    from mergekit_mediator.delta.stored_weight import VALUES, encode
+    from mergekit_mediator.delta.stored_weight import encode
+    from mergekit_mediator.delta.value_forms import VALUES
     from mergekit_mediator.errors import ArtifactError
     from mergekit_mediator.store.codec import decode_bytes, encode_bytes
     from mergekit_mediator.store.description import parse_description

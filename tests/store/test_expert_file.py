@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mergekit_mediator.delta.stored_weight import VALUES, encode, mix_
+from mergekit_mediator.delta.stored_weight import encode, mix_
+from mergekit_mediator.delta.value_forms import VALUES
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
 
@@ -121,7 +122,7 @@ def test_a_weight_without_a_description_is_refused(tmp_path):
     path = tmp_path / "e.safetensors"
     write(path)
     rewrite_header(path, lambda header: header.update(d=header.pop("c")))
-    with pytest.raises(ArtifactError, match="not those that it describes"):
+    with pytest.raises(ArtifactError, match="its descriptions name different weights"):
         ExpertFile(path)
 
 

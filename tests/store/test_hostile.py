@@ -85,7 +85,7 @@ def refused(out, name, function=use):
     return message.removeprefix(f"{out / name}: ")
 
 
-def test_what_is_no_attack_is_read_in_little_memory(original):
+def test_an_honest_artifact_is_read_in_little_memory(original):
     message, grown = refusal(use, original)
     assert message == "not refused"
     assert grown < 64 * MIB
@@ -134,14 +134,14 @@ def test_the_paired_part_of_factors_is_bounded_by_the_rank(out):
     factors = {"rank": 1, "dtype": "int8", "paired": LARGE // 20, "sizes": [*map(len, planes)]}
     changes = {"values": "steps", "count": 0, "gaps": 0, "sizes": [0, 0], "factors": factors}
     change_expert(out / EXPERT, WEIGHT, b"".join(planes), **changes)
-    assert "of its factors cannot be paired" in refused(out, EXPERT)
+    assert "cannot be paired" in refused(out, EXPERT)
 
 
 def test_a_stream_that_is_larger_than_it_is_described_is_refused(out):
     codes = bomb(LARGE)
     sizes = [1, 1, len(codes)]
     change_expert(out / EXPERT, WEIGHT, b"\0\0" + codes, gaps=1, count=1, sizes=sizes)
-    assert "a stream of 1 bytes expected" in refused(out, EXPERT)
+    assert "a stream of 1 bytes required" in refused(out, EXPERT)
 
 
 def test_descriptions_are_bounded_by_the_number_of_weights(out):
@@ -194,7 +194,7 @@ def test_a_weight_that_the_dense_checkpoint_lacks_is_refused(out):
     metadata, entries = read_file(out / EXPERT)
     descriptions["more"], entries["more"] = descriptions[WEIGHT], entries[WEIGHT]
     write_descriptions(out / EXPERT, metadata, entries, json.dumps(descriptions).encode())
-    assert refused(out, EXPERT) == "'more': stored here, but not in the dense checkpoint"
+    assert refused(out, EXPERT) == "'more': the dense checkpoint has no such weight"
 
 
 def change_router(path, about=None, **tensors):
@@ -330,21 +330,25 @@ def test_a_damaged_router_gives_only_artifact_errors(original, tmp_path, data):
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content))) :]
     (tmp_path / "damaged").write_bytes(content)
-    message = str(tmp_path / "damaged")
+    message = problem(lambda: load(tmp_path / "damaged"))
+    assert message is None or (str(tmp_path / "damaged") in message and "\n" not in message)
+
+
+def problem(read):
+    """The message of the ArtifactError that `read` raises, if it does."""
     try:
-        load(tmp_path / "damaged")
+        read()
     except ArtifactError as error:
-        message = str(error)
-    assert str(tmp_path / "damaged") in message
-    assert "\n" not in message
+        return str(error)
+    return None
 
 
-def test_more_prompts_than_a_router_may_hold_are_refused_when_it_is_fitted():
+def test_a_router_is_not_fitted_to_more_prompts_than_it_may_hold():
     with pytest.raises(RoutingError, match="at most 16384 prompts, got 16390"):
         fit({"a": torch.zeros(16_384, 2), "b": torch.zeros(6, 2)}, "embedding")
 
 
-def test_files_alone_bound_what_is_read_without_an_artifact(out):
+def test_expert_and_router_files_bound_their_memory_without_an_artifact(out):
     """Not by a base's shapes, which are not known, but by their own numbers."""
     gaps = bomb(LARGE)
     change_expert(out / EXPERT, WEIGHT, gaps + b"\0", gaps=LARGE, count=1, sizes=[len(gaps), 1])

@@ -126,7 +126,7 @@ PLANTED = [
 def test_a_planted_file_is_refused_by_name_with_what_to_do(out, name):
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_text("{}")
-    message = f"{out / name}: not named by the manifest, but would be loaded: remove it"
+    message = f"{out / name}: the manifest does not name it, but loading would read it: remove it"
     with pytest.raises(ArtifactError) as caught:
         MediatorModel.from_pretrained(out)
     assert str(caught.value) == message
@@ -142,18 +142,21 @@ def test_a_planted_chat_template_is_refused(out):
     manifest = manifest.model_copy(update={"files": files})
     verify_files(out, manifest)
     (out / "chat_template.jinja").write_text("{{ 'always this' }}")
-    with pytest.raises(ArtifactError, match=r"chat_template\.jinja: not named by the manifest"):
+    with pytest.raises(ArtifactError, match=r"chat_template\.jinja: the manifest does not name it"):
         verify_files(out, manifest)
 
 
 def test_planted_files_behind_links_are_refused(out, tmp_path):
     (tmp_path / "tools.jinja").write_text("x")
     (out / "additional_chat_templates").symlink_to(tmp_path)
-    with pytest.raises(ArtifactError, match=r"additional_chat_templates/tools\.jinja: not named"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"additional_chat_templates/tools\.jinja: the manifest does not name it",
+    ):
         MediatorModel.from_pretrained(out)
     (out / "additional_chat_templates").unlink()
     (out / "chat_template.json").symlink_to(tmp_path / "tools.jinja")
-    with pytest.raises(ArtifactError, match=r"chat_template\.json: not named"):
+    with pytest.raises(ArtifactError, match=r"chat_template\.json: the manifest does not name it"):
         MediatorModel.from_pretrained(out)
 
 

@@ -65,7 +65,7 @@ def test_two_merges_into_one_new_directory_give_one_model_and_one_refusal(family
     for thread in threads:
         thread.join()
     assert len(errors) == 1
-    assert re.search(f"{BUSY}|already holds a model", errors[0])
+    assert re.search(f"{BUSY}|: holds a model", errors[0])
     verify_files(out, read_manifest(out))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

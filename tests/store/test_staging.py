@@ -140,7 +140,7 @@ def test_a_failed_step_leaves_the_old_model_or_the_new_one(make_output, new, way
             output.restore()
 
 
-def test_a_disk_that_has_become_read_only_leaves_what_the_next_merge_puts_right(make_output, new):
+def test_the_next_merge_repairs_an_output_whose_disk_became_read_only(make_output, new):
     output = make_output("artifact")
     with by("inside", output):
         for at in spread(new, output, 8):
@@ -254,9 +254,7 @@ def test_a_mount_point_that_is_none_to_python_is_published_inside(make_output, n
 
 
 @pytest.mark.parametrize("way", ["exchange", "inside"])
-def test_a_link_in_the_place_of_a_folder_goes_and_what_it_leads_to_stays(
-    make_output, new, tmp_path, way
-):
+def test_a_link_in_the_place_of_a_folder_goes_and_its_target_stays(make_output, new, tmp_path, way):
     output = make_output("plain")
     elsewhere = shutil.copytree(new / "mediator", tmp_path / "elsewhere")
     before = contents(elsewhere)
@@ -294,10 +292,14 @@ def test_a_readme_of_the_user_stays_and_a_card_of_a_merge_is_replaced(make_outpu
 
 @pytest.mark.parametrize("name", ["train.py", "embeddings.safetensors", "train.bin", "my.model"])
 @pytest.mark.parametrize("kind", ["mine", "artifact"])
-def test_what_would_be_loaded_and_may_be_the_users_is_refused_first(make_output, new, kind, name):
+def test_files_that_loading_reads_and_that_may_be_the_users_are_refused_first(
+    make_output, new, kind, name
+):
     output = make_output(kind)
     (output.path / name).write_text("mine")
-    with pytest.raises(OutputError, match=f"{name}: would be loaded .* may be yours: move it"):
+    with pytest.raises(
+        OutputError, match=f"{name}: loading the model would read .* be yours: move it"
+    ):
         publish(new, output.path)
     assert (output.path / name).read_text() == "mine"
     (output.path / name).unlink()
@@ -318,7 +320,7 @@ def test_a_model_that_has_come_there_meanwhile_is_not_replaced(make_output, new,
     with Staging(output.path) as staging:
         shutil.copytree(new, staging.path, dirs_exist_ok=True)
         shutil.copytree(old, output.path)
-        with pytest.raises(OutputError, match="already holds a model"):
+        with pytest.raises(OutputError, match=": holds a model"):
             staging.publish(read_manifest(new))
     assert contents(output.path) == contents(old)
 
@@ -329,7 +331,7 @@ def test_directories_that_were_made_on_the_way_go_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_killed_processes_left_for_this_output_is_removed_and_nothing_else(tmp_path, new):
+def test_staging_directories_of_killed_processes_are_removed_and_no_others(tmp_path, new):
     out = tmp_path / "out"
     left = [".out.partial-0a1b", f".out.partial-{os.getpid()}"]
     others = [

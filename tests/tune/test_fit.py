@@ -1,4 +1,4 @@
-"""What prompts change of a stored expert, against the expert itself."""
+"""Prompts bring the stored form of an expert nearer to the expert."""
 
 import copy
 from dataclasses import replace
@@ -13,22 +13,27 @@ from mergekit_mediator.delta.stored_weight import mix_
 from mergekit_mediator.errors import PromptError
 from mergekit_mediator.models.locate import locate_weights
 from mergekit_mediator.store.codec import encode_bytes
-from mergekit_mediator.tune import fit as distil
-from mergekit_mediator.tune import tunable
+from mergekit_mediator.tune import fit
 from mergekit_mediator.tune.teacher import answer
+from mergekit_mediator.tune.tunable import tunable
 
 PROMPTS = [[1, 4 + i, 5 + i % 7, 6 + i % 5] for i in range(24)]
 END = 2
+ROUNDS = 20
 
 
-def parts_of(model, stored, changes):
+def parts_of(model, stored, changes, scale_rate):
     weights = located(model)
-    parts = {n: tunable.tunable(weights[n], t, changes[n]) for n, t in stored.items()}
+    parts = {
+        name: tunable(weights[name], tensor, changes[name], scale_rate, code_rate=0.01)
+        for name, tensor in stored.items()
+    }
     return {name: part for name, part in parts.items() if part}
 
 
-def tuned(model, stored, answers, changes, step=lambda _: None):
-    return distil.distil(model, parts_of(model, stored, changes), answers, step)
+def tuned(model, stored, answers, changes, scale_rate=0.03, **options):
+    parts = parts_of(model, stored, changes, scale_rate)
+    return fit.distil(model, parts, answers, rounds=ROUNDS, **options)
 
 
 def located(model):
@@ -37,7 +42,7 @@ def located(model):
 
 
 def put(model, weights, stored=None):
-    """The base's weights, with what is stored of the expert if that is given."""
+    """Put the base's weights into a model, and the stored form of the expert if there is one."""
     with torch.no_grad():
         for name, weight in located(model).items():
             weight.copy_(weights[name])
@@ -47,8 +52,7 @@ def put(model, weights, stored=None):
 
 @pytest.fixture(scope="module")
 def case():
-    """A base's weights, what is stored of its expert, the expert's answers, a model to hold them, and the
-    expert's changes in full."""
+    """A base's weights, the stored form of its expert, the expert's answers, a model, and the expert's changes."""
     torch.manual_seed(0)
     base = pico.llama(hidden_size=64, intermediate_size=96, head_dim=32)
     expert = copy.deepcopy(base).eval()
@@ -60,20 +64,14 @@ def case():
             change += 0.03 * left @ right.T
         weight.add_(change)
     answers = answer(expert, PROMPTS, pad=0)
-    own = dict(located(base))
-    stored = {
-        name: approximate(weight - own[name], 2e-3, torch.bfloat16)
-        for name, weight in located(expert).items()
-    }
-    changes = {name: weight - own[name] for name, weight in located(expert).items()}
-    return {n: w.clone() for n, w in own.items()}, stored, answers, base.eval(), changes
+    weights = dict(located(base))
+    changes = {name: weight - weights[name] for name, weight in located(expert).items()}
+    stored = {n: approximate(change, 2e-3, torch.bfloat16) for n, change in changes.items()}
+    return {n: w.clone() for n, w in weights.items()}, stored, answers, base.eval(), changes
 
 
 @pytest.fixture
-def model(case, monkeypatch):
-    monkeypatch.setattr(distil, "_ROUNDS", 20)
-    monkeypatch.setattr(tunable, "SCALE_RATE", 0.03)
-    monkeypatch.setattr(tunable, "CODE_RATE", 0.01)
+def model(case):
     put(case[3], case[0], case[1])
     return case[3]
 
@@ -100,20 +98,20 @@ def test_gradients_are_those_of_autograd_through_the_product(case, model):
     _, stored, answers, _, changes = case
     weights = located(model)
     names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-    parts = [tunable.tunable(weights[name], stored[name], changes[name]) for name in names]
-    with distil._gradients(model, parts):
-        torch.stack(list(distil._losses(model, answers[:3]))).mean().backward()
+    parts = [tunable(weights[name], stored[name], changes[name]) for name in names]
+    with fit._gradients(model, parts):
+        torch.stack(list(fit._losses(model, answers[:3]))).mean().backward()
 
     factors = stored[names[0]].factors
-    kept = {name: weights[name].clone() for name in names}
+    unchanged = {name: weights[name].clone() for name in names}
     scales = torch.zeros(factors.rank, requires_grad=True)
     left, right = (f.float().requires_grad_() for f in (factors.left, factors.right))
-    vector = torch.zeros(kept[names[1]].numel(), requires_grad=True)
+    vector = torch.zeros(unchanged[names[1]].numel(), requires_grad=True)
     product = left * (factors.scales * (1 + scales)) @ right.T
     unit = stored[names[1]].difference(torch.zeros(stored[names[1]].positions.numel()))
     changed = {
-        names[0]: kept[names[0]] - factors.product() + product,
-        names[1]: kept[names[1]] + vector * unit.square().mean().sqrt(),
+        names[0]: unchanged[names[0]] - factors.product() + product,
+        names[1]: unchanged[names[1]] + vector * unit.square().mean().sqrt(),
     }
     call = torch.func.functional_call
 
@@ -124,26 +122,26 @@ def test_gradients_are_those_of_autograd_through_the_product(case, model):
         def __call__(self, **inputs):
             return call(model, changed, kwargs=inputs)
 
-    torch.stack(list(distil._losses(Changed(), answers[:3]))).mean().backward()
-    moved = [parameter for part in parts for _, parameter in part.parameters()]
-    for parameter, expected in zip(moved, [scales, left, right, vector], strict=True):
+    torch.stack(list(fit._losses(Changed(), answers[:3]))).mean().backward()
+    parameters = [parameter for part in parts for _, parameter in part.parameters()]
+    for parameter, expected in zip(parameters, [scales, left, right, vector], strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-def test_what_is_stored_comes_nearer_and_takes_as_many_bytes_within_a_hundredth(case, model):
+def test_the_stored_form_comes_nearer_and_its_bytes_stay_within_a_hundredth(case, model):
     base, stored, answers, _, changes = case
     weights = located(model)
-    seen = []
-    found = tuned(model, stored, answers, changes, seen.append)
-    assert found.after < 0.8 * found.before
-    assert sum(seen) == distil.seen(len(answers))
-    moved = 0
-    for name, tensor in found.stored.items():
+    batches = []
+    result = tuned(model, stored, answers, changes, step=batches.append)
+    assert result.after < 0.8 * result.before
+    assert sum(batches) == fit.seen(len(answers), ROUNDS)
+    changed_codes = 0
+    for name, tensor in result.stored.items():
         old = stored[name]
         assert torch.equal(tensor.positions, old.positions) or len(old.shape) == 1
         if old.factors:
-            moved += int((tensor.factors.left != old.factors.left).sum())
+            changed_codes += int((tensor.factors.left != old.factors.left).sum())
             sides = zip(_sides(tensor), _sides(old), strict=True)
             assert all(o.min() <= n.min() and n.max() <= o.max() for n, o in sides)
             assert torch.equal(tensor.codes, old.codes)
@@ -151,10 +149,10 @@ def test_what_is_stored_comes_nearer_and_takes_as_many_bytes_within_a_hundredth(
             rebuilt = base[name].clone()
             mix_(rebuilt, [(1.0, tensor)])
             torch.testing.assert_close(rebuilt, weights[name], rtol=1e-4, atol=1e-4)
-    assert moved
+    assert changed_codes
     sizes = [
         sum(encode_bytes(t)[0].numel() for t in tensors.values())
-        for tensors in (stored, {**stored, **found.stored})
+        for tensors in (stored, {**stored, **result.stored})
     ]
     assert sizes[1] < 1.01 * sizes[0]
 
@@ -164,15 +162,15 @@ def _sides(tensor):
     return torch.cat([tensor.factors.left, tensor.factors.right]).T.int()
 
 
-def test_codes_start_between_what_is_stored_and_what_it_is_of(case):
+def test_unrounded_codes_round_to_the_stored_codes(case):
     _, stored, _, _, changes = case
-    for name, tensor in stored.items():
-        if tensor.factors:
-            sides = unrounded(changes[name], tensor.factors)
-            kept = (tensor.factors.left, tensor.factors.right)
-            for side, codes in zip(sides, kept, strict=True):
-                assert torch.equal(side.round().to(torch.int8), codes)
-                assert not torch.equal(side, codes.float())
+    factored = {name: tensor.factors for name, tensor in stored.items() if tensor.factors}
+    assert len(factored) > 10
+    for name, factors in factored.items():
+        sides = unrounded(changes[name], factors)
+        for side, codes in zip(sides, (factors.left, factors.right), strict=True):
+            assert torch.equal(side.round().to(torch.int8), codes)
+            assert not torch.equal(side, codes.float())
 
 
 def test_a_share_in_the_dense_weight_counts(case, model):
@@ -180,24 +178,22 @@ def test_a_share_in_the_dense_weight_counts(case, model):
     _, stored, _, _, changes = case
     shared = replace(stored[name], share=0.25)
     weight = located(model)[name]
-    part, before = tunable.tunable(weight, shared, changes[name]), weight.clone()
+    part, before = tunable(weight, shared, changes[name]), weight.clone()
     (_, scales), *_ = part.parameters()
     scales.data.fill_(0.5)
     part.apply()
     torch.testing.assert_close(weight - before, 0.75 * 0.5 * shared.factors.product())
     assert part.result().factors.scales.equal(shared.factors.scales * 1.5)
-    assert tunable.tunable(weight, replace(shared, share=1.0), changes[name]) is None
+    assert tunable(weight, replace(shared, share=1.0), changes[name]) is None
 
 
-def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
+def test_few_tokens_at_once_give_the_same_as_many(case, model):
     base, stored, answers, _, changes = case
     first = tuned(model, stored, answers, changes)
     put(model, base, stored)
-    monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 100)
-    second = tuned(model, stored, answers, changes)
+    second = tuned(model, stored, answers, changes, tokens_at_once=100)
     assert second.after == pytest.approx(first.after, rel=0.05)
-    monkeypatch.setattr(distil, "TOKENS_AT_ONCE", 150)
-    parts = list(distil._parts(answers, 0))
+    parts = fit._parts(answers, 0, tokens_at_once=150)
     assert [a for part in parts for a in part] == answers
     for part in parts:
         longest = max(len(a.prompt) + len(a.answer) for a in part)
@@ -205,19 +201,19 @@ def test_few_tokens_at_once_give_the_same_as_many(case, model, monkeypatch):
     assert 1 < max(map(len, parts)) < len(answers)
 
 
-def test_the_figures_are_those_of_what_is_stored(case, model):
+def test_the_divergence_after_a_fit_is_that_of_the_new_stored_form(case, model):
     base, stored, answers, _, changes = case
-    found = tuned(model, stored, answers, changes)
-    put(model, base, {**stored, **found.stored})
-    again = distil._divergence(model, answers[:: distil._HELD_OUT])
-    assert again == pytest.approx(found.after, rel=0.05)
+    result = tuned(model, stored, answers, changes)
+    put(model, base, {**stored, **result.stored})
+    again = fit._divergence(model, answers[:: fit.HELD_OUT])
+    assert again == pytest.approx(result.after, rel=0.05)
 
 
-def test_nothing_changes_where_prompts_do_not_help(case, model, monkeypatch):
-    monkeypatch.setattr(tunable, "SCALE_RATE", 3.0)
-    found = tuned(model, case[1], case[2], case[4])
-    assert not found.stored
-    assert found.after == found.before
+def test_a_fit_that_does_not_help_changes_nothing(case, model):
+    _, stored, answers, _, changes = case
+    result = tuned(model, stored, answers, changes, scale_rate=3.0)
+    assert not result.stored
+    assert result.after == result.before
 
 
 def test_equal_inputs_give_equal_results(case, model):
@@ -225,6 +221,7 @@ def test_equal_inputs_give_equal_results(case, model):
     first = tuned(model, stored, answers, changes)
     put(model, base, stored)
     second = tuned(model, stored, answers, changes)
+    assert first.stored
     for name, tensor in first.stored.items():
         other = second.stored[name]
         assert torch.equal(tensor.codes, other.codes)

@@ -36,7 +36,7 @@ def failed(artifact, tmp_path):
 
 
 def test_an_engine_without_adapters(failed):
-    assert "takes no adapters: start vLLM with --enable-lora" in failed()
+    assert "allows no adapters: start vLLM with --enable-lora" in failed()
 
 
 def test_a_rank_above_the_engine_s(failed):
@@ -59,7 +59,7 @@ def test_another_version_of_vllm(failed):
 
 def test_a_cache_that_cannot_be_written(failed, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "no adapter can be written" in failed(*LORA, MEDIATOR_CACHE=str(tmp_path / "file"))
+    assert "the adapter cannot be written" in failed(*LORA, MEDIATOR_CACHE=str(tmp_path / "file"))
 
 
 def test_a_setting_that_does_not_exist(failed):

@@ -1,0 +1,60 @@
+"""The command `push`: send an artifact to the Hub."""
+
+import json
+from pathlib import Path
+
+import click
+
+from mergekit_mediator.cli import options
+from mergekit_mediator.cli.tables import size, table
+
+
+@click.command()
+@click.argument("out", type=options.directory)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", help="The branch to push to; it is made if there is none.")
+@click.option("--create-pr", is_flag=True, help="Propose a pull request instead of a commit.")
+@click.option("--overwrite", is_flag=True, help="Replace another model in the repository.")
+@click.option("--dry-run", is_flag=True, help="Show the files of a push, and send nothing.")
+@options.as_json
+def push(
+    out: Path,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Send the artifact in OUT to the repository REPO on the Hub, in one commit.
+
+    An artifact is refused if it does not verify, or if its texts hold a token or a home directory. Run an
+    interrupted push again: it sends only the rest.
+
+    Example: mergekit-mediator push OUT user/name --private
+    """
+    from mergekit_mediator.share.push import prepare
+    from mergekit_mediator.share.push import push as send
+
+    upload = prepare(out)
+    sizes = upload.sizes
+    if not as_json:
+        rows = [[name, size(count)] for name, count in sizes.items()]
+        click.echo(table(["file", "bytes"], rows))
+        click.echo(f"\n{len(sizes)} files, {size(sum(sizes.values()))}, to {repo}")
+    address = None
+    if not dry_run:
+        address = send(
+            upload,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            overwrite=overwrite,
+        )
+    if as_json:
+        click.echo(json.dumps({"files": sizes, "bytes": sum(sizes.values()), "commit": address}))
+    else:
+        click.echo("nothing was sent: --dry-run" if address is None else f"sent: {address}")

@@ -1,0 +1,123 @@
+"""Send an artifact to the Hub in one commit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+
+from mergekit_mediator.errors import ArtifactError, ShareError
+from mergekit_mediator.share.failures import failures
+from mergekit_mediator.share.public import public_files
+from mergekit_mediator.share.pull import Repository
+from mergekit_mediator.store.loaded_files import is_loaded, is_of_a_model
+from mergekit_mediator.store.manifest import MANIFEST, Manifest, read_manifest, verify_files
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The content of a push.
+
+    Attributes:
+        manifest: the artifact's manifest.
+        files: by path in the repository, a file of this machine or the content itself.
+    """
+
+    manifest: Manifest
+    files: Mapping[str, Path | bytes]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file, by path."""
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in sorted(self.files.items())
+        }
+
+
+def prepare(root: Path) -> Upload:
+    """Collect the content of a push; this needs no network.
+
+    Raises:
+        ArtifactError: the artifact does not verify.
+        ShareError: a text holds a token of the Hub, or names a home directory.
+    """
+    manifest = read_manifest(root)
+    verify_files(root, manifest)
+    return Upload(manifest, public_files(root, manifest))
+
+
+def push(
+    upload: Upload,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Send an artifact in one commit.
+
+    Large files are sent first. The Hub keeps them, so that an interrupted push sends only the rest when it is
+    repeated. The repository changes with the commit alone. The commit also deletes other files that loading
+    the model would read, such as weights of an earlier merge; all other files stay.
+
+    Args:
+        upload: the content; see `prepare`.
+        repo: the repository, `USER/NAME`; a new one is made if there is none.
+        private: make a new repository private.
+        revision: the branch, which is made if there is none; None for the main branch.
+        create_pr: propose the commit as a pull request.
+        overwrite: replace another model.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ShareError: the Hub refuses, cannot be reached, or holds another model.
+    """
+    with failures(repo, revision):
+        api = HfApi()
+        if not create_pr:
+            api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        info = api.model_info(repo, revision=revision)
+        present = [file.rfilename for file in info.siblings or []]
+        if not overwrite:
+            _check_owner(repo, info.sha, present, upload.manifest)
+        stale = [name for name in present if is_loaded(name) and name not in upload.files]
+        commit: CommitInfo = api.create_commit(
+            repo,
+            [
+                *(CommitOperationAdd(name, content) for name, content in upload.files.items()),
+                *map(CommitOperationDelete, stale),
+            ],
+            commit_message="Upload a mergekit-mediator artifact",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _check_owner(repo: str, commit: str | None, present: list[str], manifest: Manifest) -> None:
+    """Refuse a repository that holds another model.
+
+    Raises:
+        ShareError: the repository holds an artifact of another base, or a model that is no artifact.
+    """
+    models = [name for name in present if is_of_a_model(name) or name == MANIFEST]
+    if not models:
+        return
+    content = f"a model ({models[0]})"
+    if MANIFEST in present:
+        try:
+            present_base = Repository.at(repo, commit).manifest.base
+        except ArtifactError:
+            content = "an artifact that cannot be read"
+        else:
+            if present_base.files == manifest.base.files:
+                return
+            content = f"an artifact of another base, {present_base.source}"
+    raise ShareError(f"{repo}: already holds {content}: choose another repository, or --overwrite")
