@@ -157,12 +157,12 @@ def test_responses_tools_and_log_probabilities_pass_through(client):
     [
         ("law", "w1", openai.NotFoundError, "law"),
         ("math=0.5,law=0.5", "w1", openai.NotFoundError, "unknown expert 'law'; this model has"),
-        ("math=x", "w1", openai.BadRequestError, "is no number: 'x'"),
+        ("math=x", "w1", openai.BadRequestError, "must be a number, got 'x'"),
         ("math=-1", "w1", openai.BadRequestError, "at least 0, got -1"),
         ("math=inf", "w1", openai.BadRequestError, "must be finite"),
-        ("math=0.01", "w1", openai.BadRequestError, "multiples of 1/8: none is left"),
+        ("math=0.01", "w1", openai.BadRequestError, "weights are rounded to multiples of 1/8"),
         ("auto", "", openai.BadRequestError, "no text to route by"),
-        ("auto", [4, 9999], openai.BadRequestError, "token ids from 0 to 63 required"),
+        ("auto", [4, 9999], openai.BadRequestError, "token ids from 0 to 63 are required"),
         ("auto", "w1 " * 200, openai.BadRequestError, "maximum"),
     ],
 )
