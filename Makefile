@@ -38,6 +38,7 @@ run := $(BIN)/python benchmarks
 bench: .venv/demo
 	$(run)/startup.py
 	$(run)/demo.py
+	$(run)/faults.py
 	$(run)/train_experts.py --family eight --out $(EXPERTS)
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/again --draw 1
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))

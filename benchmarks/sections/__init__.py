@@ -10,7 +10,8 @@ COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
 # Results whose page says how they were made.
 RECORDS = (
     *COMPARISONS,
-    *("ablations", "blending", "codec", "demo", "layers", "lossless", "merge-cost", "methods"),
+    *("ablations", "blending", "codec", "demo", "faults", "layers", "lossless", "merge-cost"),
+    "methods",
     *("replicas", "router", "router-many", "router-no-data", "runtime", "scale", "serving"),
     "startup",
 )
@@ -26,6 +27,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "demo": merging.demo,
     "merge-cost": merging.merge_cost,
     "methods": merging.methods,
+    "faults": merging.faults,
     "scale-memory": merging.scale_memory,
     "scale": merging.scale,
     "startup": merging.startup,

@@ -106,3 +106,11 @@ def startup() -> str:
         f"{table(head, rows)}\n\nThe median of {figures['runs']} starts; an interpreter without the "
         f"package takes {figures['absent_wall_ms']:.1f} ms."
     )
+
+
+def faults() -> str:
+    """How often each fault was tried, and how often nothing was lost."""
+    rows = [
+        [row["name"], str(row["tried"]), str(row["survived"])] for row in load("faults")["rows"]
+    ]
+    return table(["what happens", "tried", "survived"], rows)

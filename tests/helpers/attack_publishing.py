@@ -1,6 +1,6 @@
 """Attack publishing and calibrating: stop them anywhere, and let several of them meet.
 
-    python tests/attack_publishing.py [--seed N] [--stride N] [--random N] [--meetings N] [--json FILE]
+    python tests/helpers/attack_publishing.py [--seed N] [--stride N] [--random N] [--meetings N] [--json FILE]
 
 Prints, for each attack, how often it was tried and how often all of this held afterwards: the output is
 the old model or the new one, whole and verified (or, where files are moved one by one, loads as none), the
