@@ -9,12 +9,12 @@ export TOKENIZERS_PARALLELISM := false
 test: .venv/dev
 	$(BIN)/python -m pytest
 
-# All but the files that take longest: they merge many times, tune, draw, or start other processes.
-SLOW := cli/test_curve.py cli/test_plots.py cli/test_services.py evaluate/test_rivals.py merge/test_budget.py \
-	merge/test_plugin.py merge/test_run.py merge/test_tuning.py route/test_calibrate.py \
-	serve/test_ways_in.py test_docs.py test_docs_blocks.py test_examples.py test_packaging.py tune
+# The rooms below merging and serving, but for the files that take longest.
+FAST := delta models route store test_house.py
+SLOW := models/test_consent.py route/test_calibrate.py route/test_calibrate_stopped.py store/test_hostile.py \
+	store/test_staging.py
 test-fast: .venv/dev
-	$(BIN)/python -m pytest $(addprefix --ignore=tests/,$(SLOW))
+	$(BIN)/python -m pytest $(addprefix tests/,$(FAST)) $(addprefix --ignore=tests/,$(SLOW))
 
 # A real vLLM on this machine's processor, some minutes: it starts a server for most tests.
 test-vllm: .venv/dev .venv-vllm/ready
