@@ -7,9 +7,12 @@ from typing import Any
 import click
 
 from mergekit_mediator.cli import options, tables
+from mergekit_mediator.export.baked import BAKED
+from mergekit_mediator.export.card import said_of_weights
 from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import Reference, StoredExperts
-from mergekit_mediator.export.folder import ExportedExpert, export_adapters
+from mergekit_mediator.export.figures import COLUMNS
+from mergekit_mediator.export.folder import export_adapters
 from mergekit_mediator.export.start_commands import (
     llama_cpp_commands,
     sglang_command,
@@ -54,6 +57,12 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
     multiple=True,
     help="Export this expert only; may be repeated. A checkpoint blends NAME=WEIGHT.",
 )
+@click.option(
+    "--bake-mean",
+    is_flag=True,
+    help="Write also the model to serve, FOLDER/dense: OUT, with the mean of the experts in the weights that "
+    "adapters cannot hold.",
+)
 @options.as_json
 def export(
     out: Path,
@@ -62,12 +71,14 @@ def export(
     rank: int,
     reference: Reference,
     names: tuple[str, ...],
+    bake_mean: bool,
     as_json: bool,
 ) -> None:
     """Write the experts of the artifact in OUT to FOLDER as LoRA adapters, one folder each.
 
     An adapter holds the changed matrices as far as its rank allows, and neither norms nor biases. The table
-    shows how much of each expert is left out. A checkpoint holds everything, bit for bit.
+    shows how much of each expert is left out, and FOLDER/README.md repeats it. A checkpoint holds everything,
+    bit for bit.
 
     Example: mergekit-mediator export OUT adapters --format vllm --rank 64
 
@@ -76,16 +87,24 @@ def export(
     verify_files(out, read_manifest(out))
     experts = StoredExperts(out, reference)
     if engine == "checkpoint":
+        if bake_mean:
+            raise click.UsageError(
+                "--bake-mean belongs to adapters: leave it out, a checkpoint holds every weight"
+            )
         _export_checkpoint(experts, folder, options.mixture(names), as_json)
         return
-    exported = export_adapters(experts, folder, rank, names or None, engine in _OF_ONE_RANK)
+    one_rank = engine in _OF_ONE_RANK
+    exported = export_adapters(experts, folder, rank, names or None, one_rank, bake_mean)
     model = experts.manifest.base.source if reference == "base" else str(out)
+    if bake_mean:
+        model = str(folder / BAKED)
     command = _COMMANDS[engine](model, folder, exported) if engine in _COMMANDS else None
     if as_json:
         figures: dict[str, Any] = {"experts": [expert.as_json() for expert in exported]}
-        click.echo(json.dumps({**figures, "command": command}, indent=1))
+        click.echo(json.dumps({**figures, "model": model, "command": command}, indent=1))
         return
-    click.echo(_report(exported))
+    click.echo(tables.table(COLUMNS, [expert.cells() for expert in exported]))
+    click.echo(f"\n{said_of_weights(exported, bake_mean)}")
     if command:
         click.echo(f"\n{command}")
 
@@ -103,20 +122,3 @@ def _export_checkpoint(
         click.echo(json.dumps({"mixture": mixture, "bytes": size}, indent=1))
     else:
         click.echo(f"{folder}: a plain model of {tables.size(size)}, for any tool")
-
-
-def _report(exported: list[ExportedExpert]) -> str:
-    """Make the table of the adapters."""
-    rows = [
-        [
-            expert.name,
-            str(expert.rank),
-            f"{100 * expert.error:.2f}",
-            str(expert.dropped),
-            f"{100 * expert.dropped_part:.2f}",
-            tables.size(expert.bytes),
-        ]
-        for expert in exported
-    ]
-    header = ["adapter", "rank", "left out by the rank, %", "weights left out", "of the change, %"]
-    return tables.table([*header, "size"], rows)

@@ -121,6 +121,11 @@ def plan(
         text += f"\n\n{plan_tables.curve_report(points)}"
     elif inputs.config.density_decides:
         text += "\nA budget keeps more in as many bytes, but not bit for bit: --curve predicts how much."
+    if inputs.config.reference != "base":
+        text += (
+            "\nEngines serve experts as adapters: with `reference: base` each needs its own rank alone, and with "
+            "`mean` the sum of all."
+        )
     click.echo(json.dumps(figures, indent=1) if as_json else text)
 
 

@@ -65,6 +65,11 @@ class Adapter:
         error = sum(factors.low_rank.squared_error for factors in self.modules.values())
         return error / self.squared_norm if self.squared_norm else 0.0
 
+    @property
+    def whole(self) -> float:
+        """The squared norm of the whole change: of the modules, exactly, and of the dropped weights."""
+        return self.squared_norm + self.dropped_energy
+
     def of_one_rank(self) -> "Adapter":
         """Return the same change with the largest rank in every module, for engines that know one rank only."""
         rank = self.rank

@@ -1,8 +1,8 @@
-"""A plain checkpoint of one expert or of a blend, which any tool loads."""
+"""A plain checkpoint of one expert, of a blend, or of the dense expert with some weights blended, for any tool."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -18,7 +18,12 @@ from mergekit_mediator.store.manifest import CONFIG_SOURCE
 _OF_THE_ARTIFACT = (MODELING, CONFIG_SOURCE)
 
 
-def export_checkpoint(experts: StoredExperts, mixture: Mapping[str, float], out: Path) -> int:
+def export_checkpoint(
+    experts: StoredExperts,
+    mixture: Mapping[str, float],
+    out: Path,
+    only: Collection[str] | None = None,
+) -> int:
     """Write the model that a mixture makes, with tokenizer and configuration, as an ordinary checkpoint.
 
     Its weights are those of the served mixture, bit for bit. One file of weights is in memory at a time.
@@ -27,6 +32,8 @@ def export_checkpoint(experts: StoredExperts, mixture: Mapping[str, float], out:
         experts: the experts of an artifact whose files are verified, relative to its dense expert.
         mixture: the weights by expert, above 0.
         out: a folder that is absent or empty; it appears when the checkpoint is whole.
+        only: the names of the weights that the mixture changes; None for all. The other weights are the dense
+            expert's.
 
     Returns:
         The bytes of the checkpoint.
@@ -38,6 +45,7 @@ def export_checkpoint(experts: StoredExperts, mixture: Mapping[str, float], out:
     if experts.reference != "dense":
         raise ExportError("a checkpoint is made of the dense expert: relative to dense required")
     experts.check_names(mixture)
+    changed = set(experts.weights if only is None else only)
     with new_folder(out) as folder:
         for name in experts.manifest.files:
             if "/" in name or name in _OF_THE_ARTIFACT:
@@ -46,17 +54,20 @@ def export_checkpoint(experts: StoredExperts, mixture: Mapping[str, float], out:
             if name == "config.json":
                 (folder / name).write_text(_stock_config(source), encoding="utf-8")
             elif name.endswith(".safetensors"):
-                _write_weights(source, folder / name, experts, mixture)
+                _write_weights(source, folder / name, experts, mixture, changed)
             else:
                 shutil.copyfile(source, folder / name)
         return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _write_weights(
-    source: Path, target: Path, experts: StoredExperts, mixture: Mapping[str, float]
+    source: Path,
+    target: Path,
+    experts: StoredExperts,
+    mixture: Mapping[str, float],
+    changed: set[str],
 ) -> None:
-    """Write one file of weights with the mixture in place."""
-    changed = set(experts.weights)
+    """Write one file of weights with the mixture in place in the weights of these names."""
     with safe_open(source, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()

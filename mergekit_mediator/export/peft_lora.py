@@ -34,6 +34,20 @@ class Holdable:
             users[embeddings[0]] = (modules[embeddings[0]], "lm_head")
         return cls(kinds, users)
 
+    def kind(self, weight: str, axes: int) -> Kind:
+        """Return the kind of module that holds a weight; `other` if an adapter cannot change it.
+
+        Args:
+            weight: the weight's name.
+            axes: the number of the weight's axes; an adapter changes matrices alone.
+        """
+        return self.kinds.get(weight, "other") if axes == 2 else "other"
+
+    def unheld(self, experts: StoredExperts) -> tuple[str, ...]:
+        """Return the names of the weights that experts change and adapters cannot hold: norms, biases and others."""
+        weights = {weight: experts.dense.weight(weight).dim() for weight in experts.weights}
+        return tuple(w for w, axes in weights.items() if self.kind(w, axes) == "other")
+
 
 def to_adapter(
     experts: StoredExperts, mixture: Mapping[str, float], rank: int, holdable: Holdable
@@ -54,9 +68,9 @@ def to_adapter(
     modules: dict[str, Factors] = {}
     dropped, energy = [], 0.0
     for change in experts.changes(mixture):
-        kind = holdable.kinds.get(change.weight, "other")
+        kind = holdable.kind(change.weight, len(change.shape))
         dense = experts.dense.weight(change.weight)
-        if kind == "other" or len(change.shape) != 2:
+        if kind == "other":
             dropped.append(change.weight)
             energy += float(change.tensor(dense).double().square().sum())
             continue

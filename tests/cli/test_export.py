@@ -48,7 +48,7 @@ def test_exported_adapters_are_what_peft_adds_to_the_model(
 ):
     told = figures("export", artifact, tmp_path / "adapters", "--relative-to", reference)
     assert [expert["name"] for expert in told["experts"]] == ["math", "code", "chat"]
-    assert all(expert["error"] == expert["dropped"] == 0 for expert in told["experts"])
+    assert all(expert["error"] == len(expert["dropped"]) == 0 for expert in told["experts"])
     manifest = json.loads((artifact / "mediator/manifest.json").read_text())
     root = {"dense": artifact, "base": manifest["base"]["source"]}[reference]
     served = MediatorModel.from_pretrained(artifact)
@@ -64,12 +64,100 @@ def test_what_an_adapter_cannot_hold_is_counted(out, tmp_path):
     for expert in told["experts"]:
         assert expert["rank"] == 2
         assert 0 < expert["error"] < 1
-        assert expert["dropped"] == 7  # two norms in each of three blocks, and the last one
+        assert len(expert["dropped"]) == 7  # two norms in each of three blocks, and the last one
         assert 0 < expert["dropped_part"] < 1
         files = (tmp_path / "adapters" / expert["name"]).iterdir()
         assert expert["bytes"] == sum(path.stat().st_size for path in files)
     text = call("export", out, tmp_path / "again", "--rank", "2").output
     assert "left out by the rank, %" in text
+    named = "model.layers.*.input_layernorm.weight (3), model.layers.*.post_attention_layernorm.weight (3)"
+    said = f"leave out 7 weights, and the dense model's answer for every expert: {named}, model.norm.weight."
+    assert said in text
+    assert said in (tmp_path / "again/README.md").read_text()
+
+
+def test_the_mean_of_what_adapters_cannot_hold_is_baked_into_the_model_to_serve(
+    out, tmp_path, read
+):
+    plain = figures("export", out, tmp_path / "plain")
+    folder = tmp_path / "adapters"
+    told = figures("export", out, folder, "--bake-mean", "--format", "vllm")
+    assert told["model"] == str(folder / "dense")
+    assert f"vllm serve {folder}/dense --enable-lora" in told["command"]
+    dense, baked = read(out), read(folder / "dense")
+    left_out = set(told["experts"][0]["dropped"])
+    served = MediatorModel.from_pretrained(out, dtype="float32")
+    experts = []
+    for name in ("math", "code", "chat"):
+        with served.mixture(name) as mixed:
+            experts.append({weight: mixed.state_dict()[weight].clone() for weight in left_out})
+    for weight, values in baked.items():
+        if weight in left_out:
+            mean = torch.stack([expert[weight] for expert in experts]).mean(0)
+            torch.testing.assert_close(values.float(), mean, rtol=2**-7, atol=1e-3)
+            assert not torch.equal(values, dense[weight])
+        else:
+            assert torch.equal(values, dense[weight])
+    for before, after in zip(plain["experts"], told["experts"], strict=True):
+        assert 0 < after["dropped_part"] < before["dropped_part"]
+    card = (folder / "README.md").read_text()
+    assert "to be added to the checkpoint in `dense`" in card
+    assert "leave out 7 weights, and the mean of the experts' answer for every expert" in card
+    assert str(tmp_path) not in card
+    config = json.loads((folder / "math/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "dense")
+
+
+def test_the_baked_model_and_an_adapter_are_nearer_to_the_expert(out, tmp_path):
+    for name, options in (("plain", []), ("baked", ["--bake-mean"])):
+        figures("export", out, tmp_path / name, *options)
+    served = MediatorModel.from_pretrained(out, dtype="float32")
+    errors = {}
+    for root in (out, tmp_path / "baked/dense"):
+        folder = tmp_path / ("plain" if root == out else "baked")
+        distance = 0.0
+        for name in ("math", "code", "chat"):
+            plain = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+            adapted = PeftModel.from_pretrained(plain, folder / name)
+            with served.mixture(name) as mixed:
+                distance += float((logits(adapted) - logits(mixed)).square().mean())
+        errors[folder.name] = distance
+    assert errors["baked"] < errors["plain"]
+
+
+def test_the_mean_of_the_experts_that_are_exported_is_baked(out, tmp_path, read):
+    figures("export", out, tmp_path / "one", "--bake-mean", "--expert", "code")
+    served = MediatorModel.from_pretrained(out)
+    with served.mixture("code") as mixed:
+        expected = mixed.state_dict()["model.norm.weight"]
+        assert torch.equal(read(tmp_path / "one/dense")["model.norm.weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--relative-to", "base"],
+            "adapters relative to dense are required, got relative to base",
+        ),
+        (["--format", "checkpoint", "--expert", "math"], "--bake-mean belongs to adapters"),
+        (["--expert", "law"], "unknown expert 'law'; this artifact has math, code, chat"),
+    ],
+)
+def test_a_mean_that_cannot_be_baked_is_refused_and_leaves_nothing(out, tmp_path, options, message):
+    result = call("export", out, tmp_path / "adapters", "--bake-mean", *options)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_called_dense_has_no_folder_beside_the_baked_model(make, merged, tmp_path):
+    family = make(experts=("dense", "code"))
+    out = merged(family.config(route="all", bits=2.0))
+    result = call("export", out, tmp_path / "adapters", "--bake-mean")
+    assert result.exit_code == 1
+    assert "expert 'dense': the folder of this name is for the dense checkpoint" in result.output
+    assert not (tmp_path / "adapters").exists()
 
 
 def test_the_start_command_of_an_engine_names_rank_modules_and_adapters(out, tmp_path):
@@ -80,7 +168,7 @@ def test_the_start_command_of_an_engine_names_rank_modules_and_adapters(out, tmp
     other = figures("export", out, tmp_path / "b", "--format", "sglang", "--expert", "code")
     assert "--max-lora-rank 16" in other["command"]
     assert "--lora-target-modules down_proj embed_tokens" in other["command"]
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["code"]
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"code", "README.md"}
 
 
 def test_an_expert_that_is_named_twice_is_exported_once(out, tmp_path):

@@ -137,6 +137,14 @@ def test_a_plan_by_density_tells_of_budgets_which_keep_more(family, tmp_path):
     assert told not in call("plan", within).output
 
 
+def test_a_plan_says_which_reference_serves_with_the_smallest_ranks(family, tmp_path):
+    told = "with `reference: base` each needs its own rank alone"
+    mean = write(family.config(route="all"), tmp_path / "mean.yml")
+    assert told in call("plan", mean).output
+    base = write(family.config(route="all", reference="base"), tmp_path / "base.yml")
+    assert told not in call("plan", base).output
+
+
 def test_a_measured_plan_says_what_the_merge_will_do(family, merged, tmp_path):
     config = family.config(conflict="mass")
     picture = tmp_path / "conflict.png"
