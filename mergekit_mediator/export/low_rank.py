@@ -99,10 +99,10 @@ def side_by_side(parts: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor,
 
 
 def _nearest(left: Tensor, right: Tensor, rank: int, norm: float, error: float) -> LowRank:
-    """Cut a product of thin factors; its singular values are those of a matrix `[r, r]`."""
+    """Cut a product of factors; its singular values are those of a matrix `[min(out, r), min(in, r)]`."""
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double())
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     root = s[:rank].sqrt()
     cut_left = (q_left @ (u[:, :rank] * root)).float()
     cut_right = (q_right @ (vh[:rank].T * root)).float()
