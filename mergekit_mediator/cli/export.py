@@ -63,6 +63,12 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
     help="Write also the model to serve, FOLDER/dense: OUT, with the mean of the experts in the weights that "
     "adapters cannot hold.",
 )
+@click.option(
+    "--no-embeddings",
+    is_flag=True,
+    help="Leave the embedding and the head out of the adapters, for models whose embedding an engine changes by no "
+    "adapter, such as Qwen2 in vLLM.",
+)
 @options.as_json
 def export(
     out: Path,
@@ -72,6 +78,7 @@ def export(
     reference: Reference,
     names: tuple[str, ...],
     bake_mean: bool,
+    no_embeddings: bool,
     as_json: bool,
 ) -> None:
     """Write the experts of the artifact in OUT to FOLDER as LoRA adapters, one folder each.
@@ -94,7 +101,9 @@ def export(
         _export_checkpoint(experts, folder, options.mixture(names), as_json)
         return
     one_rank = engine in _OF_ONE_RANK
-    exported = export_adapters(experts, folder, rank, names or None, one_rank, bake_mean)
+    exported = export_adapters(
+        experts, folder, rank, names or None, one_rank, bake_mean, not no_embeddings
+    )
     model = experts.manifest.base.source if reference == "base" else str(out)
     if bake_mean:
         model = str(folder / BAKED)

@@ -14,15 +14,19 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from mergekit_mediator.engines.names import name_of
+from mergekit_mediator.engines.names import check_names, name_of
+from mergekit_mediator.engines.settings import ServiceSettings
 from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.adapter import Adapter, Factors, blend, read_peft, write_peft
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.low_rank import LowRank
 from mergekit_mediator.export.peft_lora import Holdable, to_adapter
 from mergekit_mediator.serve.mixture import Mixture
-from mergekit_mediator.store.manifest import MANIFEST, digest
+from mergekit_mediator.share.pull import fetch_artifact
+from mergekit_mediator.store.manifest import MANIFEST, Manifest, digest
 
+# The disk holds the blends of this many servers that share the cache.
+_SERVERS_OF_A_MACHINE = 4
 # The start of the names of folders that are not finished.
 _PARTIAL = ".partial-"
 
@@ -31,11 +35,14 @@ class AdapterStore:
     """The adapters of one artifact at one rank; servers and threads may share their folder.
 
     Attributes:
+        root: the artifact's directory.
         digest: the first 16 hexadecimal digits of the manifest's SHA-256.
         folder: the folder of the adapters.
     """
 
-    def __init__(self, root: Path, rank: int, cache: Path, most_blends: int = 64) -> None:
+    def __init__(
+        self, root: Path, rank: int, cache: Path, most_blends: int = 64, embeddings: bool = True
+    ) -> None:
         """Open the experts, and write nothing yet.
 
         Args:
@@ -44,13 +51,21 @@ class AdapterStore:
             cache: the folder for the adapters of all artifacts.
             most_blends: the number of blends that stay on disk; the blends used longest ago are deleted.
                 Servers that share the folder need room for the blends of all.
+            embeddings: whether the engine takes adapters that change the embedding and the head.
 
         Raises:
             ArtifactError: the artifact cannot be read.
         """
+        self.root = root
         self.digest = digest(root / MANIFEST).sha256[:16]
         self._experts, self._rank, self._most_blends = StoredExperts(root), rank, most_blends
-        self.folder = cache / f"{self.digest}-rank-{rank}"
+        self._embeddings = embeddings
+        self.folder = cache / f"{self.digest}-rank-{rank}{'' if embeddings else '-no-embeddings'}"
+
+    @property
+    def manifest(self) -> Manifest:
+        """The artifact's manifest."""
+        return self._experts.manifest
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,7 +159,7 @@ class AdapterStore:
 
     @cached_property
     def _holdable(self) -> Holdable:
-        return Holdable.of(self._experts.root)
+        return Holdable.of(self._experts.root, self._embeddings)
 
     @cached_property
     def _zero(self) -> Adapter:
@@ -160,3 +175,27 @@ class AdapterStore:
         out, width = self._experts.dense.weight(weight).shape
         zeros = LowRank(torch.zeros(out, 1), torch.zeros(width, 1), 0.0, 0.0)
         return Adapter({weight.removesuffix(".weight"): Factors("linear", zeros)})
+
+
+def open_store(
+    settings: ServiceSettings, served: str, revision: str | None, rank: int, embeddings: bool = True
+) -> AdapterStore:
+    """Verify the artifact of an engine, and open its adapters.
+
+    Args:
+        settings: the service's settings; `artifact` names the artifact if the engine serves another model.
+        served: the model that the engine serves.
+        revision: the revision of that model on the Hub, or None.
+        rank: the largest rank that the engine allows.
+        embeddings: whether the engine takes adapters that change the embedding and the head.
+
+    Raises:
+        EngineError: an expert's name means something else on engines.
+        MediatorError: there is no artifact, or it does not match its manifest.
+    """
+    if settings.artifact:
+        served, revision = settings.artifact, None
+    root, manifest = fetch_artifact(served, revision)
+    check_names(manifest.expert_names)
+    most_blends = _SERVERS_OF_A_MACHINE * settings.blends
+    return AdapterStore(root, rank, settings.cache, most_blends, embeddings)

@@ -25,6 +25,8 @@ class ServiceSettings(BaseModel):
     """The settings by which a service routes requests and names mixtures.
 
     Attributes:
+        artifact: the artifact's directory or repository, if the engine serves another model, such as the one
+            that `export --bake-mean` writes; None is the engine's model.
         router: the router's name; `auto` is `embedding` if the artifact is calibrated for it, and else the
             best router that the artifact has.
         policy: see `serve.settings.Settings`, as for the next five.
@@ -42,6 +44,7 @@ class ServiceSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    artifact: str | None = None
     router: RouterName = "auto"
     policy: str = "auto"
     entropy_threshold: float | None = None

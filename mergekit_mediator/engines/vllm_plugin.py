@@ -7,27 +7,25 @@ vLLM 0.32, because the lists of adapters and of models are internals of vLLM.
 
 import asyncio
 import logging
-import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_mediator.engines.adapter_store import AdapterStore
+from mergekit_mediator.engines.adapter_store import open_store
 from mergekit_mediator.engines.deciders import choose_decider
 from mergekit_mediator.engines.middleware import RouteRequests, Scope
-from mergekit_mediator.engines.names import AUTO, adapter_id, check_names, name_of
+from mergekit_mediator.engines.names import AUTO
 from mergekit_mediator.engines.service import Service
 from mergekit_mediator.engines.settings import ServiceSettings
-from mergekit_mediator.errors import EngineError, MediatorError, first_line
+from mergekit_mediator.engines.start import ends_server
+from mergekit_mediator.engines.vllm_adapters import EngineAdapters
+from mergekit_mediator.errors import EngineError
 from mergekit_mediator.serve.mixture import DENSE, Mixture
-from mergekit_mediator.share.pull import fetch_artifact
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
 
 VERSIONS = (0, 32)
-# The disk holds the blends of this many servers that share the cache.
-_SERVERS_OF_A_MACHINE = 4
 _LOG = logging.getLogger("vllm.mediator")
 
 
@@ -56,11 +54,8 @@ class Plugin:
 
         If the artifact or the engine does not fit, the server ends with one line and status 1.
         """
-        try:
+        with ends_server():
             state.mediator = await start(engine_client, state)
-        except MediatorError as error:
-            print(f"mergekit-mediator: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(1) from error
 
 
 async def start(engine_client: Any, state: "State") -> Service:
@@ -76,94 +71,20 @@ async def start(engine_client: Any, state: "State") -> Service:
         raise EngineError("the engine allows no adapters: start vLLM with --enable-lora")
     config = engine_client.model_config
     settings = ServiceSettings.from_environment()
-    root, manifest = await asyncio.to_thread(fetch_artifact, config.model, config.revision)
-    check_names(manifest.expert_names)
-    most_blends = _SERVERS_OF_A_MACHINE * settings.blends
-    store = AdapterStore(root, _rank(settings, lora.max_lora_rank), settings.cache, most_blends)
+    rank = _rank(settings, lora.max_lora_rank)
+    embeddings = await asyncio.to_thread(_takes_embeddings, config)
+    store = await asyncio.to_thread(
+        open_store, settings, config.model, config.revision, rank, embeddings
+    )
     adapters = EngineAdapters(engine_client, state.openai_serving_models, store)
     for name in store.names:
         await adapters.add(Mixture.of(name, store.names))
         if loss := store.lost(name):
             _LOG.warning("expert %s: %s", name, loss)
     await adapters.add(DENSE)
-    decider = await asyncio.to_thread(choose_decider, root, manifest, settings.router)
+    decider = await asyncio.to_thread(choose_decider, store.root, store.manifest, settings.router)
     _LOG.info("experts %s; routed by %s", ", ".join(store.names), decider.name)
     return Service(store.names, decider, adapters, settings)
-
-
-class EngineAdapters:
-    """The adapters of a vLLM engine."""
-
-    def __init__(self, engine_client: Any, models: Any, store: AdapterStore) -> None:
-        """Start without adapters.
-
-        Args:
-            engine_client: vLLM's client of the engine.
-            models: vLLM's `OpenAIServingModels`, which lists the adapters that requests may name.
-            store: writes the adapters.
-        """
-        self._engine, self._models, self._store = engine_client, models, store
-        self.dense_is_adapter = _is_cpu()
-        self._lock = asyncio.Lock()
-
-    async def add(self, mixture: Mixture) -> None:
-        """Load a mixture's adapter into the engine, once.
-
-        Raises:
-            ArtifactError: an expert's file cannot be read.
-            ExportError: the adapter cannot be written.
-            EngineError: the engine refuses the adapter.
-        """
-        from vllm.lora.request import LoRARequest
-
-        name = name_of(mixture)
-        if mixture.is_dense and not self.dense_is_adapter:
-            return
-        if name in self._models.lora_requests and self._store.has(mixture):
-            return
-        async with self._lock:
-            # Another server may have deleted the files, and the engine reads them again when it needs them.
-            path = await asyncio.to_thread(self._store.path, mixture)
-            if name in self._models.lora_requests:
-                return
-            request = LoRARequest(name, adapter_id(self._store.digest, name), str(path))
-            try:
-                await self._engine.add_lora(request)
-            except Exception as error:  # vLLM raises no narrower type
-                raise EngineError(
-                    f"{path}: vLLM refuses the adapter: {first_line(error)}"
-                ) from error
-            self._models.lora_requests[name] = request
-
-    def engine_name(self, mixture: Mixture) -> str:
-        """Return the model name by which the engine knows a mixture.
-
-        On CPUs, an adapter answers the requests without an adapter in a mixed batch (vLLM #48421). There the
-        dense expert has an adapter too, which changes nothing.
-        """
-        if mixture.is_dense and not self.dense_is_adapter:
-            return str(self._models.base_model_paths[0].name)
-        return name_of(mixture)
-
-    @property
-    def dense_names(self) -> frozenset[str]:
-        """The engine's own names of the dense expert."""
-        return frozenset(path.name for path in self._models.base_model_paths)
-
-    async def remove(self, mixture: Mixture) -> None:
-        """Remove a blend's adapter from the engine.
-
-        Raises:
-            EngineError: the engine fails.
-        """
-        name = name_of(mixture)
-        request = self._models.lora_requests.pop(name, None)
-        if request is None:
-            return
-        try:
-            await self._engine.remove_lora(request.lora_int_id)
-        except Exception as error:  # vLLM raises no narrower type
-            raise EngineError(f"{name}: vLLM cannot remove it: {first_line(error)}") from error
 
 
 async def _service_of(scope: Scope) -> Service | None:
@@ -186,10 +107,11 @@ def _rank(settings: ServiceSettings, largest: int) -> int:
     return rank
 
 
-def _is_cpu() -> bool:
-    from vllm.platforms import current_platform
+def _takes_embeddings(config: Any) -> bool:
+    """Tell whether vLLM's class of a model takes adapters of the embedding and the head; that of Qwen2 does not."""
+    from vllm.model_executor.model_loader.utils import get_model_cls
 
-    return bool(current_platform.is_cpu())
+    return bool(getattr(get_model_cls(config), "embedding_modules", None))
 
 
 def _check_version() -> None:

@@ -20,6 +20,7 @@ def export_adapters(
     names: Sequence[str] | None = None,
     one_rank: bool = False,
     bake_mean: bool = False,
+    embeddings: bool = True,
 ) -> list[ExportedExpert]:
     """Write an adapter for each expert to a new folder, which appears when all adapters are written.
 
@@ -31,6 +32,7 @@ def export_adapters(
         one_rank: give every module of an adapter the same rank.
         bake_mean: write also the checkpoint that the adapters are added to, `dense`: the dense expert, with the
             mean of the exported experts in the weights that adapters cannot hold.
+        embeddings: let adapters change the embedding and the head.
 
     Returns:
         The figures of each adapter.
@@ -45,7 +47,7 @@ def export_adapters(
             "--bake-mean changes the dense expert: adapters relative to dense are required, got relative to "
             f"{experts.reference}: leave one of the two options out"
         )
-    holdable = Holdable.of(experts.root)
+    holdable = Holdable.of(experts.root, embeddings)
     chosen = tuple(experts.names if names is None else dict.fromkeys(names))
     model = experts.manifest.base.source if experts.reference == "base" else str(experts.root)
     dtype = experts.dense.weight(experts.weights[0]).dtype

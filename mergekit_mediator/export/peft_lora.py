@@ -24,14 +24,25 @@ class Holdable:
     users: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, root: Path) -> "Holdable":
-        """Find the modules of a checkpoint."""
+    def of(cls, root: Path, embeddings: bool = True) -> "Holdable":
+        """Find the modules of a checkpoint.
+
+        Args:
+            root: the checkpoint's directory.
+            embeddings: whether the engine takes adapters that change the embedding and the head.
+        """
         kinds = weight_kinds(root)
+        if not embeddings:
+            kinds = {
+                name: kind
+                for name, kind in kinds.items()
+                if kind != "embedding" and name != "lm_head.weight"
+            }
         modules = {name: name.removesuffix(".weight") for name in kinds}
         users: dict[str, tuple[str, ...]] = {name: (module,) for name, module in modules.items()}
-        embeddings = [name for name, kind in kinds.items() if kind == "embedding"]
-        if embeddings and "lm_head.weight" in kinds and is_tied(root):
-            users[embeddings[0]] = (modules[embeddings[0]], "lm_head")
+        tables = [name for name, kind in kinds.items() if kind == "embedding"]
+        if tables and "lm_head.weight" in kinds and is_tied(root):
+            users[tables[0]] = (modules[tables[0]], "lm_head")
         return cls(kinds, users)
 
     def kind(self, weight: str, axes: int) -> Kind:

@@ -125,6 +125,20 @@ def test_the_baked_model_and_an_adapter_are_nearer_to_the_expert(out, tmp_path):
     assert errors["baked"] < errors["plain"]
 
 
+def test_embeddings_that_an_engine_refuses_are_left_out_named_and_baked(out, tmp_path, read):
+    folder = tmp_path / "adapters"
+    told = figures("export", out, folder, "--no-embeddings", "--bake-mean")
+    for expert in told["experts"]:
+        assert not {"embed_tokens", "lm_head"} & set(expert["modules"])
+        assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(expert["dropped"])
+    dense, baked = read(out), read(folder / "dense")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert not torch.equal(baked[name], dense[name])
+    card = (folder / "README.md").read_text()
+    assert "leave out 9 weights" in card
+    assert "model.embed_tokens.weight" in card
+
+
 def test_the_mean_of_the_experts_that_are_exported_is_baked(out, tmp_path, read):
     figures("export", out, tmp_path / "one", "--bake-mean", "--expert", "code")
     served = MediatorModel.from_pretrained(out)

@@ -233,7 +233,7 @@ def test_settings_come_from_the_environment():
     [
         (
             {"MEDIATOR_GRIDD": "4"},
-            "MEDIATOR_GRIDD: there is no such setting: the settings are MEDIATOR_ROUTER, ",
+            "MEDIATOR_GRIDD: there is no such setting: the settings are MEDIATOR_ARTIFACT, MEDIATOR_ROUTER, ",
         ),
         ({"MEDIATOR_GRID": "0"}, "MEDIATOR_GRID: .* greater than or equal to 1, got '0'"),
         ({"MEDIATOR_POLICY": "sotf"}, "policy: input should be 'hard', 'soft' or 'auto'"),

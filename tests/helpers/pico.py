@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 )
 VOCABULARY = len(SPECIAL) + len(WORDS)
 
-_SMALL = {
+SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -32,7 +32,7 @@ _SMALL = {
 
 
 def llama(tied: bool = False, **changes) -> nn.Module:
-    settings = {**_SMALL, "tie_word_embeddings": tied, **changes}
+    settings = {**SMALL, "tie_word_embeddings": tied, **changes}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
 
 
@@ -41,11 +41,11 @@ def llama_tied() -> nn.Module:
 
 
 def qwen3() -> nn.Module:
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_SMALL))
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL))
 
 
 def gemma3() -> nn.Module:
-    config = transformers.Gemma3TextConfig(**_SMALL, sliding_window=16)
+    config = transformers.Gemma3TextConfig(**SMALL, sliding_window=16)
     return transformers.Gemma3ForCausalLM(config)
 
 
@@ -58,7 +58,7 @@ def gpt2() -> nn.Module:
 
 def qwen3_moe() -> nn.Module:
     config = transformers.Qwen3MoeConfig(
-        **_SMALL, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8
+        **SMALL, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8
     )
     return transformers.Qwen3MoeForCausalLM(config)
 

@@ -5,6 +5,7 @@ import json
 import adapters
 import pico
 import torch
+import transformers
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS = {"math": 2, "code": 3, "chat": 4}
@@ -16,6 +17,13 @@ def wide_llama():
     return pico.llama(
         hidden_size=64, head_dim=32, intermediate_size=96, max_position_embeddings=256
     )
+
+
+def wide_qwen2():
+    """A model with biases, of whose embedding and head vLLM takes no adapters."""
+    settings = {**pico.SMALL, "hidden_size": 64, "head_dim": 32, "intermediate_size": 96}
+    settings["max_position_embeddings"] = 256
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
 
 
 def config(family, folder):
