@@ -1,32 +1,50 @@
-"""What adapters of a rank keep of the experts that an artifact stores; a part of serving.py.
+"""What adapters of a rank keep of the experts that an artifact stores, without and with baked means.
 
-Losses are computed in bfloat16 where the processor multiplies, as those of training are.
+    python benchmarks/exported_ranks.py BASE --experts DIR --tasks A,B --family NAME --bits 0.15 --work DIR
+
+BASE and the experts are as train_experts.py leaves them. The rows of a family go to results/serving.json, beside those
+of other families. What is measured is kept in DIR, so the command may be interrupted and repeated. Losses are computed
+in bfloat16 where the processor multiplies, as those of training are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
-from artifacts import artifact
+from artifacts import artifact, source, tasks_of
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from train_experts import Pair, answer_logits
+from train_experts import REPORT_SEED, Pair, answer_logits
 from transformers import AutoModelForCausalLM
 
-from mergekit_mediator.evaluate.rivals import Rivals
+from mergekit_mediator import MediatorModel
+from mergekit_mediator.evaluate.rivals import Rivals, truncated
 from mergekit_mediator.export.adapter import write_peft
+from mergekit_mediator.export.baked import BAKED, write_baked
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.peft_lora import Holdable, to_adapter
+from mergekit_mediator.models.loading import load_tokenizer
+from mergekit_mediator.models.prompts import render
 
-REFERENCES = ("base", "mean")
+RANKS = (8, 16, 32, 64, 128)
+# By reference, whether the mean is baked into the model that is served. The dense expert of `mean` is it already.
+SERVED = {"base": (False, True), "mean": (False,)}
 _BATCH = 8
+
+Loss = tuple[float, float]
+Losses = dict[str, Loss]
 
 
 @torch.no_grad()
-def losses(model: Any, pairs: Sequence[Pair]) -> tuple[float, float]:
+def losses(model: Any, pairs: Sequence[Pair]) -> Loss:
     """The mean loss of answers in nats a token, and the part of answers that greedy decoding gives."""
     total = tokens = right = 0.0
     for start in range(0, len(pairs), _BATCH):
@@ -38,9 +56,33 @@ def losses(model: Any, pairs: Sequence[Pair]) -> tuple[float, float]:
     return total / tokens, right / len(pairs)
 
 
-def plain(path: Path | str) -> Any:
-    """A checkpoint in float32."""
+class Measured:
+    """Figures that are measured once and kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._figures = json.loads(path.read_text()) if path.exists() else {}
+
+    def __call__(self, key: str, measure: Callable[[], Any]) -> Any:
+        if key not in self._figures:
+            self._figures[key] = measure()
+            self._path.write_text(json.dumps(self._figures, indent=1))
+            print(key, self._figures[key], flush=True)
+        return self._figures[key]
+
+
+def _loaded(path: Path | str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def _plain(path: Path | str, pairs: Sequence[Pair]) -> Loss:
+    """The loss of a checkpoint in float32."""
+    return losses(_loaded(path), pairs)
+
+
+def _adapted(path: Path | str, adapter: Path, pairs: Sequence[Pair]) -> Loss:
+    """The loss of a checkpoint in float32 with an adapter added to its weights."""
+    return losses(PeftModel.from_pretrained(_loaded(path), adapter).merge_and_unload(), pairs)
 
 
 def rows(
@@ -49,72 +91,181 @@ def rows(
     ranks: Sequence[int],
     extract_ranks: Sequence[int],
     family: str,
+    storage: dict[str, Any],
     work: Path,
 ) -> list[dict[str, Any]]:
-    """For each reference and rank: means over the experts.
+    """For each reference and rank, without and with the baked mean: means over the experts.
 
     `gain_kept` is (base's loss - adapter's loss) / (base's loss - stored expert's loss), and `answers_kept`
-    the right answers of the adapters over those of the stored experts. `mergekit-extract-lora`, which takes
-    a minute an expert and rank, is run for some ranks.
+    the right answers of the adapters over those of the stored experts.
     """
-    base = plain(made.base)
-    of_base = {name: losses(base, pairs[name]) for name in pairs}
-    extracted = {rank: _extracted(made, pairs, rank) for rank in extract_ranks}
+    work.mkdir(parents=True, exist_ok=True)
+    measured = Measured(work / f"{family}.json")
+    of_base = {n: measured(f"base {n}", partial(_plain, made.base, pairs[n])) for n in pairs}
+    extracted = _extracted(made, pairs, extract_ranks, measured)
     result = []
-    for reference in REFERENCES:
-        model, _ = artifact(made, f"{family}-{reference}", {"route": "all", "reference": reference})
-        stored = {}
-        for name in pairs:
-            with model.mixture(name) as mixed:
-                stored[name] = losses(mixed, pairs[name])
+    for reference, bakings in SERVED.items():
+        parameters = {"route": "all", "reference": reference, **storage}
+        model, _ = artifact(made, f"{family}-{reference}", parameters)
+        stored = {
+            n: measured(f"{reference} stored {n}", partial(_stored, model, n, pairs[n]))
+            for n in pairs
+        }
         experts, holdable = StoredExperts(model.root), Holdable.of(model.root)
+        baked = work / f"{family}-{reference}-baked"
+        if True in bakings and not (baked / BAKED).exists():
+            write_baked(experts, tuple(pairs), holdable.unheld(experts), baked)
         for rank in ranks:
-            scores, largest, left_out = {}, 0, 0.0
-            for name in pairs:
-                adapter = to_adapter(experts, {name: 1.0}, rank, holdable)
-                folder = work / f"{family}-{reference}-{rank}-{name}"
-                if not folder.exists():
-                    write_peft(adapter, folder, str(model.root), torch.float32)
-                adapted = PeftModel.from_pretrained(plain(model.root), folder).merge_and_unload()
-                scores[name] = losses(adapted, pairs[name])
-                largest = max(largest, adapter.rank)
-                left_out = max(left_out, adapter.squared_error)
-            row = {
-                "family": family,
-                "reference": reference,
-                "rank": rank,
-                "largest_rank": largest,
-                "worst_squared_error": left_out,
-                **_kept(of_base, scores, stored),
-                "extract_lora_gain_kept": None,
-            }
-            if rank in extracted:
-                row["extract_lora_gain_kept"] = _kept(of_base, extracted[rank], stored)["gain_kept"]
-            print(row, flush=True)
-            result.append(row)
+            folders, told = _adapters(experts, holdable, pairs, rank, measured, work / family)
+            for is_baked in bakings:
+                root = baked / BAKED if is_baked else model.root
+                scores = {
+                    n: measured(
+                        f"{reference} rank {rank}{' baked' * is_baked} {n}",
+                        partial(_adapted, root, folders[n], pairs[n]),
+                    )
+                    for n in pairs
+                }
+                row = {
+                    "family": family,
+                    "storage": storage,
+                    "reference": reference,
+                    "baked": is_baked,
+                    "rank": rank,
+                    **told,
+                    **_kept(of_base, scores, stored),
+                    "extract_lora_gain_kept": None,
+                    "prompts": len(next(iter(pairs.values()))),
+                }
+                if rank in extracted:
+                    kept = _kept(of_base, extracted[rank], stored)
+                    row |= {f"extract_lora_{name}": value for name, value in kept.items()}
+                print(row, flush=True)
+                result.append(row)
     return result
 
 
-def _extracted(
-    made: Rivals,
-    pairs: dict[str, list[Pair]],
+def _stored(model: MediatorModel, name: str, pairs: list[Pair]) -> Loss:
+    """The loss of an expert as the artifact stores it."""
+    with model.mixture(name) as mixed:
+        return losses(mixed, pairs)
+
+
+def _adapters(
+    experts: StoredExperts,
+    holdable: Holdable,
+    names: Sequence[str] | dict[str, Any],
     rank: int,
-) -> dict[str, tuple[float, float]]:
-    """The losses of what `mergekit-extract-lora` takes out of each expert."""
-    scores = {}
+    measured: Measured,
+    work: Path,
+) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Export the experts; their folders, and the largest rank, the worst error and the number of weights left out."""
+    folders, figures = {}, []
+    for name in names:
+        folder = work / f"{experts.root.name}-{rank}-{name}"
+
+        export = partial(_export, experts, holdable, name, rank, folder)
+        figures.append(measured(f"{experts.root.name} exported {rank} {name}", export))
+        folders[name] = folder
+    ranks, errors, dropped = zip(*figures, strict=True)
+    told = {"largest_rank": max(ranks), "worst_squared_error": max(errors)}
+    return folders, {**told, "weights_left_out": max(dropped)}
+
+
+def _export(
+    experts: StoredExperts, holdable: Holdable, name: str, rank: int, folder: Path
+) -> list[float]:
+    """Write an expert's adapter; its rank, its squared error and the number of weights that it leaves out."""
+    adapter = to_adapter(experts, {name: 1.0}, rank, holdable)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    write_peft(adapter, folder, str(experts.root), torch.float32)
+    return [adapter.rank, adapter.squared_error, len(adapter.dropped)]
+
+
+def _extracted(
+    made: Rivals, pairs: dict[str, list[Pair]], ranks: Sequence[int], measured: Measured
+) -> dict[int, Losses]:
+    """The losses of what `mergekit-extract-lora` takes out of each expert; smaller ranks are cut from the largest."""
+    result: dict[int, Losses] = {}
     for name in pairs:
-        folder, _ = made.adapter(name, made.base, rank, "extracted")
-        adapted = PeftModel.from_pretrained(plain(made.base), folder).merge_and_unload()
-        scores[name] = losses(adapted, pairs[name])
-    return scores
+        for rank in sorted(ranks, reverse=True):
+            extract = partial(_extracted_loss, made, name, rank, max(ranks), pairs[name])
+            loss = measured(f"extract-lora {rank} {name}", extract)
+            result.setdefault(rank, {})[name] = loss
+    return result
 
 
-def _kept(
-    base: dict[str, tuple[float, float]],
-    scores: dict[str, tuple[float, float]],
-    stored: dict[str, tuple[float, float]],
-) -> dict[str, float]:
+def _extracted_loss(
+    made: Rivals, name: str, rank: int, largest: int, pairs: Sequence[Pair]
+) -> Loss:
+    """The loss of the base with what `mergekit-extract-lora` takes out of an expert."""
+    folder, _ = made.adapter(name, made.base, largest, "extracted")
+    return _adapted(made.base, folder if rank == largest else truncated(folder, rank), pairs)
+
+
+def _kept(base: Losses, scores: Losses, stored: Losses) -> dict[str, float]:
     """Means over experts of what is kept of the gain and of the answers."""
     gains = [(base[n][0] - scores[n][0]) / (base[n][0] - stored[n][0]) for n in scores]
     right = sum(score[1] for score in scores.values()) / sum(score[1] for score in stored.values())
     return {"gain_kept": sum(gains) / len(gains), "answers_kept": right}
+
+
+def with_other_families(exported: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These rows, and those of other families in the results."""
+    families = {row["family"] for row in exported}
+    there = record.read("serving")["exported"] if record.exists("serving") else []
+    return [*(row for row in there if row["family"] not in families), *exported]
+
+
+def answers_of(tokenizer: Any, tasks: dict[str, Any]) -> dict[str, list[Pair]]:
+    """Prompts and answers of each expert's task, as token ids."""
+    return {
+        name: [
+            (render(tokenizer, e.prompt), tokenizer(e.answer + tokenizer.eos_token).input_ids)
+            for e in task.examples
+        ]
+        for name, task in tasks.items()
+    }
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers that commas separate."""
+    return [int(number) for number in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--experts", type=Path, required=True)
+    parser.add_argument("--tasks", required=True, help="folders of --experts, separated by commas")
+    parser.add_argument("--family", required=True)
+    parser.add_argument("--bits", type=float, default=0.15, help="a parameter, of each expert")
+    parser.add_argument("--prompts", type=int, default=16, help="an expert, that are reported on")
+    parser.add_argument("--ranks", type=numbers, default=list(RANKS))
+    parser.add_argument("--extract-ranks", type=numbers, default=[16, 64])
+    parser.add_argument("--work", type=Path, default=Path("serving"))
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folders = {name: arguments.experts / name for name in arguments.tasks.split(",")}
+    sources = {name: source(arguments.base, folder) for name, folder in folders.items()}
+    made = Rivals(str(arguments.base.resolve()), sources, arguments.work / "merges")
+    tasks = tasks_of(folders, arguments.prompts, REPORT_SEED)
+    exported = rows(
+        made,
+        answers_of(load_tokenizer(arguments.base), tasks),
+        arguments.ranks,
+        arguments.extract_ranks,
+        arguments.family,
+        {"bits": arguments.bits},
+        arguments.work / "exported",
+    )
+    seeds = {"report": REPORT_SEED}
+    part = f"ranks of {arguments.family}"
+    print(record.amend("serving", part, {"exported": with_other_families(exported)}, seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -32,14 +32,30 @@ def version(package: str) -> str:
 
 def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = None) -> Path:
     """Write results/NAME.json: the command (paths by their last part), versions, machine, figures."""
-    record = {
+    return _written(name, {**_made(seeds), **figures})
+
+
+def amend(
+    name: str, part: str, figures: dict[str, Any], seeds: dict[str, int] | None = None
+) -> Path:
+    """Replace figures in results/NAME.json, and note under `also` how this part of them was made."""
+    there = read(name)
+    also = {**there.get("also", {}), part: _made(seeds)}
+    return _written(name, {**there, **figures, "also": also})
+
+
+def _made(seeds: dict[str, int] | None) -> dict[str, Any]:
+    """The command, the versions, the machine and the seeds of this run."""
+    return {
         "command": " ".join(["python", *(arg.rsplit("/", 1)[-1] for arg in sys.argv)]),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
         "seeds": seeds or {},
-        **figures,
     }
+
+
+def _written(name: str, record: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ import record
 import torch
 import vllm_server
 from artifacts import CALIBRATION_PROMPTS, artifact, prompt_files, source, tasks_of
-from train_experts import REPORT_SEED, Pair
+from train_experts import REPORT_SEED
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.engines.deciders import EmbeddingDecider
@@ -33,7 +33,6 @@ from mergekit_mediator.models.prompts import render
 from mergekit_mediator.route.calibrate import calibrate_artifact
 from mergekit_mediator.store.manifest import ROUTER
 
-RANKS = (8, 16, 32, 64, 128)
 ANSWER_TOKENS, LOAD_TOKENS, AT_ONCE = 24, 16, 32
 BLENDS = ({0: 0.5, 1: 0.5}, {1: 0.25, 2: 0.375, 3: 0.375})  # by place of the expert
 
@@ -223,13 +222,15 @@ def main() -> None:
         figures = asyncio.run(measure())
     rates, times = figures["tokens_per_second"], figures["latency"]
     decision = decision_ms(decider, prompts)
-    pairs: dict[str, list[Pair]] = {
-        name: [
-            (ids, model.tokenizer(e.answer + model.tokenizer.eos_token).input_ids)
-            for ids, e in zip(prompts[name], task.examples, strict=True)
-        ]
-        for name, task in tasks.items()
-    }
+    exported = exported_ranks.rows(
+        made,
+        exported_ranks.answers_of(model.tokenizer, tasks),
+        exported_ranks.RANKS,
+        exported_ranks.numbers(arguments.extract_ranks),
+        arguments.family,
+        {},
+        arguments.work / "exported",
+    )
     result = {
         "auto_throughput_over_named": statistics.median(
             a / n for a, n in zip(rates["auto"], rates["named"], strict=True)
@@ -247,15 +248,10 @@ def main() -> None:
         "requests_at_once": AT_ONCE,
         "threads": arguments.threads,
         "vllm": "0.32.0",
-        "exported": exported_ranks.rows(
-            made,
-            pairs,
-            RANKS,
-            [int(rank) for rank in arguments.extract_ranks.split(",")],
-            arguments.family,
-            arguments.work / "exported",
-        ),
+        "exported": exported_ranks.with_other_families(exported),
     }
+    if record.exists("serving"):
+        result["also"] = record.read("serving").get("also", {})
     print(record.write("serving", result, {"report": REPORT_SEED}))
 
 

@@ -34,9 +34,10 @@ def exported() -> str:
     rows = []
     for row in load("serving")["exported"]:
         extracted = row["extract_lora_gain_kept"]
+        baked = ", the mean baked in" if row.get("baked") else ""
         rows.append(
             [
-                f"{row['family']}, `reference: {row['reference']}`",
+                f"{row['family']}, `reference: {row['reference']}`{baked}",
                 str(row["rank"]),
                 str(row["largest_rank"]),
                 f"{100 * row['gain_kept']:.1f}",

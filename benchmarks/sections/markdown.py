@@ -24,17 +24,22 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def about(name: str) -> str:
     """How results/NAME.json was made: its command, versions, machine and seeds."""
     record = load(name)
+    lines = [f"- File: `benchmarks/results/{name}.json`"]
+    for part, made in record.get("also", {}).items():
+        lines += [f"\nThe {part}:\n", *_made(made)]
+    return "\n".join([*_made(record), *lines])
+
+
+def _made(record: dict[str, Any]) -> list[str]:
+    """The command, the versions, the machine and the seeds of a record, as a list."""
     # scripts are recorded by their file name
     command = re.sub(r"^python (\w+\.py)", r"python benchmarks/\1", record["command"])
     machine = record["machine"]
     versions = ", ".join(f"{package} {v}" for package, v in record["versions"].items())
     seeds = ", ".join(f"{use} {seed}" for use, seed in record["seeds"].items()) or "none"
-    return "\n".join(
-        [
-            f"- Command: `{command}`",
-            f"- Versions: Python {record['python']}, {versions}",
-            f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}",
-            f"- Seeds: {seeds}",
-            f"- File: `benchmarks/results/{name}.json`",
-        ]
-    )
+    return [
+        f"- Command: `{command}`",
+        f"- Versions: Python {record['python']}, {versions}",
+        f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}",
+        f"- Seeds: {seeds}",
+    ]
