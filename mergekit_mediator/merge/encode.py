@@ -1,10 +1,8 @@
 """The stored form of an expert's weight: its coordinates, its own factors, or low rank plus sparse."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from mergekit.common import ModelReference
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.narrow import check_range, narrowed
 from mergekit_mediator.delta.stored_weight import StoredWeight, encode
+from mergekit_mediator.merge.adapter_config import adapter_directory
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.conflict import task_vectors
 from mergekit_mediator.merge.loaders import OpenInputs
@@ -144,11 +143,3 @@ def adapters_for(
             return {}
         adapters[model] = factors
     return adapters
-
-
-def adapter_directory(model: ModelReference) -> Path:
-    """Where the files of a model's adapter are on this machine; downloads them as needed."""
-    path = Path(model.lora.path)
-    if path.is_dir():
-        return path
-    return Path(snapshot_download(model.lora.path, revision=model.lora.revision))

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 
 from mergekit_mediator.errors import ConfigError, InputError, MediatorError, first_line
+from mergekit_mediator.merge.adapter_config import read_adapter_config
 from mergekit_mediator.merge.architecture import common_architecture
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.headers import TensorHeader, fetch_headers, read_headers
@@ -158,6 +159,8 @@ class HeaderInputs(Inputs):
     def _read_headers(self) -> Headers:
         headers: Headers = {}
         for model in self.models:
+            if model.lora is not None:
+                read_adapter_config(model)
             path = Path(model.model.path)
             if path.is_dir():
                 files = sorted(p.name for p in path.glob("*.safetensors"))

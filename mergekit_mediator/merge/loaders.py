@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_mediator.errors import InputError, first_line
+from mergekit_mediator.errors import InputError, MediatorError, first_line
+from mergekit_mediator.merge.adapter_loader import open_adapted
 from mergekit_mediator.merge.headers import read_headers
 from mergekit_mediator.merge.inputs import Headers, Inputs, shape_error
 from mergekit_mediator.merge.planner import PlannedWeight
@@ -39,7 +40,9 @@ MAPPED_BYTES = 1 << 27
 
 
 class OpenInputs(Inputs):
-    """The models of a merge with their weights. Entering downloads models and merges adapters as needed.
+    """The models of a merge with their weights. Entering downloads models as needed.
+
+    An adapter is merged into each weight that is read, see `adapter_loader.open_adapted`.
 
     Attributes:
         tokenizer: the tokenizer that the configuration asks for; None until it is built.
@@ -66,7 +69,11 @@ class OpenInputs(Inputs):
         for model in self.models:
             cache.loaders.pop(model, None)  # its files may have changed since an earlier merge
             try:
+                if model.lora is not None:
+                    cache.loaders[model] = open_adapted(model, self.options)
                 index = cache.get(model).index
+            except MediatorError:
+                raise
             except SafetensorError as error:  # the loader opens a file only if it is the only one
                 raise InputError(
                     f"model {model}: model.safetensors is truncated, or no safetensors file: "

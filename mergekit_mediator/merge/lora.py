@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -73,6 +73,11 @@ def read_adapter(
             }
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Tell whether PEFT computes other weights of the base when it loads a LoRA adapter, as PiSSA does."""
+    return getattr(config, "init_lora_weights", True) not in _INITIAL
 
 
 def _is_plain(config: dict[str, Any]) -> bool:

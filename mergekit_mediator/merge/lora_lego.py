@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.narrow import narrowed
 from mergekit_mediator.errors import ConfigError, InputError, OutputError
-from mergekit_mediator.merge.encode import adapter_directory
+from mergekit_mediator.merge.adapter_config import adapter_directory
 from mergekit_mediator.merge.lora import read_adapter
 from mergekit_mediator.merge.method_parameters import check_parameters
 from mergekit_mediator.merge.parameters import scalar, sources

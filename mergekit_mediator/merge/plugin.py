@@ -37,6 +37,7 @@ def take_over_run_merge(merge: Any) -> None:
     stock = merge.run_merge
     if getattr(stock, "handles_mediator", False):
         return
+    own = {kind.spec.name for kind in _METHODS}
     merge.MergePlanner = checking_and_measuring(_without_rounding(merge.MergePlanner))
 
     @functools.wraps(stock)
@@ -53,6 +54,11 @@ def take_over_run_merge(merge: Any) -> None:
                 from mergekit_mediator.merge.lora_lego import run as run_lora_lego
 
                 run_lora_lego(merge_config, out_path)
+            elif merge_config.merge_method in own:
+                from mergekit_mediator.merge.adapter_loader import adapters_by_weight
+
+                with adapters_by_weight(merge_config.referenced_models(), options) as settings:
+                    stock(merge_config, out_path, options=settings, config_source=config_source)
             else:
                 stock(merge_config, out_path, options=options, config_source=config_source)
         except MediatorError as error:
