@@ -24,6 +24,10 @@ class ArtifactError(MediatorError):
     """A mediator artifact that is missing, incomplete, altered or malformed."""
 
 
+class EditError(MediatorError):
+    """A change of an artifact that cannot be carried out as asked."""
+
+
 class RoutingError(MediatorError):
     """A request that cannot be routed, or a router that cannot be fitted or loaded."""
 

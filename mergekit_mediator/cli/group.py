@@ -20,6 +20,8 @@ _SUMMARIES = {
     "merge": "Merge models into an artifact.",
     "plan": "Show what a merge will read, write and need, before it runs.",
     "push": "Send an artifact to the Hugging Face Hub.",
+    "remove-expert": "Remove an expert from an artifact.",
+    "rename-expert": "Rename an expert of an artifact.",
     "verify": "Check every digest of an artifact, and its base.",
 }
 # The module of each command that is not in `main`. Some import libraries that take seconds.
@@ -35,6 +37,8 @@ _MODULES = {
     "merge": "merge",
     "plan": "merge",
     "push": "share",
+    "remove-expert": "experts",
+    "rename-expert": "experts",
 }
 
 
@@ -49,7 +53,7 @@ class Commands(click.Group):
         """Import a command; None if there is no command of this name."""
         if cmd_name in _MODULES:
             module = import_module(f"mergekit_mediator.cli.{_MODULES[cmd_name]}")
-            command: click.Command = getattr(module, cmd_name)
+            command: click.Command = getattr(module, cmd_name.replace("-", "_"))
             return command
         return super().get_command(ctx, cmd_name)
 

@@ -50,6 +50,7 @@ def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
         ],
         "settings": manifest.parameters,
         "router": manifest.router,
+        "history": [change.model_dump() for change in manifest.history],
     }
 
 
@@ -99,8 +100,17 @@ def inspect_report(figures: dict[str, Any]) -> str:
             table(["layer", "", metric, "bits/param", "mean rank", "kept, %"], rows),
             "",
             f"{routed} of {len(layers)} layers routed: {_reason(settings)}",
+            *_changes(figures),
         ]
     )
+
+
+def _changes(figures: Mapping[str, Any]) -> list[str]:
+    """Write the changes since the merge, and whether the calibrated router is stale."""
+    lines = [f"- {change['note']}" for change in figures["history"]]
+    lines = ["", "changes since the merge:", *lines] if lines else []
+    stale = (figures["router"] or {}).get("stale")
+    return lines if stale is None else [*lines, "", f"the calibrated router is stale: {stale}"]
 
 
 def _stored(

@@ -18,7 +18,8 @@ from mergekit_mediator.models.loading import DenseCheckpoint, load_tokenizer
 from mergekit_mediator.models.modules import input_embedding
 from mergekit_mediator.models.prompts import render
 from mergekit_mediator.route.calibrated import CalibratedRouter
-from mergekit_mediator.route.decision import RoutingDecision
+from mergekit_mediator.route.calibrated_file import check_known
+from mergekit_mediator.route.decision import RoutingDecision, for_experts
 from mergekit_mediator.route.features import mean_embedding
 from mergekit_mediator.store.manifest import ROUTER, Manifest
 
@@ -69,7 +70,8 @@ class EmbeddingDecider:
         Raises:
             RoutingError: the artifact has no tokenizer, or the router takes other features.
         """
-        self._router = CalibratedRouter.load(router_file)
+        self._router, self._experts = CalibratedRouter.load(router_file), manifest.expert_names
+        check_known(self._router.experts, self._experts, router_file)
         self._tokenizer: Any = load_tokenizer(root)
         if self._tokenizer is None or self._router.kind != "embedding":
             raise RoutingError(
@@ -92,7 +94,7 @@ class EmbeddingDecider:
             ids = torch.tensor([token_ids(self._tokenizer, prompt, len(self._table))])
             counted = self._contexts.counted(ids, torch.ones_like(ids), route_on)
             features.append(mean_embedding(ids, counted, self._table, self._router.tokens))
-        return self._router.decide(torch.cat(features))
+        return for_experts(self._router.decide(torch.cat(features)), self._experts)
 
     def close(self) -> None:
         """See `Decider.close`."""

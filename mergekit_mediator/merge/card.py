@@ -64,18 +64,21 @@ Base: {base}
 {chart}
 ```
 
-## Configuration
+{changes}## Configuration
 
 ```yaml
 {config}
 ```
+"""
+_WARNING = """
+**The licences of these models differ: {licenses}.** Check that you may do what you want to do.
 """
 
 
 def write_card(
     out: Path, manifest: Manifest, config_source: str, files: Iterable[str] = ()
 ) -> None:
-    """Write the model card, `README.md`, without the network and without naming local directories.
+    """Write the model card, `README.md`, and warn of licences that differ.
 
     Args:
         out: the directory of the artifact.
@@ -83,23 +86,32 @@ def write_card(
         config_source: the text of the configuration.
         files: the files that the configuration names besides models. The card shows their names alone.
     """
-    models = [manifest.base.source, *(e.source for e in manifest.experts)]
-    licenses = [manifest.base.license, *(expert.license for expert in manifest.experts)]
-    differ = disagreement(licenses)
-    warning = ""
+    differ = disagreement(_licenses(manifest))
     if differ is not None:
         tqdm.write(
             f"warning: the models' licences differ ({differ}): check them before you publish"
         )
-        warning = (
-            f"\n**The licences of these models differ: {differ}.** Check that you may do what you want "
-            "to do.\n"
-        )
+    text = card_text(output_name(out), manifest, config_source, files)
+    (out / CARD).write_text(text, encoding="utf-8")
+
+
+def card_text(name: str, manifest: Manifest, config_source: str, files: Iterable[str] = ()) -> str:
+    """Make the text of the model card, without the network and without naming local directories.
+
+    Args:
+        name: the title.
+        manifest: see `write_card`.
+        config_source: see `write_card`.
+        files: see `write_card`.
+    """
+    models = [manifest.base.source, *(e.source for e in manifest.experts)]
+    differ = disagreement(_licenses(manifest))
+    warning = "" if differ is None else _WARNING.format(licenses=differ)
     metric = manifest.parameters["conflict"]
     count = len(manifest.experts)
-    text = _CARD.format(
+    return _CARD.format(
         metadata=yaml.safe_dump(_metadata(manifest, models), sort_keys=True),
-        name=output_name(out),
+        name=name,
         experts=f"{count} experts" if count > 1 else "one expert",
         dense=_dense(manifest),
         base=_show(manifest.base.source),
@@ -111,9 +123,21 @@ def write_card(
             [layer.conflict.get(metric, 0.0) for layer in manifest.layers],
             [layer.routed for layer in manifest.layers],
         ),
+        changes=_changes(manifest),
         config=without_directories(config_source, [*models, *files]).strip(),
     )
-    (out / CARD).write_text(text, encoding="utf-8")
+
+
+def _licenses(manifest: Manifest) -> list[str | None]:
+    return [manifest.base.license, *(expert.license for expert in manifest.experts)]
+
+
+def _changes(manifest: Manifest) -> str:
+    """The section of the changes since the merge; empty without any."""
+    if not manifest.history:
+        return ""
+    notes = "\n".join(f"- {change.note}" for change in manifest.history)
+    return f"## Changes since the merge\n\n{notes}\n\n"
 
 
 def _metadata(manifest: Manifest, models: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +150,7 @@ def _metadata(manifest: Manifest, models: Sequence[str]) -> dict[str, Any]:
     hub = [part for model in models for part in model.split("+") if is_hub_id(part)]
     if hub:
         metadata |= {"base_model": list(dict.fromkeys(hub)), "base_model_relation": "merge"}
-    licenses = {manifest.base.license, *(expert.license for expert in manifest.experts)}
+    licenses = set(_licenses(manifest))
     if len(licenses) == 1 and None not in licenses:
         metadata["license"] = licenses.pop()
     for name in ("language", "datasets"):

@@ -36,6 +36,9 @@ from mergekit_mediator.store.manifest import (
 )
 from mergekit_mediator.store.output_lock import output_lock
 
+# The entry of the manifest about a router whose features come from an earlier dense expert.
+OLD_DENSE = "old_dense"
+
 
 def calibrate_artifact(
     root: Path,
@@ -115,6 +118,11 @@ def _fit(
     prompts = {name: read_prompts(path) for name, path in data.items()}
     ids = {name: [render(tokenizer, prompt) for prompt in rows] for name, rows in prompts.items()}
     missing = [name for name in manifest.expert_names if name not in data]
+    if missing and (manifest.router or {}).get(OLD_DENSE):
+        raise RoutingError(
+            f"no data for {', '.join(missing)}: the features that the router holds come from an earlier dense "
+            "expert: give --data NAME=FILE for each expert"
+        )
     if missing and manifest.router_file is None:
         raise RoutingError(
             f"no data for {', '.join(missing)}: give --data NAME=FILE for each expert"

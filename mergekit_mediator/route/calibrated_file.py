@@ -187,6 +187,25 @@ def _whole(value: Any, key: str, path: Path) -> int:
     return value
 
 
+def check_known(experts: Sequence[str], artifact: Sequence[str], path: Path) -> None:
+    """Refuse a router that chooses experts which the artifact does not have.
+
+    Args:
+        experts: the router's experts.
+        artifact: the artifact's experts.
+        path: the router's file, for the message.
+
+    Raises:
+        ArtifactError: there is such an expert.
+    """
+    unknown = [name for name in experts if name not in artifact]
+    if unknown:
+        raise ArtifactError(
+            f"{path}: routes to {listed(unknown)}, and the manifest has {listed(artifact)}: calibrate again "
+            "for these experts"
+        )
+
+
 def _one_of(about: Mapping[str, Any], key: str, choices: Any, path: Path) -> Any:
     if about.get(key) not in get_args(choices):
         names = ", ".join(get_args(choices))

@@ -6,7 +6,7 @@ tensors only, neither prompts nor models.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -79,6 +79,21 @@ def decide_from_scores(
         ood = torch.full((len(scores),), math.nan, device=scores.device)
     entropy = (weights * logp).sum(dim=1).abs()  # -0.0 would be shown as negative
     return RoutingDecision(weights, entropy, ood, tuple(experts))
+
+
+def for_experts(decision: RoutingDecision, experts: Sequence[str]) -> RoutingDecision:
+    """Give a decision a column for every expert of an artifact; those that the router does not know get 0.
+
+    Args:
+        decision: the decision of a router.
+        experts: the names of the artifact's experts, in the order of the columns.
+    """
+    if decision.experts == tuple(experts):
+        return decision
+    weights = decision.weights.new_zeros(len(decision.weights), len(experts))
+    columns = torch.tensor([experts.index(name) for name in decision.experts])
+    weights[:, columns.to(weights.device)] = decision.weights
+    return replace(decision, weights=weights, experts=tuple(experts))
 
 
 def apply_policy(

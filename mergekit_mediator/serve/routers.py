@@ -1,5 +1,6 @@
 """Run the routers of an artifact by name: measure the model, then decide."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,8 @@ from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.models.contexts import Contexts
 from mergekit_mediator.models.prompts import pad_token
 from mergekit_mediator.route.calibrated import CalibratedRouter, Kind
-from mergekit_mediator.route.calibrated_file import Limits
-from mergekit_mediator.route.decision import RoutingDecision, decide_from_scores
+from mergekit_mediator.route.calibrated_file import Limits, check_known
+from mergekit_mediator.route.decision import RoutingDecision, decide_from_scores, for_experts
 from mergekit_mediator.route.features import hidden_features, mean_embedding
 from mergekit_mediator.route.response import ResponseRouter
 from mergekit_mediator.serve.mixer import Mixer
@@ -55,6 +56,9 @@ class Routers:
         self._root, self._manifest = root, manifest
         self._model, self._forward = model, forward
         self._mixer, self._contexts, self._shapes = mixer, contexts, shapes
+        self._stale: str | None = (manifest.router or {}).get("stale")
+        if self._stale is not None:
+            warnings.warn(f"{root}: the calibrated router is stale: {self._stale}", stacklevel=2)
 
     @property
     def default(self) -> Router:
@@ -116,9 +120,11 @@ class Routers:
         name = self._manifest.router_file
         if name is None:
             return None
-        return CalibratedRouter.load(
-            self._root / name, tuple(self._mixer.experts.files), Limits.of(self._model)
-        )
+        experts = tuple(self._mixer.experts.files)
+        required = None if self._stale else experts
+        router = CalibratedRouter.load(self._root / name, required, Limits.of(self._model))
+        check_known(router.experts, experts, self._root / name)
+        return router
 
     @cached_property
     def _response(self) -> ResponseRouter | None:
@@ -159,7 +165,8 @@ class Routers:
             features = hidden_features(
                 self._model, ids, mask, counted, router.tokens, router.layers
             )
-        return router.decide(features.cpu(), temperature)
+        decision = router.decide(features.cpu(), temperature)
+        return for_experts(decision, tuple(self._mixer.experts.files))
 
     def _responses(
         self, ids: Tensor, mask: Tensor, counted: Tensor

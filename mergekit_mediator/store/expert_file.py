@@ -126,8 +126,14 @@ class ExpertFile(ExpertHeader):
         Raises:
             ArtifactError: the bytes do not fit the description, or the dense weight is missing or another.
         """
-        stream = self._file.get_tensor(weight)
-        return decode_bytes(stream, self.weights[weight], f"{self.path}: {weight!r}", dense)
+        return decode_bytes(
+            self.stream(weight), self.weights[weight], f"{self.path}: {weight!r}", dense
+        )
+
+    def stream(self, weight: str) -> Tensor:
+        """Read the bytes of one weight as they are stored, `[bytes]` uint8."""
+        stream: Tensor = self._file.get_tensor(weight)
+        return stream
 
 
 def open_expert(

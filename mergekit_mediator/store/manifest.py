@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -112,6 +112,24 @@ class LayerEntry(_Model):
     routed: bool
 
 
+class Change(_Model):
+    """One change of an artifact after its merge.
+
+    Attributes:
+        action: the kind of the change.
+        expert: the name of the expert before the change.
+        package_version: of the mergekit-mediator that made the change.
+        details: the arguments of the change and its figures, as plain values.
+        note: one sentence for people: the change, and its limits.
+    """
+
+    action: Literal["add", "remove", "rename", "requantize", "rebuild"]
+    expert: str
+    package_version: str
+    details: dict[str, Any] = {}
+    note: str
+
+
 class Manifest(_Model):
     """Everything that a reader needs to trust an artifact and to run it.
 
@@ -123,8 +141,10 @@ class Manifest(_Model):
         layers: of the model, from the embeddings to the head.
         parameters: the configuration's parameters, with their defaults.
         parameter_count: of the dense expert; each tied weight counts once.
-        router: the kind of the router in `router_file` and its held-out figures, or None.
+        router: the kind of the router in `router_file` and its held-out figures, or None. If the artifact was
+            changed and the router was not, `stale` says in a sentence how that shows.
         files: the digests of all files but the manifest and the card, by path inside the artifact.
+        history: the changes since the merge, the oldest first.
     """
 
     format_version: int
@@ -136,6 +156,7 @@ class Manifest(_Model):
     parameter_count: int
     router: dict[str, Any] | None = None
     files: dict[str, FileDigest]
+    history: tuple[Change, ...] = ()
 
     @field_validator("files")
     @classmethod
@@ -218,8 +239,9 @@ def vouched_for(root: Path) -> list[str]:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """The manifest as it is written."""
-    return manifest.model_dump_json(indent=1) + "\n"
+    """The manifest as it is written. Without a history, version 0.1.0 reads it too."""
+    unused = None if manifest.history else {"history"}
+    return manifest.model_dump_json(indent=1, exclude=unused) + "\n"
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

@@ -1,0 +1,29 @@
+"""The names of experts in an artifact."""
+
+import re
+
+from mergekit_mediator.errors import EditError
+from mergekit_mediator.store.manifest import EXPERT_NAME, Manifest
+
+
+def check_new_name(name: str, manifest: Manifest, replaced: str | None = None) -> None:
+    """Refuse a name that an expert cannot have.
+
+    Args:
+        name: the new name.
+        manifest: the manifest of the artifact.
+        replaced: the present name of the expert that gets the new one; None if the expert is new.
+
+    Raises:
+        EditError: the name has other characters than names may have, such as capital letters, or an expert has
+            it already.
+    """
+    if not re.fullmatch(EXPERT_NAME, name):
+        raise EditError(
+            f"expert name {name!r}: 1 to 64 characters of a-z 0-9 . _ - required, the first a letter or digit: "
+            "choose another name"
+        )
+    if name in (present for present in manifest.expert_names if present != replaced):
+        raise EditError(f"expert name {name!r}: another expert has it: choose another name")
+    if name == replaced:
+        raise EditError(f"expert name {name!r}: the expert has it already: choose another name")

@@ -1,0 +1,155 @@
+"""A published artifact while it is changed: a staging directory that shares the artifact's files."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mergekit_mediator import __version__
+from mergekit_mediator.errors import EditError, OutputError, first_line
+from mergekit_mediator.merge.editing.card import renew_card
+from mergekit_mediator.models.loading import DenseCheckpoint
+from mergekit_mediator.store.expert_file import ExpertFile, open_expert
+from mergekit_mediator.store.manifest import (
+    CARD,
+    Change,
+    ExpertEntry,
+    Manifest,
+    digests,
+    read_manifest,
+    verify_files,
+    vouched_for,
+)
+from mergekit_mediator.store.staging import Staging
+
+# Errors of file systems that give a file no second name.
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """An artifact that is being changed.
+
+    A file in `root` may be a second name of the artifact's own file. So replace files, and never write into them.
+
+    Attributes:
+        out: the artifact's directory, which stays as it is until `publish`.
+        root: the staging directory, with all files that the manifest names.
+        manifest: the artifact's manifest before the change.
+    """
+
+    out: Path
+    root: Path
+    manifest: Manifest
+    _staging: Staging
+
+    def entry(self, name: str) -> ExpertEntry:
+        """Find an expert in the manifest.
+
+        Raises:
+            EditError: the artifact has no such expert.
+        """
+        for entry in self.manifest.experts:
+            if entry.name == name:
+                return entry
+        names = ", ".join(self.manifest.expert_names)
+        raise EditError(f"{self.out}: has no expert {name!r}: name one of {names}")
+
+    def path(self, entry: ExpertEntry) -> Path:
+        """The path of an expert's file in the staging directory."""
+        return self.root / "mediator" / entry.file
+
+    @cached_property
+    def dense(self) -> DenseCheckpoint:
+        """The weights of the dense expert before the change."""
+        return DenseCheckpoint(self.out)
+
+    @cached_property
+    def files(self) -> Mapping[str, ExpertFile]:
+        """The files of all experts before the change, by name."""
+        entries = self.manifest.experts
+        return {entry.name: open_expert(self.out, entry, self.dense.shapes) for entry in entries}
+
+    def publish(self, manifest: Manifest, *changes: Change) -> Manifest:
+        """Replace the artifact by the content of the staging directory, in one step.
+
+        Args:
+            manifest: the new manifest; its digests are those of before, and its history lacks the changes.
+            changes: the changes.
+
+        Returns:
+            The manifest as it is written.
+
+        Raises:
+            OSError: a step failed, and the artifact is as before.
+        """
+        names = vouched_for(self.root)
+        new = [name for name in names if not self._is_shared(name)]
+        kept = {name: manifest.files[name] for name in names if name not in new}
+        fresh = digests(self.root, new)
+        manifest = manifest.model_copy(
+            update={
+                "files": {name: fresh.get(name) or kept[name] for name in names},
+                "history": (*manifest.history, *changes),
+            }
+        )
+        renew_card(self.root, self.manifest, manifest)
+        self._staging.publish(manifest)
+        return manifest
+
+    def _is_shared(self, name: str) -> bool:
+        before = self.out / name
+        return before.exists() and before.samefile(self.root / name)
+
+
+@contextmanager
+def editing(out: Path) -> Iterator[Workspace]:
+    """Verify an artifact and prepare its change. Unless the caller publishes, the artifact stays as it is.
+
+    Args:
+        out: the artifact's directory.
+
+    Raises:
+        ArtifactError: the artifact does not verify.
+        OutputError: another process writes there, or a file cannot be written.
+    """
+    try:
+        with Staging(out, overwrite=True) as staging:
+            manifest = read_manifest(out)
+            verify_files(out, manifest)
+            for name in (*manifest.files, *([CARD] if (out / CARD).is_file() else [])):
+                _share(out / name, staging.path / name)
+            yield Workspace(out, staging.path, manifest, staging)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{out}: cannot be written: {first_line(error)}") from error
+
+
+def change(action: str, expert: str, note: str, **details: object) -> Change:
+    """Describe a change by this version of the package; see `manifest.Change`."""
+    return Change.model_validate(
+        {
+            "action": action,
+            "expert": expert,
+            "package_version": __version__,
+            "details": details,
+            "note": note,
+        }
+    )
+
+
+def _share(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no second names."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
