@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mergekit_mediator.cli.plots import extra_axis
+from mergekit_mediator.cli.quality import extra_axis
 
 RESULTS = "experts-4"
 # system -> its name, and where the label stands: its offset from the point in points, and its anchor

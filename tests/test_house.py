@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"errors", "delta"},
     "merge": {"errors", "remote_code", "delta", "store", "models", "tune", "route", "methods"},
     "serve": {"errors", "remote_code", "delta", "store", "models", "route", "share"},
-    "evaluate": {"errors", "models", "methods", "merge", "serve"},
+    "evaluate": {"errors", "models", "route", "methods", "merge", "serve"},
     "share": {"errors", "store", "models"},
     "export": {"errors", "remote_code", "delta", "store", "models"},
     "engines": {"errors", "models", "store", "route", "serve", "share", "export"},

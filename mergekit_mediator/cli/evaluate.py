@@ -5,11 +5,12 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mergekit_mediator.cli import options
-from mergekit_mediator.cli.plots import plot_quality
+from mergekit_mediator.cli.plots import plot_evaluation, plot_quality
 from mergekit_mediator.errors import MediatorError, OutputError
 from mergekit_mediator.evaluate.contenders import located
 from mergekit_mediator.evaluate.results import SystemResult, to_json, to_markdown
@@ -20,10 +21,12 @@ from mergekit_mediator.evaluate.systems import (
     expert_systems,
     mediator_systems,
     route,
+    routing_reliability,
     sizes,
 )
-from mergekit_mediator.evaluate.tasks import load_tasks, split
+from mergekit_mediator.evaluate.tasks import load_tasks, source_of, split
 from mergekit_mediator.serve.model import MediatorModel
+from mergekit_mediator.store.evaluation import Evaluation, loaded_digest, write_evaluation
 
 
 @click.command()
@@ -82,6 +85,12 @@ from mergekit_mediator.serve.model import MediatorModel
     type=click.Path(file_okay=False, path_type=Path),
     help="The folder of table, JSON and picture; it keeps merges and scores for the next call.",
 )
+@options.plot("quality against bytes, and where the router sent the prompts of each task")
+@click.option(
+    "--record/--no-record",
+    default=True,
+    help="Keep the results in the artifact, for `report`, its card and `push`; the last ones count.",
+)
 @options.trust_remote_code
 @options.as_json
 def evaluate(
@@ -98,6 +107,8 @@ def evaluate(
     dtype: str,
     seed: int,
     work: Path | None,
+    plot: Path | None,
+    record: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -154,8 +165,10 @@ def evaluate(
         rows = to_json([*results, *mediators])
         figures = {
             "prompts_per_task": {name: len(task.examples) for name, task in reported.items()},
+            "sources": {text.partition("=")[0]: source_of(text) for text in tasks},
             "systems": rows,
             "routing": {name: routed.figures(model.experts) for name, routed in routing.items()},
+            "reliability": routing_reliability(routing),
         }
         if work is not None:
             (work / "evaluation.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
@@ -165,6 +178,18 @@ def evaluate(
             except OutputError as error:  # table and JSON are written without a picture
                 click.echo(f"warning: {error}", err=True)
     click.echo(json.dumps(figures, indent=1) if as_json else to_markdown(rows))
+    if record and Path(out).is_dir():
+        _record(Path(out), {"artifact": loaded_digest(model.manifest), **figures})
+    if plot is not None:
+        plot_evaluation(figures, plot)
+
+
+def _record(root: Path, figures: dict[str, Any]) -> None:
+    """Keep the results in the artifact; a warning tells of an artifact that cannot be written."""
+    try:
+        write_evaluation(root, Evaluation.model_validate(figures))
+    except OSError as error:
+        click.echo(f"warning: {root}: the results are not kept there: {error.strerror}", err=True)
 
 
 def _make(folder: Path) -> None:

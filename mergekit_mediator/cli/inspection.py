@@ -1,6 +1,6 @@
 """Show the content of an artifact: its experts and sizes, and the choice for every layer with its reason."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
     Raises:
         ArtifactError: an expert's file is missing or damaged.
     """
-    experts, files = [], []
+    experts: list[dict[str, Any]] = []
+    files: dict[str, Mapping[str, Description]] = {}
     for entry in manifest.experts:
         header = open_header(root, entry)
-        files.append(header.weights)
+        files[entry.name] = header.weights
         stored = manifest.files[f"mediator/{entry.file}"].bytes
         parameters = sum(description.numel for description in header.weights.values())
         experts.append(
@@ -114,24 +115,32 @@ def _changes(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _stored(
-    layer: LayerEntry, files: Sequence[Mapping[str, Description]]
-) -> dict[str, float] | None:
+    layer: LayerEntry, files: Mapping[str, Mapping[str, Description]]
+) -> dict[str, Any] | None:
     """Compute a layer's means over experts; None if no expert stores a weight of the layer.
 
     Returns:
-        The bits per parameter, the rank of matrices, and the fraction of coordinates that are stored.
+        The bits per parameter, the rank of matrices, and the fraction of coordinates that are stored; and
+        the bytes by expert.
     """
-    weights = [file[name] for file in files for name in layer.weights if name in file]
+    by_expert = {e: [file[n] for n in layer.weights if n in file] for e, file in files.items()}
+    weights = [d for stored in by_expert.values() for d in stored]
     parameters = sum(d.numel for d in weights)
     if not parameters:
         return None
-    streams = sum(sum(d.sizes) + sum(d.factors.sizes if d.factors else ()) for d in weights)
+    sizes = {expert: sum(map(_bytes, stored)) for expert, stored in by_expert.items()}
     ranks = [d.factors.rank if d.factors else 0 for d in weights if len(d.shape) > 1]
     return {
-        "bits_per_parameter": 8 * streams / parameters,
+        "bits_per_parameter": 8 * sum(sizes.values()) / parameters,
         "rank": sum(ranks) / len(ranks) if ranks else 0.0,
         "density": sum(d.count for d in weights) / parameters,
+        "bytes": sizes,
     }
+
+
+def _bytes(stored: Description) -> int:
+    """The bytes of all streams of a stored weight."""
+    return sum(stored.sizes) + sum(stored.factors.sizes if stored.factors else ())
 
 
 def _tuning(tuned: Mapping[str, Any] | None) -> str:

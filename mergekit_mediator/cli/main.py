@@ -26,14 +26,15 @@ def main(verbose: bool) -> None:
 
 @main.command()
 @click.argument("out")
+@options.plot("conflict and bytes by layer, and what the calibrated router confuses")
 @options.as_json
-def inspect(out: str, as_json: bool) -> None:
+def inspect(out: str, plot: Path | None, as_json: bool) -> None:
     """Show experts, conflict, routed layers and sizes of the artifact in OUT.
 
     OUT is a directory, or a repository on the Hub, of which the manifest and the headers of the
     experts' files are read.
 
-    Example: mergekit-mediator inspect OUT
+    Example: mergekit-mediator inspect OUT --plot artifact.svg
     """
     from mergekit_mediator.cli import inspection
     from mergekit_mediator.store.manifest import read_manifest
@@ -41,6 +42,10 @@ def inspect(out: str, as_json: bool) -> None:
     with _headers(out) as root:
         figures = inspection.inspect_figures(root, read_manifest(root))
     click.echo(json.dumps(figures, indent=1) if as_json else inspection.inspect_report(figures))
+    if plot is not None:
+        from mergekit_mediator.cli.plots import plot_artifact
+
+        plot_artifact(figures, plot)
 
 
 def _headers(out: str) -> AbstractContextManager[Path]:

@@ -69,11 +69,7 @@ def merge(
 @click.option(
     "--curve", is_flag=True, help="Predict quality for every budget; this reads every weight once."
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="FILE.png: draw the conflict or the curve.",
-)
+@options.plot("the conflict or the curve")
 @options.as_json
 @add_merge_options  # type: ignore[untyped-decorator]
 def plan(

@@ -1,6 +1,9 @@
 """The options and arguments that several commands share."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +14,37 @@ trust_remote_code = click.option(
     is_flag=True,
     help="Let the models' own code run; read it first.",
 )
+
+
+def plot(content: str) -> Callable[[Any], Any]:
+    """The option `--plot FILE`; it is checked before the command does what takes long.
+
+    Args:
+        content: the content of the picture, for the help text.
+    """
+    kind = click.Path(dir_okay=False, path_type=Path)
+    text = f"FILE.png or FILE.svg: draw {content}."
+    return click.option("--plot", type=kind, callback=_picture, help=text)
+
+
+def _picture(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a picture that cannot be written.
+
+    Raises:
+        BadParameter: the suffix or the folder is none that a picture can have.
+        UsageError: matplotlib is missing.
+    """
+    if path is None:
+        return None
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise click.BadParameter(f"FILE.png or FILE.svg is required, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"{path.parent}: there is no such folder: make it first")
+    if find_spec("matplotlib") is None:
+        raise click.UsageError(
+            "--plot needs matplotlib: pip install mergekit-mediator[plot]", context
+        )
+    return path
 
 
 def mixture(texts: tuple[str, ...]) -> dict[str, float] | None:

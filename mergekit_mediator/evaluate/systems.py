@@ -5,6 +5,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mergekit_mediator.errors import TaskError
 from mergekit_mediator.evaluate.contenders import Contender, checkpoint, mixed
 from mergekit_mediator.evaluate.results import (
@@ -18,6 +20,7 @@ from mergekit_mediator.evaluate.results import (
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
 from mergekit_mediator.evaluate.tasks import Example
 from mergekit_mediator.models.prompts import render
+from mergekit_mediator.route.confidence import reliability
 from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.serve.model import MediatorModel
 
@@ -32,11 +35,13 @@ class Routing:
     Attributes:
         mixtures: the mixture of each example.
         likeliest: the likeliest expert of each example.
+        confidence: the probability of the likeliest expert of each example.
         entropy: the mean entropy over the examples, in nats.
     """
 
     mixtures: tuple[Mixture, ...]
     likeliest: tuple[str, ...]
+    confidence: tuple[float, ...]
     entropy: float
 
     def figures(self, experts: Sequence[str]) -> dict[str, Any]:
@@ -69,6 +74,17 @@ def routing_accuracy(routing: Mapping[str, Routing]) -> float:
     """Compute the fraction of examples, 0 to 1, whose likeliest expert is the expert of their task."""
     matches = [expert == task for task, routed in routing.items() for expert in routed.likeliest]
     return sum(matches) / len(matches)
+
+
+def routing_reliability(routing: Mapping[str, Routing]) -> list[tuple[int, float, float]]:
+    """Compare the router's confidence in the likeliest expert with its accuracy, over the examples of all tasks.
+
+    Returns:
+        For each bin of confidence: the number of examples, their mean confidence and their accuracy.
+    """
+    confidence = [c for routed in routing.values() for c in routed.confidence]
+    hits = [expert == task for task, routed in routing.items() for expert in routed.likeliest]
+    return reliability(torch.tensor(confidence), torch.tensor(hits))
 
 
 def mediator_systems(
@@ -199,12 +215,16 @@ def _models(count: int) -> dict[str, float]:
 def _route(model: MediatorModel, examples: Sequence[Example], batch_size: int = 8) -> Routing:
     mixtures: list[Mixture] = []
     likeliest: list[str] = []
+    confidence: list[float] = []
     entropy = 0.0
     for start in range(0, len(examples), batch_size):
         prompts = [render(model.tokenizer, e.prompt) for e in examples[start : start + batch_size]]
         decision = model.route(*model.pad(prompts))
         entropy += float(decision.entropy.sum())
-        likeliest += [model.experts[i] for i in decision.weights.argmax(dim=1).tolist()]
+        most, choice = decision.weights.max(dim=1)
+        likeliest += [model.experts[i] for i in choice.tolist()]
+        confidence += most.tolist()
         rows = model.mixtures(decision).tolist()
         mixtures += [Mixture.of_row(row, model.experts) for row in rows]
-    return Routing(tuple(mixtures), tuple(likeliest), entropy / len(examples))
+    mean_entropy = entropy / len(examples)
+    return Routing(tuple(mixtures), tuple(likeliest), tuple(confidence), mean_entropy)

@@ -190,6 +190,19 @@ def load_tasks(specifications: Sequence[str], limit: int, seed: int) -> dict[str
     return tasks
 
 
+def source_of(specification: str) -> str:
+    """Name the data of a task for other people: a file's name, `gym:TASK` or `lm_eval:TASK`.
+
+    Args:
+        specification: as in `load_tasks`.
+    """
+    source = specification.partition("=")[2]
+    kind, colon, rest = source.partition(":")
+    if kind == "gym":
+        return source
+    return f"lm_eval:{Path(rest).name}" if kind == "lm_eval" and colon else Path(source).name
+
+
 def split(tasks: Mapping[str, Task], limit: int) -> tuple[dict[str, Task], dict[str, Task]]:
     """Split each task into examples to report and other examples to choose coefficients on.
 

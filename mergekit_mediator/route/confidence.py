@@ -34,6 +34,24 @@ def fit_temperature(scores: Tensor, truth: Tensor) -> float:
     return math.exp(_minimum(loss, math.log(scale) - 8, math.log(scale) + 5))
 
 
+def reliability(confidence: Tensor, hits: Tensor, bins: int = 15) -> list[tuple[int, float, float]]:
+    """Compare confidence with accuracy, in equal bins of confidence.
+
+    Args:
+        confidence: `[n]`, the probability of the likeliest expert, from 0 to 1.
+        hits: `[n]` bool, whether that expert is the true one.
+        bins: the number of bins.
+
+    Returns:
+        For each bin that is not empty: the number of prompts, their mean confidence and their accuracy.
+    """
+    index = (confidence * bins).long().clamp_max(bins - 1)
+    members = (index == b for b in sorted(set(index.tolist())))
+    return [
+        (int(m.sum()), float(confidence[m].mean()), float(hits[m].double().mean())) for m in members
+    ]
+
+
 def expected_calibration_error(probabilities: Tensor, truth: Tensor, bins: int = 15) -> float:
     """Compute `Σ_b n_b/n |accuracy_b − confidence_b|` over equal bins of confidence (Guo et al. 2017).
 
@@ -46,10 +64,8 @@ def expected_calibration_error(probabilities: Tensor, truth: Tensor, bins: int =
         The error, from 0 to 1.
     """
     confidence, choice = probabilities.max(dim=1)
-    hits = (choice == truth).to(confidence.dtype)
-    index = (confidence * bins).long().clamp_max(bins - 1)
-    gap = torch.zeros(bins, dtype=confidence.dtype).index_add_(0, index, hits - confidence)
-    return float(gap.abs().sum() / len(truth))
+    rows = reliability(confidence, choice == truth, bins)
+    return sum(n * abs(accuracy - mean) for n, mean, accuracy in rows) / len(truth)
 
 
 def fit_entropy_threshold(probabilities: Tensor, truth: Tensor) -> float:

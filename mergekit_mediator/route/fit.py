@@ -26,6 +26,7 @@ from mergekit_mediator.route.confidence import (
     expected_calibration_error,
     fit_entropy_threshold,
     fit_temperature,
+    reliability,
 )
 from mergekit_mediator.route.heads import fit_heads
 
@@ -43,8 +44,8 @@ class Calibration:
     Attributes:
         router: the router, fitted to all prompts.
         figures: JSON values for the manifest. On held-out prompts: `accuracy` (0 to 1), `ece` (expected
-            calibration error in 15 bins of confidence) and `confusion` (prompts by true expert, then by
-            chosen expert). Also `temperature`, `entropy_threshold`, `ood_threshold`, `prompts` (their number
+            calibration error in 15 bins of confidence), `reliability` (prompts, mean confidence and accuracy
+            of each bin) and `confusion` (prompts by true expert, then by chosen expert). Also `temperature`, `entropy_threshold`, `ood_threshold`, `prompts` (their number
             by expert) and the arguments of the fit.
         warnings: one readable line for each.
     """
@@ -111,16 +112,18 @@ def fit(
     numbers["temperature"] = fit_temperature(scores, truth)
     probabilities = (scores / numbers["temperature"]).softmax(dim=1)
     numbers["entropy_threshold"] = fit_entropy_threshold(probabilities, truth)
+    confidence, choice = probabilities.max(dim=1)
     confusion = torch.zeros(len(features), len(features), dtype=torch.int64)
-    confusion.index_put_((truth, scores.argmax(dim=1)), torch.tensor(1), accumulate=True)
+    confusion.index_put_((truth, choice), torch.tensor(1), accumulate=True)
     names = list(features)
     figures = {
         "features": kind,
         "head": head,
         "layers": list(layers),
         "seed": seed,
-        "accuracy": float((scores.argmax(dim=1) == truth).double().mean()),
+        "accuracy": float((choice == truth).double().mean()),
         "ece": expected_calibration_error(probabilities, truth),
+        "reliability": [list(row) for row in reliability(confidence, choice == truth)],
         "experts": names,
         "confusion": confusion.tolist(),
         "prompts": {name: len(x) for name, x in features.items()},

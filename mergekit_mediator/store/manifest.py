@@ -21,6 +21,9 @@ CARD = "README.md"
 CONFIG_SOURCE = "mergekit_config.yml"
 ROUTER = "mediator/router.safetensors"
 RESPONSE = "mediator/response.safetensors"
+# These files describe the model to people. Commands write them after the merge, and no manifest vouches for them.
+EVALUATION = "mediator/evaluation.json"
+PICTURES = ("mediator/layers.png", "mediator/router.png", "mediator/evaluation.png")
 FORMAT_VERSION = 1
 _ROUTER_FILE = re.compile(r"mediator/router(-[0-9a-f]{12})?\.safetensors")
 EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"

@@ -10,7 +10,14 @@ from huggingface_hub.repocard import metadata_load
 from mergekit_mediator.errors import ArtifactError, OutputError
 from mergekit_mediator.remote_code import MODELING
 from mergekit_mediator.store.loaded_files import FOLDERS, is_loaded, is_of_a_model
-from mergekit_mediator.store.manifest import CARD, CONFIG_SOURCE, MANIFEST, read_manifest
+from mergekit_mediator.store.manifest import (
+    CARD,
+    CONFIG_SOURCE,
+    EVALUATION,
+    MANIFEST,
+    PICTURES,
+    read_manifest,
+)
 
 
 class ModelFiles:
@@ -108,9 +115,10 @@ def _entries(out: Path) -> Iterator[str]:
 
 
 def _additions(out: Path) -> Iterator[str]:
-    """The configuration of a merge, and the card if a merge wrote it, which mergekit's tag shows."""
-    if (out / CONFIG_SOURCE).is_file():
-        yield CONFIG_SOURCE
+    """The configuration of a merge, evaluation and pictures, and the card if mergekit's tag shows that a merge wrote it."""
+    for name in (CONFIG_SOURCE, EVALUATION, *PICTURES):
+        if (out / name).is_file():
+            yield name
     try:
         tags = (metadata_load(out / CARD) or {}).get("tags")
     except (OSError, ValueError, yaml.YAMLError):  # there is no card, or it has no valid header

@@ -250,6 +250,29 @@ def test_a_fraction_takes_the_middle_layers_which_a_plan_knows_from_headers(fami
     assert "routed_by: sign" in call("inspect", tmp_path / "sign").output
 
 
+def test_inspect_draws_what_it_shows(out, tmp_path):
+    assert call("inspect", out, "--plot", tmp_path / "p.svg").exit_code == 0
+    assert ">stored, kB</text>" in (tmp_path / "p.svg").read_text()
+    stored = [layer["stored"] for layer in figures("inspect", out)["layers"]]
+    assert set(stored[2]["bytes"]) == {"math", "code", "chat"}
+    for name in ("math", "code", "chat"):
+        file = out / f"mediator/experts/{name}.safetensors"
+        assert 0 < sum(layer["bytes"][name] for layer in stored if layer) < file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("p.pdf", "FILE.png or FILE.svg is required, got 'p.pdf'"),
+        ("nowhere/p.png", "nowhere: there is no such folder: make it first"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_at_once(out, path, message):
+    result = call("inspect", out, "--plot", path)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_verify_accepts_the_artifact_of_a_merge(out):
     assert figures("verify", out) == {"files": len(read_manifest(out).files), "base_checked": True}
 

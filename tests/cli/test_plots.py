@@ -8,8 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mergekit_mediator.cli.plots import extra_axis, plot_quality
+from mergekit_mediator.cli.plots import plot_quality
 from mergekit_mediator.cli.point_labels import Label, name_points
+from mergekit_mediator.cli.quality import extra_axis
 from mergekit_mediator.errors import OutputError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"

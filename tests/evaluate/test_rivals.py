@@ -17,6 +17,8 @@ from mergekit_mediator.evaluate.contenders import located
 from mergekit_mediator.evaluate.rivals import Rivals, known, truncated
 from mergekit_mediator.models.loading import load_plain
 from mergekit_mediator.models.prompts import render
+from mergekit_mediator.store.evaluation import read_evaluation
+from mergekit_mediator.store.manifest import EVALUATION, read_manifest
 
 
 def call(*arguments):
@@ -77,6 +79,7 @@ def report(out, tasks, tmp_path_factory):
     """The folder that `evaluate` wrote with all rivals."""
     folder = tmp_path_factory.mktemp("report")
     options = ["--rivals", "all", "--rank", 2, "--rank", 4, "--each", "--limit", 8, "--tune", 4]
+    options += ["--plot", folder / "all.svg"]
     result = call("evaluate", out, *tasks, *options, "--out", folder)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == (folder / "evaluation.md").read_text().strip()
@@ -129,6 +132,22 @@ def test_a_picture_and_a_table_are_written(report):
     assert "| nats per answer token | math | code |" in table
 
 
+def test_the_artifact_keeps_the_results_of_its_last_evaluation(report, out):
+    figures = json.loads((report / "evaluation.json").read_text())
+    record = read_evaluation(out, read_manifest(out))
+    assert list(record.systems) == list(figures["systems"])
+    assert record.sources == {"math": "math.jsonl", "code": "code.jsonl"}
+    assert sum(n for n, _, _ in record.reliability) == 16
+    hits = sum(n * accuracy for n, _, accuracy in record.reliability) / 16
+    assert hits == pytest.approx(record.systems["mediator"].routing_accuracy)
+
+
+def test_the_picture_shows_quality_confusion_and_reliability(report):
+    texts = (report / "all.svg").read_text()
+    for text in ("bytes beside one model", "routed to, %", "confidence"):
+        assert f">{text}</text>" in texts
+
+
 def test_nothing_is_merged_or_scored_twice(report, out, tasks, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("run again")
@@ -136,9 +155,12 @@ def test_nothing_is_merged_or_scored_twice(report, out, tasks, monkeypatch):
     monkeypatch.setattr(scorer, "score_answers", refuse)
     monkeypatch.setattr("mergekit.merge.run_merge", refuse)
     options = ["--rivals", "ties,average", "--limit", 8, "--tune", 4, "--out", report]
+    options += ["--no-record"]
+    record = (out / EVALUATION).read_bytes()
     before = json.loads((report / "evaluation.json").read_text())["systems"]["ties"]
     assert call("evaluate", out, *tasks, *options).exit_code == 0
     assert json.loads((report / "evaluation.json").read_text())["systems"]["ties"] == before
+    assert (out / EVALUATION).read_bytes() == record
 
 
 def test_an_artifact_alone_is_compared_with_its_own_experts(out, tasks):

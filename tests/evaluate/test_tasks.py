@@ -10,6 +10,7 @@ from mergekit_mediator.evaluate.tasks import (
     from_jsonl,
     from_lm_eval,
     from_reasoning_gym,
+    source_of,
 )
 
 
@@ -151,3 +152,16 @@ def test_a_task_with_several_right_answers_is_refused(tmp_path):
 def test_a_task_unknown_to_the_harness_is_named(tmp_path):
     with pytest.raises(TaskError, match="cannot load task 'no_such_task_xyz'"):
         from_lm_eval("no_such_task_xyz", include_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("specification", "source"),
+    [
+        ("math=/home/ann/math.jsonl", "math.jsonl"),
+        ('math=gym:chain_sum{"max_terms": 2}', 'gym:chain_sum{"max_terms": 2}'),
+        ("math=lm_eval:gsm8k", "lm_eval:gsm8k"),
+        ("math=lm_eval:/home/ann/own.yaml", "lm_eval:own.yaml"),
+    ],
+)
+def test_the_source_of_a_task_names_no_directory(specification, source):
+    assert source_of(specification) == source

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from mergekit_mediator.errors import ArtifactError, OutputError, RoutingError
 from mergekit_mediator.route.calibrated import CalibratedRouter, Head, standardized
-from mergekit_mediator.route.confidence import expected_calibration_error, fit_temperature
+from mergekit_mediator.route.confidence import (
+    expected_calibration_error,
+    fit_temperature,
+    reliability,
+)
 from mergekit_mediator.route.features import (
     embedding_features,
     hidden_layers,
@@ -249,6 +253,10 @@ def test_calibration_error_of_known_bins() -> None:
     probabilities = torch.tensor([[0.9, 0.1]] * 10 + [[0.4, 0.6]] * 10)
     truth = torch.tensor([0] * 9 + [1] + [1] * 3 + [0] * 7)
     assert expected_calibration_error(probabilities, truth) == pytest.approx(0.15, abs=1e-6)
+    confidence, choice = probabilities.max(dim=1)
+    sure, unsure = reversed(reliability(confidence, choice == truth))
+    assert sure == (10, pytest.approx(0.9), 0.9)
+    assert unsure == (10, pytest.approx(0.6), 0.3)
 
 
 def test_mean_embedding_leaves_out_padding_and_excluded_tokens() -> None:
