@@ -30,19 +30,27 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = None) -> Path:
-    """Write results/NAME.json: the command (paths by their last part), versions, machine, figures."""
-    record = {
+def made(seeds: dict[str, int] | None = None) -> dict[str, Any]:
+    """How results are made: the command (paths by their last part), versions, machine and seeds."""
+    return {
         "command": " ".join(["python", *(arg.rsplit("/", 1)[-1] for arg in sys.argv)]),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
         "seeds": seeds or {},
-        **figures,
     }
+
+
+def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = None) -> Path:
+    """Write results/NAME.json: how the figures were made, and the figures."""
+    return replace(name, {**made(seeds), **figures})
+
+
+def replace(name: str, content: dict[str, Any]) -> Path:
+    """Write results/NAME.json as it is to be."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 
