@@ -31,8 +31,8 @@ def version(package: str) -> str:
 
 
 def write(name: str, figures: dict[str, Any], seeds: dict[str, int] | None = None) -> Path:
-    """Write results/NAME.json: the command (paths by their last part), versions, machine, figures."""
-    return _written(name, {**_made(seeds), **figures})
+    """Write results/NAME.json: how the figures were made, and the figures."""
+    return replace(name, {**made(seeds), **figures})
 
 
 def amend(
@@ -40,12 +40,12 @@ def amend(
 ) -> Path:
     """Replace figures in results/NAME.json, and note under `also` how this part of them was made."""
     there = read(name)
-    also = {**there.get("also", {}), part: _made(seeds)}
-    return _written(name, {**there, **figures, "also": also})
+    also = {**there.get("also", {}), part: made(seeds)}
+    return replace(name, {**there, **figures, "also": also})
 
 
-def _made(seeds: dict[str, int] | None) -> dict[str, Any]:
-    """The command, the versions, the machine and the seeds of this run."""
+def made(seeds: dict[str, int] | None = None) -> dict[str, Any]:
+    """How results are made: the command (paths by their last part), versions, machine and seeds."""
     return {
         "command": " ".join(["python", *(arg.rsplit("/", 1)[-1] for arg in sys.argv)]),
         "versions": {package: version(package) for package in PACKAGES},
@@ -55,10 +55,11 @@ def _made(seeds: dict[str, int] | None) -> dict[str, Any]:
     }
 
 
-def _written(name: str, record: dict[str, Any]) -> Path:
+def replace(name: str, content: dict[str, Any]) -> Path:
+    """Write results/NAME.json as it is to be."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 

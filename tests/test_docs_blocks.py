@@ -10,6 +10,8 @@ import yaml
 from documents import blocks, documents, name
 from transformers import AutoModelForCausalLM
 
+from mergekit_mediator.merge.low_rank_methods import ARTIFACTS
+
 WITH_YAML = [path for path in documents() if blocks(path, "yaml")]
 WITH_PYTHON = [path for path in documents() if blocks(path, "python")]
 CONFIGS = [(name(path), n) for path in WITH_YAML for n in range(len(blocks(path, "yaml")))]
@@ -53,7 +55,7 @@ def test_every_configuration_merges(page, number, pico, folder, merged):
     out = merged(config)
     assert AutoModelForCausalLM.from_pretrained(out) is not None
     stored = (out / "mediator/manifest.json").exists()
-    assert stored == (config["merge_method"] in ("mediator", "twin_merging"))
+    assert stored == (config["merge_method"] in ARTIFACTS)
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=name)

@@ -1,6 +1,7 @@
 """The commands `merge` and `plan`, which need mergekit."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -19,11 +20,12 @@ from mergekit_mediator.merge.conflict import METRICS
 from mergekit_mediator.merge.estimate import estimate
 from mergekit_mediator.merge.inputs import HeaderInputs
 from mergekit_mediator.merge.loaders import OpenInputs
+from mergekit_mediator.merge.low_rank_methods import ARTIFACTS, as_mediator
 from mergekit_mediator.merge.passes import Measured, Passes
 from mergekit_mediator.merge.preparation import prepared
+from mergekit_mediator.merge.prompted_plan import PROMPTED, plan_prompted
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.merge.workers import workers
-from mergekit_mediator.methods.mediator import METHOD
 
 _config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
@@ -47,7 +49,7 @@ def merge(
     """
     _also_here(merge_options)
     merge_options.apply_global_options()
-    source, merge_config = _read(config)
+    source, merge_config = _read(config, ARTIFACTS)
     manifest = run(
         merge_config,
         out,
@@ -87,7 +89,17 @@ def plan(
     _also_here(merge_options)
     if plot is not None and conflict == curve:
         raise click.UsageError("--plot needs exactly one of --conflict and --curve: give one")
-    source, merge_config = _read(config)
+    source, merge_config = _read(config, (*ARTIFACTS, *PROMPTED))
+    if merge_config.merge_method in PROMPTED:
+        if conflict or curve:
+            raise click.UsageError(
+                f"--conflict and --curve are of artifacts, and {merge_config.merge_method} writes none"
+            )
+        needs = plan_prompted(merge_config, merge_options, source)
+        click.echo(
+            json.dumps(vars(needs), indent=1) if as_json else plan_tables.prompted_report(needs)
+        )
+        return
     kind = OpenInputs if conflict or curve else HeaderInputs
     with prepared(kind, merge_config, merge_options, source) as preparation:
         inputs, weights = preparation.inputs, preparation.weights
@@ -131,8 +143,8 @@ def _also_here(options: MergeOptions) -> None:
         click.get_current_context().find_root().params["verbose"] = True
 
 
-def _read(path: Path) -> tuple[str, MergeConfiguration]:
-    """Read a configuration: its text, and the configuration that mergekit makes of it.
+def _read(path: Path, methods: Sequence[str]) -> tuple[str, MergeConfiguration]:
+    """Read a configuration of one of these methods: its text, and what is made of it, of `mediator` for artifacts.
 
     Raises:
         ConfigError: the file cannot be read, mergekit refuses it, or its merge method is another one.
@@ -153,8 +165,8 @@ def _read(path: Path) -> tuple[str, MergeConfiguration]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{path}: {place}: {first_line(ValueError(first['msg']))}") from error
-    if config.merge_method != METHOD:
+    if config.merge_method not in methods:
         raise ConfigError(
-            f"{path}: merge_method is {config.merge_method}, not {METHOD}: use mergekit-yaml"
+            f"{path}: merge_method of {', '.join(methods)} required, got {config.merge_method}: use mergekit-yaml"
         )
-    return source, config
+    return source, as_mediator(config)

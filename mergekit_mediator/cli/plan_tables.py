@@ -7,6 +7,7 @@ from mergekit_mediator.cli.tables import size, table
 from mergekit_mediator.delta.curve import Point
 from mergekit_mediator.merge.conflict import METRICS
 from mergekit_mediator.merge.estimate import Estimate
+from mergekit_mediator.merge.prompted_plan import PromptedPlan
 
 
 def plan_report(estimate: Estimate) -> str:
@@ -39,6 +40,16 @@ def plan_report(estimate: Estimate) -> str:
         f"experts; needs about {size(estimate.peak_memory)} of memory."
     )
     return "\n".join(lines)
+
+
+def prompted_report(needs: PromptedPlan) -> str:
+    """Write in a sentence or two what a merge by a method with prompts needs."""
+    counts = ", ".join(f"{count} of {model}" for model, count in needs.prompts.items())
+    return (
+        f"Prompts: {counts}.\n"
+        f"Reads about {size(needs.read)}, writes {size(needs.dense)}; needs about {size(needs.peak_memory)} of memory, "
+        f"and {size(needs.scratch)} of disk in the temporary folder. One model is in memory, in float32."
+    )
 
 
 def plan_figures(estimate: Estimate) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class MediatorConfig(BaseModel):
             share the bits.
         rank: the number of leading singular triples that experts store of each matrix's difference from the
             dense expert, instead of `density` and `values`; other weights are stored exactly.
+        basis: `own` or `shared`: whether the triples of `rank` are each expert's own, or one basis that all experts
+            share, with coefficients for each; see `methods.shared_basis`.
         storage_given: whether the configuration has `density`, `values`, `bits`, `budget` or `rank`.
         reference: the dense expert's weights in routed layers: the weighted mean, or the base.
         base_model: the model of which all experts are fine-tunes.
@@ -73,6 +75,7 @@ class MediatorConfig(BaseModel):
     bits: Annotated[float, Field(gt=0, le=64)] | None = None
     budget: str | None = None
     rank: Annotated[int, Field(ge=1)] | None = None
+    basis: Literal["own", "shared"] | None = None
     storage_given: bool = False
     reference: Literal["mean", "base"] = "mean"
     base_model: ModelReference
@@ -198,6 +201,8 @@ class MediatorConfig(BaseModel):
             raise ConfigError(
                 "prompts: they tune experts that are stored within `bits` or a `budget`: give one of these"
             )
+        if parsed.basis is not None and parsed.rank is None:
+            raise ConfigError(f"basis: {parsed.basis} of a `rank`, got none: give the rank")
         if len(parsed.experts) == 1:
             parsed = parsed._of_one_expert()
         if parsed.route == "auto" and parsed.keeps_factors:

@@ -17,6 +17,7 @@ from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.lora import read_adapter
 from mergekit_mediator.merge.passes import Load
 from mergekit_mediator.merge.planner import PlannedWeight
+from mergekit_mediator.merge.shared_bases import SharedBases
 from mergekit_mediator.methods.singular import leading_triples
 
 
@@ -41,6 +42,9 @@ class Encoder:
         """
         self._config, self._device = config, device
         self._slopes, self._adapters = slopes, adapters
+        self._bases: SharedBases | None = None
+        if config.basis == "shared" and config.rank is not None:
+            self._bases = SharedBases(tuple(config.experts), config.rank, device)
 
     def encode(
         self, weight: PlannedWeight, model: ModelReference, dense: Tensor, load: Load
@@ -78,6 +82,12 @@ class Encoder:
             (tau,) = task_vectors(load(self._config.base_model), [expert])
             slope = self._slopes[model] / weight.importance
             return approximate(tau, slope, dense.dtype, share)
+        if self._bases is not None and dense.ndim == 2:
+
+            def in_dtype(other: ModelReference) -> Tensor:
+                return narrowed(load(other), dense.dtype, f"{weight.info.name} of {other}")
+
+            return self._bases.store(weight.info.name, model, dense, in_dtype)
         density, values = weight.densities[model], self._config.values
         expert = narrowed(load(model), dense.dtype, where)
         if self._config.rank is not None:

@@ -118,18 +118,28 @@ def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int, r
     density = max((max(w.densities.values()) for w in weights), default=0.0)
     encoding = _APPROXIMATING_BYTES if config.needs_costs else _KEPT_BYTES * density
     storing = round(encoding * sum(sizes[:1])) * workers
-    mapped = min(MAPPED_BYTES, sum(inputs.input_bytes(weight) for weight in weights))
     shard = min(inputs.options.out_shard_size, dense)
-    peak: int = _PROCESS_BYTES + mapped + shard + max(measuring, storing)
+    peak: int = smallest_memory(inputs, weights) + shard + max(measuring, storing)
     if config.prompts:
         tuning = _TUNED_BYTES * sum(sizes) + _GRADIENT_BYTES * max(sizes, default=0)
         codes = min(rate / _BITS_OF_A_CODE, _MOST_CODES) * sum(sizes)
         tuning += round(_CODE_BYTES * codes)
-        width, layers = max(1, inputs.hidden_size), len({weight.layer for weight in weights})
-        numbers = _ACTIVATIONS * width * layers + _LOGITS * max(sizes, default=0) // width
-        tuning += _TUNED_BYTES * TOKENS_AT_ONCE * numbers
-        peak = max(peak, _PROCESS_BYTES + mapped + tuning)
+        tuning += largest_activations(inputs, weights)
+        peak = max(peak, smallest_memory(inputs, weights) + tuning)
     return peak
+
+
+def smallest_memory(inputs: Inputs, weights: Sequence[PlannedWeight]) -> int:
+    """Predict the bytes that any merge takes: the process with its libraries, and mapped files."""
+    return _PROCESS_BYTES + min(MAPPED_BYTES, sum(inputs.input_bytes(w) for w in weights))
+
+
+def largest_activations(inputs: Inputs, weights: Sequence[PlannedWeight]) -> int:
+    """Predict the bytes of the activations and logits of a backward pass."""
+    width, layers = max(1, inputs.hidden_size), len({weight.layer for weight in weights})
+    largest = max((_parameters(inputs, weight) for weight in weights), default=0)
+    numbers = _ACTIVATIONS * width * layers + _LOGITS * largest // width
+    return _TUNED_BYTES * TOKENS_AT_ONCE * numbers
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 import click
 
 from mergekit_mediator.errors import MediatorError
+from mergekit_mediator.merge.low_rank_methods import ARTIFACTS, as_mediator
 from mergekit_mediator.merge.task_vectors import checking_and_measuring
-from mergekit_mediator.merge.twin_merging import METHOD as TWIN_MERGING
-from mergekit_mediator.merge.twin_merging import as_mediator
 from mergekit_mediator.methods.data_free import DATA_FREE
 from mergekit_mediator.methods.lora_lego import METHOD as LORA_LEGO
-from mergekit_mediator.methods.mediator import METHOD, Mediator
+from mergekit_mediator.methods.mediator import Mediator
 from mergekit_mediator.methods.mediator_dense import MediatorDense
+from mergekit_mediator.methods.with_prompts import WITH_PROMPTS
 
-_METHODS: tuple[type[Any], ...] = (Mediator, MediatorDense, *DATA_FREE)
+_METHODS: tuple[type[Any], ...] = (Mediator, MediatorDense, *DATA_FREE, *WITH_PROMPTS)
 
 
 def register_methods(merge_methods: ModuleType) -> None:
@@ -31,7 +31,7 @@ def register_methods(merge_methods: ModuleType) -> None:
 def take_over_run_merge(merge: Any) -> None:
     """Let `run_merge` of the module `mergekit.merge` hand `merge_method: mediator` to this package.
 
-    `twin_merging` and `lora_lego` are handed over, too. mergekit's planner leaves rounding to `mediator_dense`, and
+    `twin_merging`, `reversible` and `lora_lego` are handed over, too. mergekit's planner leaves rounding to `mediator_dense`, and
     checks and measures for this package's other methods. mergekit's own methods work as before.
     """
     stock = merge.run_merge
@@ -46,7 +46,7 @@ def take_over_run_merge(merge: Any) -> None:
     ) -> None:
         existed = Path(out_path).exists()
         try:
-            if merge_config.merge_method in (METHOD, TWIN_MERGING):
+            if merge_config.merge_method in ARTIFACTS:
                 from mergekit_mediator.merge.run import run
 
                 run(as_mediator(merge_config), out_path, options, config_source)

@@ -1,7 +1,5 @@
 """A planner for this package's methods of task vectors: it checks parameters and measures figures."""
 
-import functools
-import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +18,8 @@ from mergekit_mediator.errors import InputError
 from mergekit_mediator.merge.headers import read_headers
 from mergekit_mediator.merge.method_parameters import check_parameters
 from mergekit_mediator.merge.planner import is_tied
+from mergekit_mediator.merge.scratch import Scratch
+from mergekit_mediator.methods.prompt_method import PromptMethod
 from mergekit_mediator.methods.task_vector_method import (
     ModelWeight,
     TaskVectorMethod,
@@ -31,7 +30,9 @@ from mergekit_mediator.methods.whole_model import FIGURES, WholeModelMethod
 
 
 def checking_and_measuring(stock: Any) -> Any:
-    """Let mergekit's planner check the parameters of a `TaskVectorMethod`, and measure for a `WholeModelMethod`.
+    """Let mergekit's planner check the parameters of a `TaskVectorMethod`, and measure where a method needs it.
+
+    A `WholeModelMethod` measures the weights, a `PromptMethod` the models' answers.
 
     Args:
         stock: the class `MergePlanner`.
@@ -46,6 +47,11 @@ def checking_and_measuring(stock: Any) -> Any:
                 super()._plan()
                 return
             check_parameters(self.config, method.spec)
+            if isinstance(method, PromptMethod):
+                # imports mergekit.merge, and so not before the plugin is complete
+                from mergekit_mediator.merge import prompt_figures, prompted_models
+
+                prompts = prompted_models.read_prompts_of_all(self.config, method.spec.name)
             super()._plan()
             if is_tied(self.out_model_config):  # the same weight as the one that it is tied to
                 self._tensors = [(i, task) for i, task in self._tensors if not i.tied_names]
@@ -54,16 +60,22 @@ def checking_and_measuring(stock: Any) -> Any:
                 weights = _OnDisk([t for _, t in self._tensors], self.options, method.spec.name)
                 figures = method.measure(weights, _parameters(self._tensors[0][1]))
                 self._tensors = [(i, _with_figures(task, figures)) for i, task in self._tensors]
+            elif isinstance(method, PromptMethod):
+                tasks = [task for _, task in self._tensors]
+                models = prompted_models.PromptedModels(tasks, self.options, prompts)
+                figures = prompt_figures.measure(method.spec.name, models)
+                self._tensors = [(i, _with_figures(task, figures)) for i, task in self._tensors]
 
     return Planner
 
 
 def _parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
-    """The parameters of one weight by name, `weight` by expert."""
+    """The parameters of one weight by name; those that each expert has, such as `weight`, by expert."""
     experts = {m: of for m, of in task.input_parameters.items() if m != task.base_model}
+    names = next(iter(experts.values()))
     return {
         **dict(task.parameters.items()),
-        "weight": {m: of["weight"] for m, of in experts.items()},
+        **{name: {m: of[name] for m, of in experts.items()} for name in names},
     }
 
 
@@ -90,7 +102,7 @@ class _OnDisk:
     def __init__(self, tasks: Sequence[ExecuteMergeMethodTask], options: Any, method: str) -> None:
         self._tasks, self._options, self._method = tasks, options, method
         self._tokenizers: dict[Task[Any], Any] = {}
-        self.scratch: MutableMapping[str, Tensor] | None = _Scratch()
+        self.scratch: MutableMapping[str, Tensor] | None = Scratch()
 
     def __iter__(self) -> Iterator[tuple[ModelWeight, Mapping[str, Any]]]:
         for task in tqdm(
@@ -141,34 +153,3 @@ class _OnDisk:
         if isinstance(task, BuildTokenizer):
             self._tokenizers[task] = result
         return result
-
-
-class _Scratch(MutableMapping[str, Tensor]):
-    """Tensors by name in a temporary directory, which goes with the last of them or with this object."""
-
-    def __init__(self) -> None:
-        self._paths: dict[str, Path] = {}
-
-    @functools.cached_property
-    def _directory(self) -> "tempfile.TemporaryDirectory[str]":
-        return tempfile.TemporaryDirectory(prefix="mergekit-mediator-")
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        path = Path(self._directory.name, f"{len(self._paths)}.safetensors")
-        self._paths.setdefault(name, path)
-        save_file({"tensor": tensor.contiguous().cpu()}, self._paths[name])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return load_file(self._paths[name])["tensor"]
-
-    def __delitem__(self, name: str) -> None:
-        self._paths.pop(name).unlink()
-        if not self._paths:
-            self._directory.cleanup()
-            del self._directory
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)

@@ -54,7 +54,7 @@ def read_all_prompts(config: MediatorConfig) -> Prompts:
     Raises:
         ConfigError: a file of prompts cannot be read.
     """
-    return {model: _read(model, path) for model, path in config.prompts.items()}
+    return {model: read_prompts_of(model, path) for model, path in config.prompts.items()}
 
 
 def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False) -> Lessons:
@@ -93,7 +93,12 @@ def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False
     return lessons
 
 
-def _read(model: ModelReference, path: str) -> Sequence[Prompt]:
+def read_prompts_of(model: ModelReference, path: str) -> Sequence[Prompt]:
+    """Read the prompts of one expert.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds too few prompts.
+    """
     try:
         return read_prompts(Path(path))
     except PromptError as error:

@@ -6,9 +6,7 @@ token that the expert finds likely counts alone; all other tokens count as one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.models.answers import answer_logits
 from mergekit_mediator.models.prefix import Prefix, read_prefix
+from mergekit_mediator.tune.gradients import gradients
 from mergekit_mediator.tune.teacher import Answered, batches
 from mergekit_mediator.tune.tunable import Tunable
 
@@ -69,7 +68,7 @@ def distil(
     before = _divergence(model, held_out)
     if parts:
         tunables = list(parts.values())
-        with _gradients(model, tunables):
+        with gradients(model, tunables):
             _fit(model, tunables, training, step, rounds, tokens_at_once)
     after = _divergence(model, held_out)
     if after >= before:
@@ -121,7 +120,7 @@ def _backward(
     """Add the gradients of the mean loss of a batch."""
     prefix = read_prefix(model, [a.prompt for a in answers])
     for few in _parts(answers, prefix.length if prefix else 0, tokens_at_once):
-        loss = torch.stack(list(_losses(model, few, prefix))).sum() / len(answers)
+        loss = torch.stack(list(divergences(model, few, prefix))).sum() / len(answers)
         torch.autograd.backward(loss)
     if prefix:
         prefix.backward()
@@ -136,43 +135,16 @@ def _parts(
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
-@contextmanager
-def _gradients(model: nn.Module, parts: Sequence[Tunable]) -> Iterator[None]:
-    """Hand each gradient of a model's weight to its parts at once, so that only one is in memory."""
-    hooks = []
-
-    def collect(receivers: Sequence[Tunable], parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is not None:
-            gradient = gradient.contiguous()
-            for part in receivers:
-                offset = part.weight.storage_offset() - parameter.storage_offset()
-                place = part.weight.shape, part.weight.stride(), offset
-                part.add_gradient(gradient.as_strided(*place))
-            parameter.grad = None
-
-    storages: dict[int, list[Tunable]] = {}
-    for part in parts:
-        storages.setdefault(part.weight.untyped_storage().data_ptr(), []).append(part)
-    for parameter in model.parameters():
-        receivers = storages.get(parameter.untyped_storage().data_ptr(), [])
-        parameter.requires_grad_(bool(receivers))
-        if receivers:
-            register: Any = parameter.register_post_accumulate_grad_hook
-            hooks.append(register(partial(collect, receivers)))
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.requires_grad_(False)
-
-
-def _losses(
+def divergences(
     model: Any, answers: Sequence[Answered], prefix: Prefix | None = None
 ) -> Iterator[Tensor]:
-    """KL(expert ‖ model) of each answer in nats, summed over its tokens."""
+    """Compute KL(expert ‖ model) of each answer in nats, summed over its tokens.
+
+    Args:
+        model: any `AutoModelForCausalLM`.
+        answers: of the expert, with the probabilities of their likeliest tokens.
+        prefix: see `answer_logits`.
+    """
     pairs = [(a.prompt, a.answer) for a in answers]
     for answered, logits in zip(answers, answer_logits(model, pairs, prefix), strict=True):
         logs = logits.float().log_softmax(-1).gather(-1, answered.likely)
@@ -190,6 +162,6 @@ def _divergence(model: Any, answers: Sequence[Answered]) -> float:
     with torch.no_grad():
         prefix = read_prefix(model, [a.prompt for a in answers])
         for rows in batches([len(a.prompt) + len(a.answer) for a in answers]):
-            losses = _losses(model, [answers[i] for i in rows], prefix)
+            losses = divergences(model, [answers[i] for i in rows], prefix)
             total += sum(float(loss) for loss in losses)
     return total / len(answers)

@@ -90,6 +90,19 @@ def test_a_broken_plugin_warns_and_leaves_mergekit_working():
     assert "mergekit-mediator could not be loaded" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "module", ["merge.plugin", "merge.run", "methods.tsvm", "methods.mediator"]
+)
+def test_a_module_that_is_imported_before_mergekit_is_no_circular_import(module):
+    program = (
+        f"import mergekit_mediator.{module}, mergekit.merge, mergekit.merge_methods;"
+        "mergekit.merge_methods.get('tsvm'); assert mergekit.merge.run_merge.handles_mediator"
+    )
+    result = run([sys.executable, "-c", program])
+    assert result.returncode == 0, result.stderr
+    assert "mergekit-mediator could not be loaded" not in result.stderr
+
+
 def test_importing_the_package_imports_neither_torch_nor_mergekit():
     program = (
         "import sys, mergekit_mediator; assert mergekit_mediator.__version__;"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import figures, write
+from commands import call, figures, write
 
 from mergekit_mediator import MediatorModel
 
@@ -50,6 +50,15 @@ def test_a_rank_above_the_smaller_side_is_refused(family, refused):
 def test_a_parameter_of_another_method_is_refused(name, family, refused):
     message = refused(twin(family, **{name: 1}))
     assert f"parameters: unknown parameter {name!r}: use one of rank, weight" in message
+
+
+def test_plan_and_merge_of_this_package_take_the_method(family, tmp_path):
+    config = write(twin(family, rank=2), tmp_path / "config.yml")
+    planned = figures("plan", config)
+    assert {layer["routed"] for layer in planned["layers"]} == {True}
+    output = call("merge", config, str(tmp_path / "out"), "--quiet").output
+    assert "dense expert and 3 sparse experts, 5 of 5 layers routed" in output
+    assert set(MediatorModel.from_pretrained(tmp_path / "out").experts) == set(family.experts)
 
 
 def test_mediator_takes_a_rank_alone(family, merged, refused):

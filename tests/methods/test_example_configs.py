@@ -1,16 +1,20 @@
-"""The example of every data-free method runs as it stands, on pico models in the place of its own."""
+"""The example of every merge method runs as it stands, on pico models in the place of its own."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.base import ParameterScope
 from transformers import AutoModelForCausalLM
 
 from mergekit_mediator.methods.data_free import DATA_FREE
+from mergekit_mediator.methods.with_prompts import WITH_PROMPTS
 
 ROOT = Path(__file__).parents[2]
-NAMES = [method.spec.name for method in DATA_FREE]
+KINDS = {kind.spec.name: kind for kind in (*DATA_FREE, *WITH_PROMPTS)}
+NAMES = list(KINDS)
 
 every_method = pytest.mark.parametrize("method", NAMES)
 
@@ -20,7 +24,13 @@ def example(method):
 
 
 @every_method
-def test_every_example_merges_with_the_stock_command(method, family, merged, read):
+def test_every_example_merges_with_the_stock_command(
+    method, family, merged, read, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"prompt": f"w{n} w{2 * n}"}) for n in range(5)]
+    for file in ("chat.jsonl", "code.jsonl", "math.jsonl"):
+        (tmp_path / file).write_text("\n".join(lines))
     config = yaml.safe_load(example(method))
     config["base_model"] = str(family.base)
     for entry, expert in zip(config["models"], family.experts.values(), strict=True):
@@ -44,11 +54,12 @@ def test_every_example_names_its_method_and_models_of_the_hub(method):
 def test_every_method_has_its_section_with_every_parameter(method):
     text = (ROOT / "docs/merge_methods.md").read_text(encoding="utf-8")
     section = text.split(f"(`{method}`)\n", 1)[1].split("\n### ")[0]
-    spec = next(kind.spec for kind in DATA_FREE if kind.spec.name == method)
+    spec = KINDS[method].spec
     for parameter in spec.parameters:
-        if parameter.name not in ("weight", "lambda"):
-            assert f"- `{parameter.name}` (global" in section
-            if parameter.default is not None:
+        if parameter.name not in ("weight", "lambda", "prompts"):
+            scope = "global" if parameter.scope == ParameterScope.SHARED else "per model"
+            assert f"- `{parameter.name}` ({scope}" in section
+            if not isinstance(parameter.default, bool | None):
                 assert f"`{parameter.default}`" in section
     assert f"merge_method: {method}\n" in section
     assert spec.reference_url in section

@@ -10,10 +10,15 @@ from safetensors.torch import load_file
 
 from mergekit_mediator.merge import plugin
 from mergekit_mediator.methods import doge
+from mergekit_mediator.methods.fisher import Fisher
 from mergekit_mediator.methods.order_statistics import order_statistics
+from mergekit_mediator.methods.regmean_pp import RegressionMean
+from mergekit_mediator.methods.task_vector_method import ModelWeight
+from mergekit_mediator.methods.whole_model import FIGURES
 
 plugin.install()
 DATA = load_file(Path(__file__).parents[1] / "data/methods/references.safetensors")
+PROMPTED = load_file(Path(__file__).parents[1] / "data/methods/prompted.safetensors")
 EXPERTS = 3
 
 
@@ -54,6 +59,45 @@ def test_a_method_gives_what_the_code_of_its_authors_gives(method, kind, paramet
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
     assert any(tensor.abs().max() > 0.01 for tensor in wanted.values())
+
+
+class Stored:
+    """Figures as the merge would have measured them."""
+
+    def __init__(self, by_weight):
+        self.of = by_weight.__getitem__
+
+
+def prompted(kind, name, experts=EXPERTS):
+    """The figures that the authors' code was given, `[experts, *shape]`."""
+    return torch.stack([PROMPTED[f"{kind}/{index}/{name}"] for index in range(experts)])
+
+
+def test_fisher_gives_what_fusion_bench_gives():
+    base, *experts = models("Model")
+    norms = torch.stack([prompted("information", n).flatten(1).norm(dim=1) for n in base]).norm(
+        dim=0
+    )
+    size = (sum(weight.numel() for weight in base.values())) ** 0.5
+    for name, weight in base.items():
+        information = prompted("information", name)
+        scale = (size / norms).view(-1, *[1] * weight.ndim)
+        taus = torch.stack([expert[name] - weight for expert in experts])
+        figures = {FIGURES: Stored({name: information * scale})}
+        found = Fisher().combine(ModelWeight(name, weight, taus), figures)
+        torch.testing.assert_close(found, PROMPTED[f"fisher/{name}"], atol=1e-5, rtol=0, msg=name)
+
+
+def test_regmean_pp_solves_what_fusion_bench_solves():
+    base, *experts = models("Model")
+    matrices = [name for name, weight in base.items() if weight.ndim == 2]
+    assert len(matrices) == 3
+    for name in matrices:
+        means = RegressionMean(0.9)
+        for expert, products in zip(experts, prompted("products", name), strict=True):
+            means.add(expert[name] - base[name], products)
+        wanted = PROMPTED[f"regmean_pp/{name}"]
+        torch.testing.assert_close(means.merged(), wanted, atol=1e-5, rtol=0, msg=name)
 
 
 def interference(merged, taus):

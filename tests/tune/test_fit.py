@@ -99,8 +99,8 @@ def test_gradients_are_those_of_autograd_through_the_product(case, model):
     weights = located(model)
     names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
     parts = [tunable(weights[name], stored[name], changes[name]) for name in names]
-    with fit._gradients(model, parts):
-        torch.stack(list(fit._losses(model, answers[:3]))).mean().backward()
+    with fit.gradients(model, parts):
+        torch.stack(list(fit.divergences(model, answers[:3]))).mean().backward()
 
     factors = stored[names[0]].factors
     unchanged = {name: weights[name].clone() for name in names}
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_autograd_through_the_product(case, model):
         def __call__(self, **inputs):
             return call(model, changed, kwargs=inputs)
 
-    torch.stack(list(fit._losses(Changed(), answers[:3]))).mean().backward()
+    torch.stack(list(fit.divergences(Changed(), answers[:3]))).mean().backward()
     parameters = [parameter for part in parts for _, parameter in part.parameters()]
     for parameter, expected in zip(parameters, [scales, left, right, vector], strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6)

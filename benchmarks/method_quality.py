@@ -1,0 +1,141 @@
+"""How much of each expert's skill every static merge method keeps.
+
+    python benchmarks/train_experts.py --family strong4 --out experts
+    python benchmarks/method_quality.py --family strong4 --experts experts [--method NAME]...
+
+Every method merges the family with two or three usual coefficients; those that do best on prompts of another seed
+are scored on the prompts of the report. Methods that need prompts get others again. Rows of the family in
+results/methods.json are replaced, and all others stay. Merges and scores in the work folder are used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge_methods  # noqa: F401 (before the package, so that the start-up hook completes it)
+import record
+import torch
+from artifacts import CALIBRATION_SEED, DTYPE, TUNE_SEED, prompt_files, source, tasks_of
+from train_experts import FAMILIES, REPORT_SEED
+
+from mergekit_mediator.evaluate.contenders import checkpoint
+from mergekit_mediator.evaluate.results import Score, normalized
+from mergekit_mediator.evaluate.rivals import STATIC, Rivals, described
+from mergekit_mediator.evaluate.scorer import Scorer, Tasks
+from mergekit_mediator.methods.with_prompts import WITH_PROMPTS
+from mergekit_mediator.models.loading import load_tokenizer
+
+SCALES = tuple({"lambda": scale} for scale in (0.5, 1.0, 1.5))
+# By method, the coefficients that are tried, beside those of the rivals of `evaluate`.
+TRIALS: dict[str, tuple[dict[str, Any], ...]] = {
+    **{name: trials for name, (_, trials) in STATIC.items()},
+    "r_tsvm": SCALES,
+    "widen": ({"lambda": 0.5}, {"lambda": 1.0}),
+    "opcm": ({"alpha": 0.5}, {"alpha": 0.5, "lambda": 1.5}),
+    "doge": ({"norm": 0.07}, {"norm": 0.5}),
+    "localize_and_stitch": ({"density": 0.05}, {"density": 0.2}),
+    "fisher": ({"lambda": 1.0}, {"lambda": 2.0}),
+    "regmean_pp": ({"lambda": 1.0}, {"lambda": 1.5}),
+    "expert_merging": ({},),
+}
+ASKED = {method.spec.name for method in WITH_PROMPTS}
+
+
+def configuration(
+    method: str, made: Rivals, prompts: dict[str, Path], coefficients: dict[str, Any]
+) -> dict[str, Any]:
+    """A merge of all experts by one method."""
+    models: list[dict[str, Any]] = [{"model": place} for place in made.experts.values()]
+    if method in ASKED:
+        for entry, name in zip(models, made.experts, strict=True):
+            entry["parameters"] = {"prompts": str(prompts[name])}
+    config = {
+        "merge_method": STATIC[method][0] if method in STATIC else method,
+        "models": models,
+        "parameters": coefficients,
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    return config if method == "average" else {**config, "base_model": made.base}
+
+
+def row(
+    method: str,
+    made: Rivals,
+    prompts: dict[str, Path],
+    scorer: Scorer,
+    report: tuple[Tasks, dict[str, Score]],
+    tuning: tuple[Tasks, dict[str, Score]],
+) -> dict[str, Any]:
+    """Merge with each choice of coefficients, and score the best one on the prompts of the report."""
+    tried = []
+    for coefficients in TRIALS[method]:
+        label = described(method, coefficients)
+        config = configuration(method, made, prompts, coefficients)
+        folder, seconds = made.merged(config, label.replace(" ", "-"))
+        scores = scorer.alike(f"{label}, tuning", tuning[0], checkpoint(folder))
+        tried.append((normalized(scores, tuning[1])[0], label, folder, seconds))
+    _, label, folder, seconds = max(tried)
+    scores = scorer.alike(label, report[0], checkpoint(folder))
+    mean, worst = normalized(scores, report[1])
+    return {
+        "method": method,
+        "normalized_mean": round(mean, 1),
+        "normalized_worst": round(worst, 1),
+        "coefficients": label.removeprefix(method).strip(),
+        "tried": len(tried),
+        "merge_cpu_seconds": round(seconds, 1),
+    }
+
+
+def write(family: str, rows: list[dict[str, Any]], figures: dict[str, Any]) -> Path:
+    """Replace the rows of one family in results/methods.json, with how they were made beside them."""
+    content = record.read("methods")
+    others = [r for r in content["rows"] if r["family"] != family]
+    content["rows"] = others + [{"family": family, **r} for r in rows]
+    content["quality"] = {**content.get("quality", {}), family: figures}
+    return record.replace("methods", content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="strong4")
+    parser.add_argument("--experts", type=Path, default=Path("experts"))
+    parser.add_argument("--work", type=Path, help="where merges and scores are kept")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts a task in the report")
+    parser.add_argument("--tuning-prompts", type=int, default=12)
+    parser.add_argument("--asked", type=int, default=32, help="prompts of an expert, for methods")
+    parser.add_argument("--method", action="append", choices=sorted(TRIALS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    names = FAMILIES[args.family]
+    base = args.experts / "base"
+    folders = {name: args.experts / name for name in names}
+    work = args.work or args.experts / "work" / f"methods-{args.family}"
+    work.mkdir(parents=True, exist_ok=True)
+    made = Rivals(str(base), {n: source(base, folder) for n, folder in folders.items()}, work)
+    scorer = Scorer(load_tokenizer(base), work / "scores.json", quiet=True, dtype=DTYPE)
+
+    def measured(prompts: int, seed: int, name: str) -> tuple[Tasks, dict[str, Score]]:
+        tasks = tasks_of(folders, prompts, seed)
+        own = {n: [checkpoint(made.experts[n])] * len(t.examples) for n, t in tasks.items()}
+        return tasks, scorer.score(f"experts, {name}", tasks, own)
+
+    report = measured(args.prompts, REPORT_SEED, "report")
+    tuning = measured(args.tuning_prompts, TUNE_SEED, "tuning")
+    asked = prompt_files(folders, args.asked, work / "asked", dict(report[0]))
+    how = record.made({"report": REPORT_SEED, "tune": TUNE_SEED, "prompts": CALIBRATION_SEED})
+    how |= {"prompts_per_task": args.prompts, "tuning_prompts_per_task": args.tuning_prompts}
+    how |= {"prompts_of_methods": args.asked, "experts": len(names)}
+    rows: list[dict[str, Any]] = []
+    for method in args.method or TRIALS:
+        rows.append(row(method, made, asked, scorer, report, tuning))
+        print(rows[-1], flush=True)
+        path = write(args.family, rows, how)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
