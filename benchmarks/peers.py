@@ -27,17 +27,18 @@ class Decomposition:
     right: Tensor
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Decomposition:
-        """Decompose by the eigenvectors of the smaller Gram matrix, in float64."""
+    def of(cls, matrix: Tensor, device: str = "cpu") -> Decomposition:
+        """Decompose by the eigenvectors of the smaller Gram matrix, in float64 on a device."""
         if matrix.shape[0] < matrix.shape[1]:
-            other = cls.of(matrix.T)
+            other = cls.of(matrix.T, device)
             return cls(other.right, other.values, other.left)
-        double = matrix.double()
+        double = matrix.to(device).double()
         squares, right = torch.linalg.eigh(double.T @ double)
         values, right = squares.flip(0).clamp(min=0).sqrt(), right.flip(1)
         known = values > 1e-7 * values[0]
         values, right = values[known], right[:, known]
-        return cls((double @ right / values).float(), values.float(), right.float())
+        triples = (double @ right / values, values, right)
+        return cls(*(part.float().cpu() for part in triples))
 
 
 @dataclass(frozen=True)

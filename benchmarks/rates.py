@@ -50,13 +50,18 @@ def measure(
         }
 
 
-def add(name: str, head: dict[str, Any], change: Change, nats: Nats, seeds: dict[str, int]) -> None:
+def add(
+    name: str,
+    head: dict[str, Any],
+    change: Change,
+    nats: Nats,
+    wanted: Mapping[str, Form],
+    seeds: dict[str, int],
+) -> None:
     """Measure the forms of one expert that results/NAME.json has no row of, and write them one by one."""
     rows = record.read(name)["rows"] if record.exists(name) else []
     known = {tuple(row[key] for key in KEY) for row in rows}
-    missing = {
-        f: s for f, s in forms().items() if (*(head[key] for key in KEY[:3]), f) not in known
-    }
+    missing = {f: s for f, s in wanted.items() if (*(head[key] for key in KEY[:3]), f) not in known}
     for row in measure(change, nats, missing) if missing else ():
         rows.append({**head, **row})
         record.write(name, {"rows": rows}, seeds)
@@ -86,6 +91,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="of each task")
     parser.add_argument("--seed", type=int, default=REPORT_SEED)
     parser.add_argument("--name", default="rates", help="of the file of results")
+    parser.add_argument("--forms", default="", help="that begin like these, separated by commas")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -94,10 +100,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=DTYPE).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     for task in args.tasks.split(","):
-        head = {"base": args.base_name, "family": args.family, "expert": task}
+        head: dict[str, Any] = {"base": args.base_name, "family": args.family, "expert": task}
         nats = answers(model, tokenizer, args.experts / task, args.prompts, args.seed)
         change = Change(base, expert(base, args.experts / task))
-        add(args.name, {**head, "prompts": args.prompts}, change, nats, {"prompts": args.seed})
+        head["prompts"] = args.prompts
+        add(args.name, head, change, nats, forms(args.forms), {"prompts": args.seed})
         nats(change.base)  # the next expert changes other weights
 
 

@@ -32,8 +32,9 @@ class Change:
             embedding that was not trained costs nothing, and must not make a rate look low.
     """
 
-    def __init__(self, base: State, expert: State) -> None:
+    def __init__(self, base: State, expert: State, device: str = "cpu") -> None:
         changed = [name for name, weight in base.items() if not torch.equal(weight, expert[name])]
+        self._device = device
         self.base = {name: base[name] for name in changed}
         self.expert = {name: expert[name] for name in changed}
         self.differences = {n: expert[n].float() - base[n].float() for n in changed}
@@ -42,13 +43,15 @@ class Change:
 
     @cached_property
     def parts(self) -> dict[str, Decomposition]:
-        return {name: Decomposition.of(matrix) for name, matrix in self.matrices.items()}
+        return {
+            name: Decomposition.of(matrix, self._device) for name, matrix in self.matrices.items()
+        }
 
     @cached_property
     def remainders(self) -> dict[str, Decomposition]:
         """The decompositions of what one bit a weight leaves."""
         return {
-            name: Decomposition.of(matrix - peers.one_bit(matrix).approximation)
+            name: Decomposition.of(matrix - peers.one_bit(matrix).approximation, self._device)
             for name, matrix in self.matrices.items()
         }
 
@@ -69,9 +72,9 @@ class Change:
 Form = Callable[[Change], tuple[State, float]]
 
 
-def forms() -> dict[str, Form]:
-    """All forms by name."""
-    return {
+def forms(only: str = "") -> dict[str, Form]:
+    """All forms by name, or those whose names begin as one of these, which commas separate."""
+    known: dict[str, Form] = {
         **{f"ours {bits:g}": partial(ours, bits=bits) for bits in RATES},
         **{f"extract-lora {rank}": partial(extracted_lora, rank=rank) for rank in RANKS},
         "one bit": partial(of_matrices, store=lambda c, n: peers.one_bit(c.matrices[n])),
@@ -83,6 +86,7 @@ def forms() -> dict[str, Form]:
         },
         **{f"ternary {density:g}": partial(ternary, density=density) for density in DENSITIES},
     }
+    return {name: form for name, form in known.items() if name.startswith(tuple(only.split(",")))}
 
 
 def ours(change: Change, bits: float, norm_power: float = NORM_POWER) -> tuple[State, float]:
