@@ -26,7 +26,7 @@ from base_models import make_base
 from baselines import State, load
 from heavy_texts import ROW, Rows
 from heavy_training import RECIPES, SEED, losses, train
-from stored_forms import Change, forms
+from stored_forms import Change, begins, forms
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.evaluate.rivals import Rivals
@@ -121,10 +121,8 @@ def main() -> None:
         notes = json.loads((args.out / name / "expert.json").read_text())
         head = {"base": "SmolLM2-135M", "family": "heavy", "expert": name, **notes}
         head |= {"held_out_tokens": rows.size, **figures(change)}
-        wanted = {
-            **forms(args.forms),
-            **{f"budget {b}": partial(merged, made, b, name) for b in budgets},
-        }
+        within = {f"budget {b}": partial(merged, made, b, name) for b in budgets}
+        wanted = {form: s for form, s in {**forms(), **within}.items() if begins(form, args.forms)}
         rates.add(args.name, head, change, nats, wanted, {"train": SEED})
         nats(base)  # the next expert may change other weights
 

@@ -30,7 +30,7 @@ HELD_OUT = 64  # rows that no model is trained on
 GERMAN = (Path("/usr/share/locale/de"), Path("/usr/share/man/de"))
 _LEAST_TRANSLATIONS = 200  # characters of a text: shorter ones are joined
 _SLOW = 20.0  # seconds for the problems of one task, after which no more of it are drawn
-_DRAWN = 64  # problems of a task at once
+_DRAWN = 16  # problems of a task at once
 _SEED = 400_000
 Rows = NDArray[np.int32]
 

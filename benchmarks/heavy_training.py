@@ -81,7 +81,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def write(self) -> None:
         state = self.optimizer.state

@@ -5,7 +5,8 @@
 `gain_kept` is the part of the way from the base (0) to the expert (1) that the log-likelihood of the
 answers to held-out prompts goes, within these bounds. Nothing is fitted to prompts. Bits are counted for the
 parameters of the weights that the expert changed. Rows are written one by one, and those that are there are
-not measured again, so the command may be interrupted and repeated. Adds to results/rates.json.
+not measured again, so the command may be interrupted and repeated. Adds to results/rates.json, or with
+--settings, which measures our form with other settings in place of those forms, to a file of --name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import record
 import torch
 from artifacts import DTYPE
 from baselines import State, expert, load, task_config
-from stored_forms import Change, Form, forms
+from stored_forms import Change, Form, forms, settings
 from train_experts import REPORT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,12 +43,21 @@ def measure(
         yield {
             "form": form,
             "bits_per_parameter": round(bits, 4),
+            "left_out": round(left_out(change, weights), 5),
             "gain_kept": round(min(1.0, max(0.0, (reached - base) / (best - base))), 4),
             "nats": round(reached, 5),
             "base_nats": round(base, 5),
             "expert_nats": round(best, 5),
             "parameters": change.numel,
         }
+
+
+def left_out(change: Change, weights: State) -> float:
+    """The squared error of weights, over the squared change."""
+    errors = (weights[n].float() - change.expert[n].float() for n in change.differences)
+    error = sum(float(e.square().sum(dtype=torch.float64)) for e in errors)
+    whole = sum(float(d.square().sum(dtype=torch.float64)) for d in change.differences.values())
+    return error / whole
 
 
 def add(
@@ -92,6 +102,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=REPORT_SEED)
     parser.add_argument("--name", default="rates", help="of the file of results")
     parser.add_argument("--forms", default="", help="that begin like these, separated by commas")
+    parser.add_argument("--settings", action="store_true", help="our form with other settings")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -104,7 +115,8 @@ def main() -> None:
         nats = answers(model, tokenizer, args.experts / task, args.prompts, args.seed)
         change = Change(base, expert(base, args.experts / task))
         head["prompts"] = args.prompts
-        add(args.name, head, change, nats, forms(args.forms), {"prompts": args.seed})
+        wanted = settings() if args.settings else forms(args.forms)
+        add(args.name, head, change, nats, wanted, {"prompts": args.seed})
         nats(change.base)  # the next expert changes other weights
 
 

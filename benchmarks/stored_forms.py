@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from typing import Any
 
 import peers
 import torch
 from baselines import State
+from layer_metrics import layer_of
 from peers import HALF, Decomposition, Stored
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from mergekit_mediator.delta import tradeoff
 from mergekit_mediator.delta.approximate import NORM_POWER, approximate, as_matrix, is_vector
 from mergekit_mediator.delta.factors import Components, decompose
 from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.store.codec import encode_bytes
 
 RATES = (0.05, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0)
@@ -22,6 +25,12 @@ RANKS = (4, 16, 64, 256)
 COME_RATES = (0.2, 0.5, 1.0, 2.0)
 SIGN_FIRST_RANKS = (4, 16)
 DENSITIES = (0.01, 0.05, 0.2, 0.5)
+SETTING_RATES = (0.08, 0.15, 0.5)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "all blocks alike": {"weighted": False},
+    "strengthened by 0": {"norm_power": 0.0},
+    "strengthened by 0.75": {"norm_power": 0.75},
+}
 
 
 class Change:
@@ -60,12 +69,20 @@ class Change:
         return {name: decompose(matrix) for name, matrix in self.matrices.items()}
 
     @cached_property
-    def costs(self) -> Tensor:
+    def importance(self) -> dict[str, float]:
+        """The factor of each weight's squared error, as a merge weighs its layer."""
+        layers = {name: layer_of(name) for name in self.differences}
+        factors = importance(layers.values())
+        return {name: factors[layer] for name, layer in layers.items()}
+
+    @cache  # noqa: B019 (a change lives as long as its measurement)
+    def costs(self, weighted: bool) -> Tensor:
         """The bits of all weights at each slope."""
-        return sum(
-            tradeoff.tradeoff(difference, self.components.get(name))[0]
-            for name, difference in self.differences.items()
-        )
+        total = torch.zeros(len(tradeoff.SLOPES), dtype=torch.float64)
+        for name, difference in self.differences.items():
+            factor = self.importance[name] if weighted else 1.0
+            total += tradeoff.tradeoff(difference, self.components.get(name), factor)[0]
+        return total
 
 
 # The weights as a form gives them back, of those that changed, and bits per parameter.
@@ -86,16 +103,33 @@ def forms(only: str = "") -> dict[str, Form]:
         },
         **{f"ternary {density:g}": partial(ternary, density=density) for density in DENSITIES},
     }
-    return {name: form for name, form in known.items() if name.startswith(tuple(only.split(",")))}
+    return {name: form for name, form in known.items() if begins(name, only)}
 
 
-def ours(change: Change, bits: float, norm_power: float = NORM_POWER) -> tuple[State, float]:
+def begins(form: str, only: str) -> bool:
+    """Whether a form's name begins like one of these, which commas separate."""
+    return form.startswith(tuple(only.split(",")))
+
+
+def settings() -> dict[str, Form]:
+    """Our form with other settings: without weighing the middle more, and strengthened by other powers."""
+    return {
+        f"ours {bits:g}, {label}": partial(ours, bits=bits, **changed)
+        for bits in SETTING_RATES
+        for label, changed in SETTINGS.items()
+    }
+
+
+def ours(
+    change: Change, bits: float, norm_power: float = NORM_POWER, weighted: bool = True
+) -> tuple[State, float]:
     """Low rank plus sparse at one slope, relative to the base, as bytes of an expert's file."""
-    slope = tradeoff.slope_for(change.costs, change.numel, bits)
+    slope = tradeoff.slope_for(change.costs(weighted), change.numel, bits)
     weights, stored_bytes = {}, 0
     for name, difference in change.differences.items():
         known, dtype = change.components.get(name), change.base[name].dtype
-        stored = approximate(difference, slope, dtype, 0.0, known, norm_power)
+        own = slope / change.importance[name] if weighted else slope
+        stored = approximate(difference, own, dtype, 0.0, known, norm_power)
         stored_bytes += encode_bytes(stored)[0].numel()
         weights[name] = change.base[name].clone()
         mix_(weights[name], [(1.0, stored)])

@@ -59,19 +59,24 @@ def test_a_weight_that_did_not_change_costs_nothing(change):
 
 
 def test_the_gain_is_the_way_from_the_base_to_the_expert(change):
-    def nats(weights):
-        if weights is change.base:
-            return -3.0
-        return -1.0 if weights is change.expert else weights
-
-    forms = {
-        "half": lambda c: (-2.0, 0.5),
-        "worse": lambda c: (-4.0, 0.1),
-        "all": lambda c: (0.0, 1),
-    }
-    rows = list(rates.measure(change, nats, forms))
+    found = iter([-3.0, -1.0, -2.0, -4.0, 0.0])  # of the base, of the expert, of three forms
+    forms = {bits: lambda c, bits=bits: (c.expert, bits) for bits in (0.5, 0.1, 1)}
+    rows = list(rates.measure(change, lambda weights: next(found), forms))
     assert [row["gain_kept"] for row in rows] == [0.5, 0.0, 1.0]
     assert [row["bits_per_parameter"] for row in rows] == [0.5, 0.1, 1]
+
+
+@pytest.mark.parametrize("setting", stored_forms.SETTINGS)
+def test_other_settings_of_our_form_store_other_weights(change, setting):
+    usual, _ = stored_forms.ours(change, 2.0)
+    other, _ = stored_forms.ours(change, 2.0, **stored_forms.SETTINGS[setting])
+    assert any(not torch.equal(usual[name], other[name]) for name in usual)
+    assert rates.left_out(change, other) < 0.99
+
+
+def test_what_the_base_leaves_out_is_the_whole_change(change):
+    assert rates.left_out(change, change.base) == pytest.approx(1.0)
+    assert rates.left_out(change, change.expert) == 0.0
 
 
 @pytest.fixture
