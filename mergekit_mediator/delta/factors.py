@@ -174,7 +174,7 @@ def _towards(codes: Tensor, vectors: Tensor) -> Tensor:
 
 
 def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
-    """Compute the leading components of a matrix: an eighth of them, and at least 128.
+    """Compute the leading components of a matrix: an eighth of them, and at least 128. A matrix of zeros has none.
 
     Small matrices are decomposed by the eigenvalues of their Gram matrix in float64, large ones by random
     projection (Halko, Martinsson and Tropp, arXiv 0909.4061).
@@ -184,6 +184,10 @@ def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
         largest_gram: a matrix with more rows and columns than this is projected.
     """
     out, width = matrix.shape
+    if not matrix.any():  # such as a frozen embedding, often the largest matrix of a model
+        return Components(
+            matrix.new_empty(out, 0), matrix.new_empty(0), matrix.new_empty(width, 0), 0.0
+        )
     if min(out, width) > largest_gram:
         with torch.random.fork_rng(devices=[]):
             # svd_lowrank takes no generator, and equal inputs must give equal files

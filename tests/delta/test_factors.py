@@ -30,8 +30,14 @@ def test_components_of_a_matrix_of_low_rank_are_only_as_many():
     assert found.values.numel() == 3
 
 
-def test_no_components_are_found_where_nothing_changed():
-    assert decompose(torch.zeros(5, 4)).values.numel() == 0
+@pytest.mark.parametrize("shape", [(50, 40), (40, 50), (1, 3)])
+@pytest.mark.parametrize("largest_gram", [10, 100])
+def test_no_components_are_found_where_nothing_changed(shape, largest_gram):
+    found = decompose(torch.zeros(shape), largest_gram)
+    assert found.left.shape == (shape[0], 0)
+    assert found.right.shape == (shape[1], 0)
+    assert found.values.numel() == 0
+    assert found.energy == 0
 
 
 def test_large_matrices_are_decomposed_by_projection_and_repeatably():

@@ -1,0 +1,144 @@
+"""Training of heavy fine-tunes, which goes on from where it was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from heavy_texts import ROW, Rows
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SEED = 7
+SAVED_EVERY = 300  # seconds
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One expert: its text, the expert that it begins from, and the share of parameters that may change."""
+
+    text: str
+    begins: str | None = None
+    share: float = 1.0
+
+
+RECIPES = {
+    "python": Recipe("python"),
+    "german": Recipe("german"),
+    "reasoning": Recipe("reasoning"),
+    "german-after-python": Recipe("german", begins="python"),
+    "python-sparse": Recipe("python", share=0.15),
+}
+
+
+def losses(model: Any, rows: Tensor) -> Tensor:
+    """The mean loss in nats of the tokens of rows `[n, ROW]`."""
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+def masks(model: Any, share: float) -> dict[str, Tensor]:
+    """Which parameters may change, by name; nothing if all may."""
+    draw = torch.Generator().manual_seed(SEED)
+    return {
+        name: (torch.rand(p.shape, generator=draw) < share).to(p.device)
+        for name, p in model.named_parameters()
+        if share < 1
+    }
+
+
+class Training:
+    """A model, its optimizer and the rows that it has seen; written to a file, and read from there."""
+
+    def __init__(self, begin: Path, path: Path, lr: float, device: str) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32).to(device)
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True
+        )
+        self.path, self.lr, self.step = path, lr, 0
+        if path.exists():
+            self._read()
+
+    def update(self, rows: Tensor, allowed: dict[str, Tensor], rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        with torch.autocast(rows.device.type, dtype=torch.bfloat16):
+            loss = losses(self.model, rows)
+        loss.backward()
+        for name, mask in allowed.items():
+            self.parameters[name].grad.mul_(mask)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return float(loss.detach())
+
+    def write(self) -> None:
+        state = self.optimizer.state
+        tensors = {
+            f"{part} {name}": state[p][part] if part != "weight" else p.detach()
+            for name, p in self.parameters.items()
+            for part in ("weight", "exp_avg", "exp_avg_sq")
+        }
+        partial = self.path.with_suffix(".partial")
+        save_file({k: v.cpu() for k, v in tensors.items()}, partial, {"step": str(self.step)})
+        partial.replace(self.path)
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        with safe_open(self.path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+            for name, p in self.parameters.items():
+                p.copy_(file.get_tensor(f"weight {name}"))
+                moments = {
+                    part: file.get_tensor(f"{part} {name}").to(p.device)
+                    for part in ("exp_avg", "exp_avg_sq")
+                }
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+
+
+def train(name: str, args: argparse.Namespace, train_rows: Rows) -> None:
+    """Fine-tune one expert, and save it in bfloat16 with expert.json."""
+    recipe, out = RECIPES[name], args.out / name
+    out.mkdir(parents=True, exist_ok=True)
+    begin = args.out / (recipe.begins or "base")
+    training = Training(begin, out / "training.safetensors", args.lr, args.device)
+    allowed = masks(training.model, recipe.share)
+    steps = math.ceil(args.tokens / (ROW * args.batch))
+    order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(SEED))
+    saved = time.monotonic()
+    while training.step < steps:
+        first = training.step * args.batch
+        # text that is too short is read again
+        chosen = order[torch.arange(first, first + args.batch) % len(order)]
+        rows = torch.from_numpy(train_rows[chosen.numpy()]).long().to(args.device)
+        done = training.step / steps
+        rate = min(1.0, (training.step + 1) / 50) * max(0.05, 0.5 * (1 + math.cos(math.pi * done)))
+        loss = training.update(rows, allowed, rate)
+        if training.step % 50 == 0:
+            print(f"{name} {training.step} of {steps}: loss {loss:.3f}", flush=True)
+        if time.monotonic() - saved > SAVED_EVERY:
+            training.write()
+            saved = time.monotonic()
+    training.model.to(torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(begin).save_pretrained(out)
+    notes = {
+        "tokens": steps * ROW * args.batch,
+        "distinct_tokens": min(train_rows.size, steps * ROW * args.batch),
+        "begins": recipe.begins or "base",
+        "lr": args.lr,
+        "share_that_may_change": recipe.share,
+    }
+    # written last: its presence says that the folder is complete
+    (out / "expert.json").write_text(json.dumps(notes, indent=1) + "\n")
+    training.path.unlink(missing_ok=True)
