@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from mergekit_mediator.errors import InputError, first_line
+from mergekit_mediator.models.sources import is_hub_id
 
 _FILE = "adapter_config.json"
 
@@ -54,7 +55,7 @@ def kind_of(config: PeftConfig) -> str:
 
 def _local(model: ModelReference) -> Path:
     adapter = model.lora
-    if Path(adapter.path).exists():
+    if Path(adapter.path).exists() or not is_hub_id(adapter.path):
         return Path(adapter.path, _FILE)
     return Path(hf_hub_download(adapter.path, _FILE, revision=adapter.revision))
 

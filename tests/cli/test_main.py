@@ -4,6 +4,7 @@ import subprocess
 import sys
 from typing import get_args
 
+import adapters
 import pytest
 from commands import call, figures, write
 
@@ -11,8 +12,7 @@ from mergekit_mediator.cli.main import main
 from mergekit_mediator.route.decision import OodAction, Policy
 from mergekit_mediator.store.manifest import read_manifest
 
-COMMANDS = ["calibrate", "classify", "config", "demo", "evaluate", "export", "gateway", "generate"]
-COMMANDS += ["inspect", "merge", "plan", "verify"]
+COMMANDS = main.list_commands(None)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,11 @@ def test_a_plan_of_adapters_merges_nothing(family, tmp_path, monkeypatch):
     monkeypatch.setattr(ModelReference, "merged", None)
     models = [{"model": f"{family.base}+{tmp_path / name}"} for name in ("a", "b")]
     config = write(family.config(models=models, route="all"), tmp_path / "config.yml")
+    result = call("plan", config)
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'a'}: adapter_config.json of an adapter required" in result.output
+    for name in ("a", "b"):
+        adapters.train(family.base, tmp_path / name, seed=0)
     assert all(layer["routed"] for layer in figures("plan", config)["layers"])
 
 
