@@ -20,6 +20,7 @@ _SUMMARIES = {
     "merge": "Merge models into an artifact.",
     "plan": "Show what a merge will read, write and need, before it runs.",
     "push": "Send an artifact to the Hugging Face Hub.",
+    "report": "Write one page about an artifact.",
     "verify": "Check every digest of an artifact, and its base.",
 }
 # The module of each command that is not in `main`. Some import libraries that take seconds.
@@ -35,6 +36,7 @@ _MODULES = {
     "merge": "merge",
     "plan": "merge",
     "push": "share",
+    "report": "report",
 }
 
 

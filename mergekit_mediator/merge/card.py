@@ -1,4 +1,4 @@
-"""The model card with its conflict chart."""
+"""The model card, of which people may change all but the generated part."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 from mergekit_mediator.merge.model_cards import disagreement, stated_by_any
 from mergekit_mediator.models.sources import is_hub_id, without_directories
+from mergekit_mediator.store.card import generated_part
 from mergekit_mediator.store.manifest import CARD, ExpertEntry, Manifest
 from mergekit_mediator.store.staging_directories import output_name
-
-_BAR = 30
 
 _CARD = """---
 {metadata}---
@@ -56,13 +55,7 @@ Base: {base}
 | --- | --- | --- | --- | --- |
 {rows}
 {warning}
-## Conflict
-
-`{metric}` conflict of the experts' changes by layer; `#` layers are routed, `.` layers averaged.
-
-```
-{chart}
-```
+{generated}
 
 ## Configuration
 
@@ -79,7 +72,7 @@ def write_card(
 
     Args:
         out: the directory of the artifact.
-        manifest: the manifest of the artifact.
+        manifest: the manifest of the artifact, with the digests of its files.
         config_source: the text of the configuration.
         files: the files that the configuration names besides models. The card shows their names alone.
     """
@@ -95,7 +88,6 @@ def write_card(
             f"\n**The licences of these models differ: {differ}.** Check that you may do what you want "
             "to do.\n"
         )
-    metric = manifest.parameters["conflict"]
     count = len(manifest.experts)
     text = _CARD.format(
         metadata=yaml.safe_dump(_metadata(manifest, models), sort_keys=True),
@@ -105,12 +97,7 @@ def write_card(
         base=_show(manifest.base.source),
         rows="\n".join(_row(manifest, expert) for expert in manifest.experts),
         warning=warning,
-        metric=metric,
-        chart=conflict_chart(
-            [layer.name for layer in manifest.layers],
-            [layer.conflict.get(metric, 0.0) for layer in manifest.layers],
-            [layer.routed for layer in manifest.layers],
-        ),
+        generated=generated_part(manifest),
         config=without_directories(config_source, [*models, *files]).strip(),
     )
     (out / CARD).write_text(text, encoding="utf-8")
@@ -153,24 +140,6 @@ def _row(manifest: Manifest, expert: ExpertEntry) -> str:
         f"{size.bytes:,}" if size else "",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def conflict_chart(
-    layers: Sequence[str], values: Sequence[float], routed: Sequence[bool | None]
-) -> str:
-    """Draw one line of text for each layer: its name, its conflict in [0, 1], and a bar.
-
-    Args:
-        layers: the names of the layers.
-        values: the conflict of each layer.
-        routed: for each layer whether it is routed; None counts as averaged.
-    """
-    width = max(map(len, layers), default=0)
-    lines = []
-    for layer, value, is_routed in zip(layers, values, routed, strict=True):
-        bar = ("#" if is_routed else ".") * round(value * _BAR)
-        lines.append(f"{layer:>{width}} {value:.3f} {bar}".rstrip())
-    return "\n".join(lines)
 
 
 def _show(source: str) -> str:

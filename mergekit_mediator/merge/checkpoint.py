@@ -164,10 +164,10 @@ def describe(
     )
     source = config_source or merge_config.to_yaml()
     (out / CONFIG_SOURCE).write_text(source, encoding="utf-8")
+    manifest = manifest.model_copy(update={"files": digests(out, vouched_for(out))})
     if inputs.options.write_model_card:
         write_card(out, manifest, source, inputs.config.prompts.values())
-    files = digests(out, vouched_for(out))
-    return manifest.model_copy(update={"files": files})
+    return manifest
 
 
 def _expert(

@@ -12,7 +12,7 @@ from mergekit_mediator.route.decision import OodAction, Policy
 from mergekit_mediator.store.manifest import read_manifest
 
 COMMANDS = ["calibrate", "classify", "config", "demo", "evaluate", "export", "gateway", "generate"]
-COMMANDS += ["inspect", "merge", "plan", "verify"]
+COMMANDS += ["inspect", "merge", "plan", "push", "report", "verify"]
 
 
 @pytest.fixture(scope="module")
