@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm demo serve-demo bench bench-serving docs tables fuzz quality format clean
+.PHONY: test test-fast test-vllm test-browser demo serve-demo bench bench-serving docs tables fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -19,6 +19,10 @@ test-fast: .venv/dev
 # A real vLLM on this machine's processor, some minutes: it starts a server for most tests.
 test-vllm: .venv/dev .venv-vllm/ready
 	$(BIN)/python -m pytest tests/engines/vllm
+
+# The report in a real browser: apt-get install chromium, or google-chrome.
+test-browser: .venv/dev
+	$(BIN)/python -m pytest tests/cli/browser
 
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo

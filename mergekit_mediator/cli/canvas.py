@@ -2,6 +2,7 @@
 
 import io
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ GRID, SHADE, FAINT = "#ebebeb", "#e5e5e5", "#94a3b8"
 # Colors of experts and metrics, which can be told apart on white and on black.
 SERIES = ("#2f7ed8", "#e08a00", "#2f9e5b", "#d1497b", "#8464c6", "#00a0b0", "#a0713a", "#8a8f98")
 _DPI = 120
+
+
+def has_matplotlib() -> bool:
+    """Tell whether figures can be drawn."""
+    return find_spec("matplotlib") is not None
 
 
 def new_figure(asker: str, width: float, height: float) -> "Figure":

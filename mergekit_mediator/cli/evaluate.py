@@ -11,6 +11,7 @@ import click
 
 from mergekit_mediator.cli import options
 from mergekit_mediator.cli.plots import plot_evaluation, plot_quality
+from mergekit_mediator.cli.publish import refresh
 from mergekit_mediator.errors import MediatorError, OutputError
 from mergekit_mediator.evaluate.contenders import located
 from mergekit_mediator.evaluate.results import SystemResult, to_json, to_markdown
@@ -87,9 +88,9 @@ from mergekit_mediator.store.evaluation import Evaluation, loaded_digest, write_
 )
 @options.plot("quality against bytes, and where the router sent the prompts of each task")
 @click.option(
-    "--record/--no-record",
-    default=True,
-    help="Keep the results in the artifact, for `report`, its card and `push`; the last ones count.",
+    "--no-record",
+    is_flag=True,
+    help="Do not keep the results in the artifact, for its card, `report` and `push`.",
 )
 @options.trust_remote_code
 @options.as_json
@@ -108,7 +109,7 @@ def evaluate(
     seed: int,
     work: Path | None,
     plot: Path | None,
-    record: bool,
+    no_record: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -178,8 +179,9 @@ def evaluate(
             except OutputError as error:  # table and JSON are written without a picture
                 click.echo(f"warning: {error}", err=True)
     click.echo(json.dumps(figures, indent=1) if as_json else to_markdown(rows))
-    if record and Path(out).is_dir():
+    if not no_record and Path(out).is_dir():
         _record(Path(out), {"artifact": loaded_digest(model.manifest), **figures})
+        refresh(Path(out))
     if plot is not None:
         plot_evaluation(figures, plot)
 

@@ -22,6 +22,7 @@ _SUMMARIES = {
     "push": "Send an artifact to the Hugging Face Hub.",
     "remove-expert": "Remove an expert from an artifact.",
     "rename-expert": "Rename an expert of an artifact.",
+    "report": "Write one page about an artifact.",
     "verify": "Check every digest of an artifact, and its base.",
 }
 # The module of each command that is not in `main`. Some import libraries that take seconds.
@@ -39,6 +40,7 @@ _MODULES = {
     "push": "share",
     "remove-expert": "experts",
     "rename-expert": "experts",
+    "report": "report",
 }
 
 

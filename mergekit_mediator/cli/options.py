@@ -1,11 +1,12 @@
 """The options and arguments that several commands share."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+
+from mergekit_mediator.cli.canvas import has_matplotlib
 
 directory = click.Path(exists=True, file_okay=False, path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
@@ -40,7 +41,7 @@ def _picture(context: click.Context, option: click.Parameter, path: Path | None)
         raise click.BadParameter(f"FILE.png or FILE.svg is required, got {str(path)!r}")
     if not path.absolute().parent.is_dir():
         raise click.BadParameter(f"{path.parent}: there is no such folder: make it first")
-    if find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise click.UsageError(
             "--plot needs matplotlib: pip install mergekit-mediator[plot]", context
         )

@@ -30,14 +30,16 @@ def push(
 ) -> None:
     """Send the artifact in OUT to the repository REPO on the Hub, in one commit.
 
-    An artifact is refused if it does not verify, or if its texts hold a token or a home directory. Run an
+    The generated part of its card is brought up to date first. An artifact is refused if it does not verify, or if its texts hold a token or a home directory. Run an
     interrupted push again: it sends only the rest.
 
     Example: mergekit-mediator push OUT user/name --private
     """
+    from mergekit_mediator.cli.publish import refresh
     from mergekit_mediator.share.push import prepare
     from mergekit_mediator.share.push import push as send
 
+    refresh(out)
     upload = prepare(out)
     sizes = upload.sizes
     if not as_json:

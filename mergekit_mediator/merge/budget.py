@@ -21,7 +21,7 @@ from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.store.expert_file import header_bytes
 
 # Manifest and card take so many bytes for each weight besides its name, and so many for everything else.
-_LISTED_BYTES, _CARD_BYTES = 10, 8000
+_LISTED_BYTES, _CARD_BYTES = 10, 9000
 
 
 def slopes_for(

@@ -1,4 +1,4 @@
-"""The model card with its conflict chart."""
+"""The model card, of which people may change all but the generated part."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 from mergekit_mediator.merge.model_cards import disagreement, stated_by_any
 from mergekit_mediator.models.sources import is_hub_id, without_directories
+from mergekit_mediator.store.card import generated_part
 from mergekit_mediator.store.manifest import CARD, ExpertEntry, Manifest
 from mergekit_mediator.store.staging_directories import output_name
-
-_BAR = 30
 
 _CARD = """---
 {metadata}---
@@ -56,15 +55,9 @@ Base: {base}
 | --- | --- | --- | --- | --- |
 {rows}
 {warning}
-## Conflict
+{generated}
 
-`{metric}` conflict of the experts' changes by layer; `#` layers are routed, `.` layers averaged.
-
-```
-{chart}
-```
-
-{changes}## Configuration
+## Configuration
 
 ```yaml
 {config}
@@ -82,7 +75,7 @@ def write_card(
 
     Args:
         out: the directory of the artifact.
-        manifest: the manifest of the artifact.
+        manifest: the manifest of the artifact, with the digests of its files.
         config_source: the text of the configuration.
         files: the files that the configuration names besides models. The card shows their names alone.
     """
@@ -91,11 +84,11 @@ def write_card(
         tqdm.write(
             f"warning: the models' licences differ ({differ}): check them before you publish"
         )
-    text = card_text(output_name(out), manifest, config_source, files)
+    text = new_card(output_name(out), manifest, config_source, files)
     (out / CARD).write_text(text, encoding="utf-8")
 
 
-def card_text(name: str, manifest: Manifest, config_source: str, files: Iterable[str] = ()) -> str:
+def new_card(name: str, manifest: Manifest, config_source: str, files: Iterable[str] = ()) -> str:
     """Make the text of the model card, without the network and without naming local directories.
 
     Args:
@@ -107,7 +100,6 @@ def card_text(name: str, manifest: Manifest, config_source: str, files: Iterable
     models = [manifest.base.source, *(e.source for e in manifest.experts)]
     differ = disagreement(_licenses(manifest))
     warning = "" if differ is None else _WARNING.format(licenses=differ)
-    metric = manifest.parameters["conflict"]
     count = len(manifest.experts)
     return _CARD.format(
         metadata=yaml.safe_dump(_metadata(manifest, models), sort_keys=True),
@@ -117,27 +109,13 @@ def card_text(name: str, manifest: Manifest, config_source: str, files: Iterable
         base=_show(manifest.base.source),
         rows="\n".join(_row(manifest, expert) for expert in manifest.experts),
         warning=warning,
-        metric=metric,
-        chart=conflict_chart(
-            [layer.name for layer in manifest.layers],
-            [layer.conflict.get(metric, 0.0) for layer in manifest.layers],
-            [layer.routed for layer in manifest.layers],
-        ),
-        changes=_changes(manifest),
+        generated=generated_part(manifest),
         config=without_directories(config_source, [*models, *files]).strip(),
     )
 
 
 def _licenses(manifest: Manifest) -> list[str | None]:
     return [manifest.base.license, *(expert.license for expert in manifest.experts)]
-
-
-def _changes(manifest: Manifest) -> str:
-    """The section of the changes since the merge; empty without any."""
-    if not manifest.history:
-        return ""
-    notes = "\n".join(f"- {change.note}" for change in manifest.history)
-    return f"## Changes since the merge\n\n{notes}\n\n"
 
 
 def _metadata(manifest: Manifest, models: Sequence[str]) -> dict[str, Any]:
@@ -177,24 +155,6 @@ def _row(manifest: Manifest, expert: ExpertEntry) -> str:
         f"{size.bytes:,}" if size else "",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def conflict_chart(
-    layers: Sequence[str], values: Sequence[float], routed: Sequence[bool | None]
-) -> str:
-    """Draw one line of text for each layer: its name, its conflict in [0, 1], and a bar.
-
-    Args:
-        layers: the names of the layers.
-        values: the conflict of each layer.
-        routed: for each layer whether it is routed; None counts as averaged.
-    """
-    width = max(map(len, layers), default=0)
-    lines = []
-    for layer, value, is_routed in zip(layers, values, routed, strict=True):
-        bar = ("#" if is_routed else ".") * round(value * _BAR)
-        lines.append(f"{layer:>{width}} {value:.3f} {bar}".rstrip())
-    return "\n".join(lines)
 
 
 def _show(source: str) -> str:

@@ -9,10 +9,13 @@ import yaml
 
 from mergekit_mediator.errors import ShareError
 from mergekit_mediator.models.sources import public_name, without_directories
+from mergekit_mediator.store.evaluation import read_evaluation
 from mergekit_mediator.store.manifest import (
     CARD,
     CONFIG_SOURCE,
+    EVALUATION,
     MANIFEST,
+    PICTURES,
     FileDigest,
     Manifest,
     digest_of,
@@ -39,10 +42,13 @@ def public_files(root: Path, manifest: Manifest) -> dict[str, Path | bytes]:
 
     Raises:
         ShareError: a text names a token of the Hub, or a home directory.
+        ArtifactError: the record of the artifact's evaluation is damaged.
     """
     files: dict[str, Path | bytes] = {name: root / name for name in manifest.files}
-    if (root / CARD).is_file():
-        files[CARD] = root / CARD
+    additions = [CARD, *PICTURES]
+    if read_evaluation(root, manifest) is not None:
+        additions.append(EVALUATION)
+    files |= {name: root / name for name in additions if (root / name).is_file()}
     sources = [manifest.base.source, *(expert.source for expert in manifest.experts)]
     digests = dict(manifest.files)
     if CONFIG_SOURCE in files:

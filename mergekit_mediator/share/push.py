@@ -11,7 +11,14 @@ from mergekit_mediator.share.failures import failures
 from mergekit_mediator.share.public import public_files
 from mergekit_mediator.share.pull import Repository
 from mergekit_mediator.store.loaded_files import is_loaded, is_of_a_model
-from mergekit_mediator.store.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from mergekit_mediator.store.manifest import (
+    EVALUATION,
+    MANIFEST,
+    PICTURES,
+    Manifest,
+    read_manifest,
+    verify_files,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ def push(
 
     Large files are sent first. The Hub keeps them, so that an interrupted push sends only the rest when it is
     repeated. The repository changes with the commit alone. The commit also deletes other files that loading
-    the model would read, such as weights of an earlier merge; all other files stay.
+    the model would read, such as weights of an earlier merge, and an earlier evaluation with its pictures; all
+    other files stay.
 
     Args:
         upload: the content; see `prepare`.
@@ -86,7 +94,9 @@ def push(
         present = [file.rfilename for file in info.siblings or []]
         if not overwrite:
             _check_owner(repo, info.sha, present, upload.manifest)
-        stale = [name for name in present if is_loaded(name) and name not in upload.files]
+        ours = (EVALUATION, *PICTURES)
+        replaced = [name for name in present if is_loaded(name) or name in ours]
+        stale = [name for name in replaced if name not in upload.files]
         commit: CommitInfo = api.create_commit(
             repo,
             [

@@ -54,9 +54,14 @@ def replace(written: Path, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file at once and for good; after an error the old file is there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file at once and for good; after an error the old file is there."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

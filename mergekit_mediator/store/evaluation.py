@@ -5,12 +5,10 @@ of other files says nothing about the artifact.
 """
 
 import hashlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tqdm import tqdm
 
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store import durable
@@ -93,8 +91,8 @@ class Evaluation(_Model):
         for name, system in self.systems.items():
             if set(system.tasks) != tasks:
                 raise ValueError(f"a score of system {name!r} on each task of `sources` required")
-        if not tasks or set(self.routing) != tasks or len(experts) > 1:
-            raise ValueError("the routing of each task of `sources` to the same experts required")
+        if not tasks or not self.systems or set(self.routing) != tasks or len(experts) > 1:
+            raise ValueError("a system, and the routing of each task of `sources`, required")
         return self
 
 
@@ -126,7 +124,7 @@ def read_evaluation(root: Path, manifest: Manifest) -> Evaluation | None:
         manifest: the artifact's manifest.
 
     Returns:
-        None if there is none, or if other files were evaluated; a note then says so.
+        None if there is none, or if other files were evaluated.
 
     Raises:
         ArtifactError: the record cannot be read.
@@ -145,11 +143,4 @@ def read_evaluation(root: Path, manifest: Manifest) -> Evaluation | None:
             f"{path}: {place or 'content'}: {first['msg']}: run `mergekit-mediator evaluate` again, or "
             "remove the file"
         ) from error
-    if evaluation.artifact != loaded_digest(manifest):
-        tqdm.write(
-            f"note: {path}: the artifact has changed since it was evaluated, so the results are left out: "
-            "run `mergekit-mediator evaluate` again",
-            file=sys.stderr,
-        )
-        return None
-    return evaluation
+    return evaluation if evaluation.artifact == loaded_digest(manifest) else None

@@ -1,6 +1,19 @@
 """Figures of an artifact, its router and its evaluation, as the commands give them."""
 
+from mergekit_mediator.store.manifest import (
+    BaseEntry,
+    ExpertEntry,
+    FileDigest,
+    LayerEntry,
+    Manifest,
+)
+
 EXPERTS = ["math", "code"]
+SIZES = {
+    "model.safetensors": 10_000_000,
+    "mediator/experts/math.safetensors": 400_000,
+    "mediator/experts/code.safetensors": 600_000,
+}
 
 ROUTER = {
     "experts": EXPERTS,
@@ -66,3 +79,39 @@ def artifact(router=ROUTER):
         "layers": [layer("embed", 0.1, None), layer("0", 0.8, (100, 300)), layer("1", 0.6, (0, 5))],
         "router": router,
     }
+
+
+def inspected(router=ROUTER, layers=30):
+    """The figures of `inspect` in full, of an artifact with so many blocks."""
+    sizes = {name: 1000 * (i + 1) for i, name in enumerate(EXPERTS)}
+    stored = {"bits_per_parameter": 0.5, "rank": 2.0, "density": 0.01, "bytes": sizes}
+    names = ["embed", *map(str, range(layers)), "final"]
+    return {
+        "dense_bytes": 10_000_000,
+        "total_bytes": 11_000_000,
+        "total_over_dense": 1.1,
+        "experts": [{"name": n, "bytes": 400_000, "bits_per_parameter": 0.5} for n in EXPERTS],
+        "layers": [
+            {"name": n, "routed": True, "conflict": {"mass": i / 99}, "stored": stored}
+            for i, n in enumerate(names)
+        ],
+        "router": router,
+    }
+
+
+def manifest(**changes):
+    """The manifest of an artifact of one layer."""
+    layer = LayerEntry(name="0", weights=("w",), conflict={"mass": 0.5}, routed=True)
+    fields = {
+        "format_version": 1,
+        "package_version": "0",
+        "base": BaseEntry(source="org/base", files={}),
+        "experts": tuple(
+            ExpertEntry(name=n, source=f"org/{n}", file=f"experts/{n}.safetensors") for n in EXPERTS
+        ),
+        "layers": (layer,),
+        "parameters": {"conflict": "mass", "budget": "1.1x"},
+        "parameter_count": 1,
+        "files": {name: FileDigest(sha256="0" * 64, bytes=n) for name, n in SIZES.items()},
+    }
+    return Manifest(**{**fields, **changes})

@@ -4,8 +4,9 @@ from huggingface_hub import ModelCard
 
 from mergekit_mediator.cli.plots import plot_conflict
 from mergekit_mediator.errors import OutputError
-from mergekit_mediator.merge.card import conflict_chart, write_card
+from mergekit_mediator.merge.card import write_card
 from mergekit_mediator.models.sources import is_hub_id
+from mergekit_mediator.store.card_text import conflict_chart
 from mergekit_mediator.store.manifest import BaseEntry, ExpertEntry, LayerEntry, Manifest
 
 
@@ -111,6 +112,14 @@ def test_no_directory_of_this_machine_is_shown(card):
 def test_the_card_shows_conflict_and_configuration(card):
     assert conflict_chart(["embed", "0"], [0.5, 1.0], [False, True]) in card
     assert "```yaml\nmerge_method: mediator\nmodels:" in card
+
+
+def test_the_generated_part_is_marked_so_that_people_can_write_around_it(card):
+    begin, end = card.index("<!-- mergekit-mediator "), card.index("<!-- end mergekit-mediator")
+    for heading in ("Conflict and sizes", "Routing", "Evaluation", "Limits"):
+        assert begin < card.index(f"\n## {heading}\n") < end
+    for heading in ("How to load it", "Models", "Configuration"):
+        assert not begin < card.index(f"\n## {heading}\n") < end
 
 
 def test_the_card_is_named_after_the_directory_that_will_be_published(tmp_path):

@@ -392,6 +392,7 @@ def test_the_same_merge_gives_the_same_bytes(family, merged):
 def test_a_model_card_is_written_unless_it_is_switched_off(family, merged):
     card = (merged(family.config()) / "README.md").read_text()
     assert "mediator" in card
+    assert "The dense expert takes " in card
     assert str(family.base.parent) not in card.split("## Configuration")[0]
     other = merged(family.config(), "--no-write-model-card", name="plain")
     assert not (other / "README.md").exists()

@@ -3,13 +3,18 @@ import shutil
 
 import fake_hub
 import pytest
+import records
 from commands import call
+from huggingface_hub import ModelCard
 from routed_pico import build
 
 from mergekit_mediator.errors import ArtifactError, ShareError
 from mergekit_mediator.share.push import prepare, push
+from mergekit_mediator.store.evaluation import Evaluation, loaded_digest, write_evaluation
 from mergekit_mediator.store.manifest import (
+    EVALUATION,
     MANIFEST,
+    PICTURES,
     digest,
     read_manifest,
     verify_files,
@@ -185,6 +190,63 @@ def test_a_name_that_is_none_of_a_repository_is_refused(hub, artifact):
         ShareError, match="a b: is not the name of a repository: USER/NAME required"
     ):
         push(prepare(artifact), "a b")
+
+
+def keep_results(root, **changes):
+    """Write the record of an evaluation of the artifact."""
+    routing = {"chosen": dict.fromkeys(read_manifest(root).expert_names, 2), "entropy": 0.1}
+    digest = loaded_digest(read_manifest(root))
+    figures = records.evaluation(artifact=digest, routing={"math": routing, "code": routing})
+    write_evaluation(root, Evaluation.model_validate(figures | changes))
+
+
+def test_results_and_pictures_are_sent_with_the_card_that_shows_them(hub, copy):
+    keep_results(copy)
+    assert call("push", copy, "me/merged").exit_code == 0
+    files = hub.repositories["me/merged"].files()
+    layers, router, results = PICTURES
+    assert {EVALUATION, layers, results} <= set(files)
+    assert router not in files  # the router is not calibrated
+    card = files["README.md"].decode()
+    assert f"]({layers})" in card
+    assert "| `mediator` | 93.8 |" in card
+    (model,) = ModelCard(card).data.to_dict()["model-index"]
+    assert [r["dataset"]["name"] for r in model["results"]] == ["math", "code"]
+
+
+def test_results_of_other_files_are_not_sent_and_those_sent_before_go(hub, copy):
+    keep_results(copy)
+    assert call("push", copy, "me/merged").exit_code == 0
+    keep_results(copy, artifact="0" * 64)
+    result = call("push", copy, "me/merged")
+    assert result.exit_code == 0
+    assert "the artifact has changed since it was evaluated" in result.stderr
+    files = hub.repositories["me/merged"].files()
+    assert not {EVALUATION, PICTURES[2]} & set(files)
+    assert "model-index" not in files["README.md"].decode()
+
+
+def test_a_card_that_people_wrote_is_sent_as_it_is(hub, copy):
+    (copy / "README.md").write_text("# Mine\n")
+    result = call("push", copy, "me/merged")
+    assert result.exit_code == 0
+    assert "README.md: stays as it is" in result.stderr
+    assert hub.repositories["me/merged"].files()["README.md"] == b"# Mine\n"
+
+
+def test_a_card_that_cannot_be_brought_up_to_date_does_not_stop_a_push(hub, copy):
+    card = (copy / "README.md").read_bytes().replace(b"---\n", b"---\na: [\n", 1)
+    (copy / "README.md").write_bytes(card)
+    result = call("push", copy, "me/merged")
+    assert result.exit_code == 0
+    assert "warning: the card stays as it is: " in result.stderr
+    assert hub.repositories["me/merged"].files()["README.md"] == card
+
+
+def test_a_directory_in_the_results_is_not_sent(copy):
+    keep_results(copy, sources={"math": "/home/ann/math.jsonl", "code": "code"})
+    with pytest.raises(ShareError, match=r"evaluation\.json: line \d+ names a directory"):
+        prepare(copy)
 
 
 def test_the_command_shows_what_it_sends_and_a_dry_run_sends_nothing(hub, artifact):

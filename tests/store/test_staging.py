@@ -13,7 +13,7 @@ from outputs import CASES, TIME, Output, by, publish
 from mergekit_mediator.errors import OutputError
 from mergekit_mediator.store import durable
 from mergekit_mediator.store import manifest as artifact
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import EVALUATION, PICTURES, read_manifest, verify_files
 from mergekit_mediator.store.staging import Staging
 
 
@@ -288,6 +288,15 @@ def test_a_readme_of_the_user_stays_and_a_card_of_a_merge_is_replaced(make_outpu
     (output.path / "README.md").write_text("---\ntags: [mergekit, merge]\n---\n# Old\n")
     publish(new, output.path)
     assert (output.path / "README.md").read_text() == (new / "README.md").read_text()
+
+
+def test_results_and_pictures_go_with_the_model_that_they_describe(make_output, new):
+    output = make_output("artifact")
+    for name in (EVALUATION, *PICTURES, "mediator/notes.txt"):
+        (output.path / name).write_text("old")
+    publish(new, output.path)
+    assert not [name for name in (EVALUATION, *PICTURES) if (output.path / name).exists()]
+    assert (output.path / "mediator/notes.txt").read_text() == "old"
 
 
 @pytest.mark.parametrize("name", ["train.py", "embeddings.safetensors", "train.bin", "my.model"])

@@ -7,13 +7,14 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from mergekit_mediator.merge.card import card_text
+from mergekit_mediator.merge.card import new_card
+from mergekit_mediator.store.card import generated_part, with_generated
 from mergekit_mediator.store.manifest import CARD, CONFIG_SOURCE, Manifest
 from mergekit_mediator.store.staging_directories import output_name
 
 
 def renew_card(root: Path, before: Manifest, after: Manifest) -> None:
-    """Write the card anew, unless somebody has edited it since this package wrote it.
+    """Write the card anew. Of a card that people edited, write the generated part anew; a note says so.
 
     Args:
         root: the staging directory, with the card of before.
@@ -25,13 +26,17 @@ def renew_card(root: Path, before: Manifest, after: Manifest) -> None:
         return
     name, config = output_name(root), source.read_text(encoding="utf-8")
     files = list(_prompts(yaml.safe_load(config)))
-    if path.read_text(encoding="utf-8") != card_text(name, before, config, files):
+    text, new = path.read_text(encoding="utf-8"), new_card(name, after, config, files)
+    if with_generated(text, "") != with_generated(new_card(name, before, config, files), ""):
         tqdm.write(
-            f"note: {CARD} stays, as it was edited after the merge: describe the change in it"
+            f"note: {CARD} was edited after the merge: describe the change in its other parts"
         )
-        return
+        edited = with_generated(text, generated_part(after))
+        if edited is None:
+            return
+        new = edited
     path.unlink()  # it may be a second name of the artifact's own file
-    path.write_text(card_text(name, after, config, files), encoding="utf-8")
+    path.write_text(new, encoding="utf-8")
 
 
 def _prompts(config: Any) -> Iterator[str]:
