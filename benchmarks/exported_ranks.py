@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,22 @@ def _plain(path: Path | str, pairs: Sequence[Pair]) -> Loss:
 
 
 def _adapted(path: Path | str, adapter: Path, pairs: Sequence[Pair]) -> Loss:
-    """The loss of a checkpoint in float32 with an adapter added to its weights."""
-    return losses(PeftModel.from_pretrained(_loaded(path), adapter).merge_and_unload(), pairs)
+    """The loss of a checkpoint in float32 with an adapter beside its weights.
+
+    It is not merged: a tied embedding has an adapter as embedding and as head, and would get the change twice.
+    """
+    return losses(PeftModel.from_pretrained(_loaded(path), adapter).base_model.model, pairs)
 
 
 def rows(
     made: Rivals,
     pairs: dict[str, list[Pair]],
-    ranks: Sequence[int],
+    ranks: dict[str, Sequence[int]],
     extract_ranks: Sequence[int],
     family: str,
-    storage: dict[str, Any],
+    stored_as: dict[str, Any],
     work: Path,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """For each reference and rank, without and with the baked mean: means over the experts.
 
     `gain_kept` is (base's loss - adapter's loss) / (base's loss - stored expert's loss), and `answers_kept`
@@ -103,9 +106,8 @@ def rows(
     measured = Measured(work / f"{family}.json")
     of_base = {n: measured(f"base {n}", partial(_plain, made.base, pairs[n])) for n in pairs}
     extracted = _extracted(made, pairs, extract_ranks, measured)
-    result = []
     for reference, bakings in SERVED.items():
-        parameters = {"route": "all", "reference": reference, **storage}
+        parameters = {"route": "all", "reference": reference, **stored_as}
         model, _ = artifact(made, f"{family}-{reference}", parameters)
         stored = {
             n: measured(f"{reference} stored {n}", partial(_stored, model, n, pairs[n]))
@@ -115,7 +117,7 @@ def rows(
         baked = work / f"{family}-{reference}-baked"
         if True in bakings and not (baked / BAKED).exists():
             write_baked(experts, tuple(pairs), holdable.unheld(experts), baked)
-        for rank in ranks:
+        for rank in ranks[reference]:
             folders, told = _adapters(experts, holdable, pairs, rank, measured, work / family)
             for is_baked in bakings:
                 root = baked / BAKED if is_baked else model.root
@@ -128,7 +130,7 @@ def rows(
                 }
                 row = {
                     "family": family,
-                    "storage": storage,
+                    "storage": stored_as,
                     "reference": reference,
                     "baked": is_baked,
                     "rank": rank,
@@ -140,9 +142,7 @@ def rows(
                 if rank in extracted:
                     kept = _kept(of_base, extracted[rank], stored)
                     row |= {f"extract_lora_{name}": value for name, value in kept.items()}
-                print(row, flush=True)
-                result.append(row)
-    return result
+                yield row
 
 
 def _stored(model: MediatorModel, name: str, pairs: list[Pair]) -> Loss:
@@ -198,9 +198,13 @@ def _extracted(
 def _extracted_loss(
     made: Rivals, name: str, rank: int, largest: int, pairs: Sequence[Pair]
 ) -> Loss:
-    """The loss of the base with what `mergekit-extract-lora` takes out of an expert."""
+    """The loss of the base with what `mergekit-extract-lora` takes out of an expert.
+
+    It is merged: a tied embedding has one adapter, and the head changes with it.
+    """
     folder, _ = made.adapter(name, made.base, largest, "extracted")
-    return _adapted(made.base, folder if rank == largest else truncated(folder, rank), pairs)
+    cut = folder if rank == largest else truncated(folder, rank)
+    return losses(PeftModel.from_pretrained(_loaded(made.base), cut).merge_and_unload(), pairs)
 
 
 def _kept(base: Losses, scores: Losses, stored: Losses) -> dict[str, float]:
@@ -211,10 +215,11 @@ def _kept(base: Losses, scores: Losses, stored: Losses) -> dict[str, float]:
 
 
 def with_other_families(exported: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """These rows, and those of other families in the results."""
+    """These rows in order, and before them those of other families in the results."""
     families = {row["family"] for row in exported}
     there = record.read("serving")["exported"] if record.exists("serving") else []
-    return [*(row for row in there if row["family"] not in families), *exported]
+    others = [row for row in there if row["family"] not in families]
+    return [*others, *sorted(exported, key=lambda r: (r["reference"], r["baked"], r["rank"]))]
 
 
 def answers_of(tokenizer: Any, tasks: dict[str, Any]) -> dict[str, list[Pair]]:
@@ -226,6 +231,11 @@ def answers_of(tokenizer: Any, tasks: dict[str, Any]) -> dict[str, list[Pair]]:
         ]
         for name, task in tasks.items()
     }
+
+
+def storage(bits: float | None) -> dict[str, Any]:
+    """The parameters of a merge that stores experts in so many bits a parameter, or in the default form."""
+    return {} if bits is None else {"bits": bits}
 
 
 def numbers(text: str) -> list[int]:
@@ -241,9 +251,10 @@ def main() -> None:
     parser.add_argument("--experts", type=Path, required=True)
     parser.add_argument("--tasks", required=True, help="folders of --experts, separated by commas")
     parser.add_argument("--family", required=True)
-    parser.add_argument("--bits", type=float, default=0.15, help="a parameter, of each expert")
+    parser.add_argument("--bits", type=float, help="a parameter of each expert; else 10%% of them")
     parser.add_argument("--prompts", type=int, default=16, help="an expert, that are reported on")
-    parser.add_argument("--ranks", type=numbers, default=list(RANKS))
+    parser.add_argument("--ranks", type=numbers, default=list(RANKS), help="with reference: base")
+    parser.add_argument("--mean-ranks", type=numbers, default=list(RANKS))
     parser.add_argument("--extract-ranks", type=numbers, default=[16, 64])
     parser.add_argument("--work", type=Path, default=Path("serving"))
     parser.add_argument("--threads", type=int, default=2)
@@ -253,18 +264,22 @@ def main() -> None:
     sources = {name: source(arguments.base, folder) for name, folder in folders.items()}
     made = Rivals(str(arguments.base.resolve()), sources, arguments.work / "merges")
     tasks = tasks_of(folders, arguments.prompts, REPORT_SEED)
-    exported = rows(
-        made,
-        answers_of(load_tokenizer(arguments.base), tasks),
-        arguments.ranks,
-        arguments.extract_ranks,
-        arguments.family,
-        {"bits": arguments.bits},
-        arguments.work / "exported",
-    )
-    seeds = {"report": REPORT_SEED}
-    part = f"ranks of {arguments.family}"
-    print(record.amend("serving", part, {"exported": with_other_families(exported)}, seeds))
+    pairs = answers_of(load_tokenizer(arguments.base), tasks)
+    ranks = {"base": arguments.ranks, "mean": arguments.mean_ranks}
+    about = (arguments.family, storage(arguments.bits), arguments.work / "exported")
+    exported: list[dict[str, Any]] = []
+    for row in rows(made, pairs, ranks, [], *about):
+        exported.append(row)
+        write(exported)
+    # An extraction takes a minute an expert, and comes last.
+    print(write(list(rows(made, pairs, ranks, arguments.extract_ranks, *about))))
+
+
+def write(exported: list[dict[str, Any]]) -> Path:
+    """Write the rows of a family to the results."""
+    part = f"ranks of {exported[0]['family']}"
+    figures = {"exported": with_other_families(exported)}
+    return record.amend("serving", part, figures, {"report": REPORT_SEED})
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--experts", type=Path, required=True)
     parser.add_argument("--tasks", required=True, help="folders of --experts, separated by commas")
     parser.add_argument("--family", default="adapters")
+    parser.add_argument("--bits", type=float, help="a parameter of each expert; else 10%% of them")
     parser.add_argument("--work", type=Path, default=Path("serving"))
     parser.add_argument("--prompts", type=int, default=40, help="an expert, that are reported on")
     parser.add_argument("--rounds", type=int, default=3)
@@ -192,7 +193,9 @@ def main() -> None:
     sources = {name: source(arguments.base, folder) for name, folder in folders.items()}
     made = Rivals(str(arguments.base.resolve()), sources, arguments.work / "merges")
     tasks = tasks_of(folders, arguments.prompts, REPORT_SEED)
-    model, _ = artifact(made, f"{arguments.family}-base", {"route": "all", "reference": "base"})
+    storage = exported_ranks.storage(arguments.bits)
+    parameters = {"route": "all", "reference": "base", **storage}
+    model, _ = artifact(made, f"{arguments.family}-base", parameters)
     prompts = {
         name: [render(model.tokenizer, e.prompt) for e in task.examples]
         for name, task in tasks.items()
@@ -225,10 +228,10 @@ def main() -> None:
     exported = exported_ranks.rows(
         made,
         exported_ranks.answers_of(model.tokenizer, tasks),
-        exported_ranks.RANKS,
+        dict.fromkeys(exported_ranks.SERVED, exported_ranks.RANKS),
         exported_ranks.numbers(arguments.extract_ranks),
         arguments.family,
-        {},
+        storage,
         arguments.work / "exported",
     )
     result = {
@@ -248,7 +251,7 @@ def main() -> None:
         "requests_at_once": AT_ONCE,
         "threads": arguments.threads,
         "vllm": "0.32.0",
-        "exported": exported_ranks.with_other_families(exported),
+        "exported": exported_ranks.with_other_families(list(exported)),
     }
     if record.exists("serving"):
         result["also"] = record.read("serving").get("also", {})
