@@ -1,6 +1,6 @@
 """Sections about what stored forms keep at each rate, ours and others', by base and family of experts."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sections.markdown import load, table
 
@@ -14,20 +14,24 @@ def rates() -> str:
 
 
 def ahead() -> str:
-    """The rows in which a peer keeps more than our form does in as many bits or fewer, and our lowest figures."""
+    """The forms of peers that keep more than ours in as many bits or fewer, or leave out less of the change."""
     points = []
     for base, rows in by("base").items():
         for family, of_family in _by("family", rows).items():
             means = _means(of_family)
             own = [mean for form, mean in means.items() if form.startswith(OURS)]
-            for form, (bits, kept, _) in means.items():
-                best = max((k for b, k, _ in own if b <= bits), default=0.0)
-                if not form.startswith(OURS) and kept > best:
+            for form, peer in means.items():
+                rivals = [] if form.startswith(OURS) else [m for m in own if m.bits <= peer.bits]
+                kept = max((m.kept for m in rivals), default=1.0)
+                left = min((m.left for m in rivals), default=0.0)
+                where = f"- {base}, {family}: `{form}`, {peer.bits:.2f} bits,"
+                if peer.kept > kept:
+                    points.append(f"{where} keeps {100 * peer.kept:.2f}, ours {100 * kept:.2f}.")
+                if peer.left < left:
                     points.append(
-                        f"- {base}, {family}: `{form}` keeps {100 * kept:.2f} in {bits:.2f} bits, "
-                        f"ours {100 * best:.2f} in as many or fewer."
+                        f"{where} leaves out {100 * peer.left:.1f}, ours {100 * left:.1f}."
                     )
-    return "\n".join(points) or "- No peer keeps more in as many bits as one of our rates takes."
+    return "\n".join(points) or "- None of the peers, at none of the rates."
 
 
 def settings() -> str:
@@ -72,13 +76,22 @@ def _by_expert(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return groups
 
 
-def _means(rows: list[Row]) -> dict[str, tuple[float, float, int]]:
-    """By form: bits per parameter and gain kept, means over experts, and the number of experts."""
+class Mean(NamedTuple):
+    """Of a form, over the experts that it was measured on: bits per parameter, gain kept, change left out."""
+
+    bits: float
+    kept: float
+    left: float
+    experts: int
+
+
+def _means(rows: list[Row]) -> dict[str, Mean]:
     means = {}
     for form, own in _by("form", rows).items():
-        bits = sum(row["bits_per_parameter"] for row in own) / len(own)
-        kept = sum(row["gain_kept"] for row in own) / len(own)
-        means[form] = (bits, kept, len(own))
+        columns = zip(
+            *((r["bits_per_parameter"], r["gain_kept"], r["left_out"]) for r in own), strict=True
+        )
+        means[form] = Mean(*(sum(column) / len(own) for column in columns), len(own))
     return means
 
 
@@ -86,13 +99,15 @@ def _table(rows: list[Row]) -> str:
     families = {family: _means(own) for family, own in _by("family", rows).items()}
     head = ["form"]
     for family, means in families.items():
-        count = max(number for *_, number in means.values())
-        head += [f"{family} ({count}): bits", "gain kept, %"]
+        count = max(mean.experts for mean in means.values())
+        head += [f"{family} ({count}): bits", "gain kept, %", "change left out, %"]
     lines = []
     for form in dict.fromkeys(row["form"] for row in rows):
         line = [f"`{form}`"]
-        for means in families.values():
-            bits, kept, _ = means.get(form, (None, None, 0))
-            line += ["", ""] if bits is None else [f"{bits:.2f}", f"{100 * kept:.2f}"]
+        for mean in (means.get(form) for means in families.values()):
+            cells = ["", "", ""]
+            if mean:
+                cells = [f"{mean.bits:.2f}", f"{100 * mean.kept:.2f}", f"{100 * mean.left:.1f}"]
+            line += cells
         lines.append(line)
     return table(head, lines)
