@@ -91,13 +91,19 @@ def test_inspect_and_the_card_show_the_history(fresh):
     assert "## Changes since the merge\n\n- expert math was renamed to algebra\n" in card
 
 
-def test_a_card_that_somebody_edited_stays(fresh):
+def test_what_people_wrote_in_the_card_stays(fresh):
     out = fresh("density")
-    text = (out / "README.md").read_text() + "\nEdited.\n"
-    (out / "README.md").write_text(text)
+    path = out / "README.md"
+    path.write_text(path.read_text() + "\nEdited.\n")
     result = call("rename-expert", out, "math", "algebra")
-    assert (out / "README.md").read_text() == text
-    assert "README.md stays, as it was edited" in result.output
+    text = path.read_text()
+    assert text.endswith("\nEdited.\n")
+    assert "- expert math was renamed to algebra\n" in text
+    assert "README.md was edited after the merge: describe the change" in result.output
+    path.write_text(text.replace("- expert math was renamed to algebra\n", "- my own words\n"))
+    mine = path.read_text()
+    call("rename-expert", out, "algebra", "math")
+    assert path.read_text() == mine
 
 
 def test_files_of_the_user_stay(fresh):
