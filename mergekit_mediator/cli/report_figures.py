@@ -74,7 +74,7 @@ def quality_figure(systems: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     figure, axes = new_axes("report", _WIDE, 4.4)
     draw_quality(figure, axes, points)
-    return f'<div class="scroll">{_html(figure, "quality", "Quality against bytes", "wide")}</div>'
+    return f'<div class="scroll" tabindex="0">{_html(figure, "quality", "Quality against bytes", "wide")}</div>'
 
 
 def _side_by_side(figures: Sequence[str]) -> str:

@@ -197,9 +197,14 @@ def _details(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
+def _breakable(name: str) -> str:
+    """Let a browser break a long name after its underscores."""
+    return escape(name).replace("_", "_<wbr>")
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table that scrolls by itself where it is wider than the page."""
-    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    heads = "".join(f'<th scope="col">{_breakable(cell)}</th>' for cell in head)
     lines = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in cells)

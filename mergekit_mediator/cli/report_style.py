@@ -38,7 +38,9 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .375rem .625rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; }
 th:first-child { padding-left: 0; text-align: left; }
-thead th { color: var(--soft); }
+thead th { color: var(--soft); vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
+tr > th:first-child { position: sticky; left: 0; background: var(--page); }
+@media (max-width: 30rem) { th, td { padding-inline: .375rem; } }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--soft); }
 dl { display: grid; grid-template-columns: minmax(8rem, auto) 1fr; gap: .25rem 1rem; font-size: .875rem; }

@@ -121,7 +121,9 @@ def _conflict(manifest: Manifest, has_picture: bool) -> str:
 
 def _sizes(manifest: Manifest) -> str:
     files = {name: file.bytes for name, file in manifest.files.items()}
-    weights = sum(n for name, n in files.items() if "/" not in name and ".safetensors" in name)
+    weights = sum(
+        n for name, n in files.items() if "/" not in name and name.endswith(".safetensors")
+    )
     if not weights:
         return ""
     total, experts = sum(files.values()), sum(files[f"mediator/{e.file}"] for e in manifest.experts)

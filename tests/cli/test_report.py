@@ -11,7 +11,7 @@ from mergekit_mediator.store.manifest import BaseEntry, read_manifest, verify_fi
 
 EVALUATION = Evaluation.model_validate(records.evaluation())
 # Elements without an end.
-_VOID = {"meta", "br", "link", "img", "input", "hr", "path", "use", "rect"}
+_VOID = {"meta", "br", "wbr", "link", "img", "input", "hr", "path", "use", "rect"}
 
 
 class Page(HTMLParser):
