@@ -24,17 +24,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def about(name: str) -> str:
     """How results/NAME.json was made: its command, versions, machine and seeds."""
     record = load(name)
-    # scripts are recorded by their file name
-    command = re.sub(r"^python (\w+\.py)", r"python benchmarks/\1", record["command"])
     machine = record["machine"]
     versions = ", ".join(f"{package} {v}" for package, v in record["versions"].items())
     seeds = ", ".join(f"{use} {seed}" for use, seed in record["seeds"].items()) or "none"
     return "\n".join(
         [
-            f"- Command: `{command}`",
+            f"- Command: `{script(record['command'])}`",
             f"- Versions: Python {record['python']}, {versions}",
             f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}",
             f"- Seeds: {seeds}",
             f"- File: `benchmarks/results/{name}.json`",
         ]
     )
+
+
+def script(command: str) -> str:
+    """A recorded command with the folder of its script: scripts are recorded by their file name."""
+    return re.sub(r"^python (\w+\.py)", r"python benchmarks/\1", command)
