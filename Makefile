@@ -54,6 +54,7 @@ bench: .venv/demo
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))
 	$(run)/merge_cost.py $(EXPERTS)/base $(addprefix $(EXPERTS)/,$(subst $(comma), ,$(STRONG)))
 	$(run)/methods.py --base $(EXPERTS)/base --work $(EXPERTS)/methods
+	$(run)/method_quality.py --family strong4 --experts $(EXPERTS)
 	$(run)/lossless.py --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak

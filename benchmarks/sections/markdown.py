@@ -32,14 +32,17 @@ def about(name: str) -> str:
 
 def _made(record: dict[str, Any]) -> list[str]:
     """The command, the versions, the machine and the seeds of a record, as a list."""
-    # scripts are recorded by their file name
-    command = re.sub(r"^python (\w+\.py)", r"python benchmarks/\1", record["command"])
     machine = record["machine"]
     versions = ", ".join(f"{package} {v}" for package, v in record["versions"].items())
     seeds = ", ".join(f"{use} {seed}" for use, seed in record["seeds"].items()) or "none"
     return [
-        f"- Command: `{command}`",
+        f"- Command: `{script(record['command'])}`",
         f"- Versions: Python {record['python']}, {versions}",
         f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}",
         f"- Seeds: {seeds}",
     ]
+
+
+def script(command: str) -> str:
+    """A recorded command with the folder of its script: scripts are recorded by their file name."""
+    return re.sub(r"^python (\w+\.py)", r"python benchmarks/\1", command)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_mediator.merge.coefficients import aligned_coefficients
 from mergekit_mediator.merge.prompted_models import PromptedModels
 from mergekit_mediator.merge.regression_means import regression_means
 from mergekit_mediator.merge.stored_figures import FiguresOfExperts, FiguresOfWeights
+from mergekit_mediator.methods.expert_merging import ExpertMerging
 from mergekit_mediator.methods.fisher import Fisher
 from mergekit_mediator.methods.prompt_method import Figures
 from mergekit_mediator.methods.rcp import Rcp, votes
@@ -77,6 +79,7 @@ def _rcp(models: PromptedModels) -> FiguresOfExperts:
 
 
 METHODS: Mapping[str, Callable[[PromptedModels], Figures]] = {
+    ExpertMerging.spec.name: aligned_coefficients,
     Fisher.spec.name: _fisher,
     Rcp.spec.name: _rcp,
     RegmeanPp.spec.name: regression_means,

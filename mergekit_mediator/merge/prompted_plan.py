@@ -76,7 +76,7 @@ def plan_prompted(
     return PromptedPlan(
         method=method.spec.name,
         prompts={str(model): len(of_model) for model, of_model in prompts.items()},
-        read=method.reads * each,
+        read=method.times_read(config.parameters or {}) * each,
         dense=sum(size.bytes for size in sizes),
         scratch=(method.disk + method.disk_each * len(prompts)) * numbers,
         peak_memory=memory,

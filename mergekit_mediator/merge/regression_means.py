@@ -14,6 +14,7 @@ from mergekit_mediator.models.blocks import (
     input_products,
     read_text,
     run_block,
+    weights_of,
 )
 
 
@@ -34,7 +35,7 @@ def regression_means(models: PromptedModels) -> FiguresOfWeights:
         texts[expert] = [a.prompt + a.answer for a in models.answers(expert)]
     run = _Run(models)
     blocks = decoder_blocks(models.model)
-    inside = [run.weights_of(block) for block in blocks]
+    inside = [weights_of(block, models.places) for block in blocks]
     for name in set(models.places).difference(*inside):
         run.merge(name, {})
     run.read(texts)
@@ -56,12 +57,6 @@ class _Run:
             name: float(models.parameter(name, "off_diagonal")) for name in models.places
         }
 
-    def weights_of(self, module: nn.Module) -> list[str]:
-        """The names of the weights in a module."""
-        own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
-        places = self._models.places.items()
-        return [name for name, place in places if place.untyped_storage().data_ptr() in own]
-
     def read(self, texts: Mapping[ModelReference, list[list[int]]]) -> None:
         """Read all texts with the merged embeddings."""
         for expert, of_expert in texts.items():
@@ -76,7 +71,7 @@ class _Run:
             name: module
             for module in block.modules()
             if isinstance(module, nn.Linear)
-            for name in self.weights_of(module)
+            for name in weights_of(module, models.places)
             if models.places[name].ndim == 2
         }
         means = {name: RegressionMean(self._off_diagonal[name]) for name in matrices}

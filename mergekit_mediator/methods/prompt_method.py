@@ -41,6 +41,11 @@ class PromptMethod(TaskVectorMethod):
     disk: ClassVar[int] = 0
     disk_each: ClassVar[int] = 0
 
+    @classmethod
+    def times_read(cls, parameters: Mapping[str, Any]) -> int:
+        """Count how often all models are read with these top-level parameters."""
+        return cls.reads
+
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one weight; see `TaskVectorMethod`.
 

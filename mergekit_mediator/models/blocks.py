@@ -34,6 +34,17 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     )
 
 
+def weights_of(module: nn.Module, places: Mapping[str, Tensor]) -> list[str]:
+    """Select the weights that a module holds.
+
+    Args:
+        module: a part of a model.
+        places: the tensors of the model's weights by name, from `locate_weights`.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    return [name for name, place in places.items() if place.untyped_storage().data_ptr() in own]
+
+
 @torch.no_grad()
 def read_text(model: Any, tokens: Sequence[int]) -> tuple[Tensor, list[Call]]:
     """Read one text, and note how each block is called.

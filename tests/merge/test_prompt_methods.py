@@ -149,7 +149,54 @@ def regmean_pp(base, experts):
     return merged
 
 
+def expert_merging(base, experts):
+    """Three steps of Adam through whole models whose weights are functions of the coefficients."""
+    states = [model.state_dict() for model, _ in experts]
+    layers = {n: n.split(".")[2] if ".layers." in n else n for n in base}
+    rows = list(dict.fromkeys(layers.values()))
+    coefficients = torch.full((len(rows), len(states)), 1 / len(states), requires_grad=True)
+
+    def weights():
+        return {
+            n: weight
+            + sum(
+                c * (s[n] - weight)
+                for c, s in zip(coefficients[rows.index(layers[n])], states, strict=True)
+            )
+            for n, weight in base.items()
+        }
+
+    def read(model, whole, start, own=None):
+        arguments = (whole,), {"output_hidden_states": True}
+        output = model(*arguments[0], **arguments[1])
+        if own is not None:
+            output = torch.func.functional_call(model, own, *arguments)
+        return output.logits[0, start - 1 : -1].log_softmax(-1), output.hidden_states[2]
+
+    optimizer = torch.optim.Adam([coefficients], lr=0.005)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.005 * (1 - step / 3)
+        losses, own = [], weights()
+        for model, pairs in experts:
+            whole, start = pairs[step]
+            with torch.no_grad():
+                wanted, states_wanted = read(model, whole, start)
+            logs, hidden = read(model, whole, start, own)
+            divergence = (wanted.exp() * (wanted - logs)).sum() / len(logs)
+            distance = (hidden - states_wanted).square().sum() / states_wanted.square().sum()
+            losses.append(divergence + 2.0 * distance)
+        apart = (coefficients - 1 / len(states)).square().mean()
+        optimizer.zero_grad()
+        (torch.stack(losses).mean() + 0.3 * apart).backward()
+        optimizer.step()
+    return {name: weight.detach() for name, weight in weights().items()}
+
+
 ORACLES = {
+    "expert_merging": (
+        expert_merging,
+        {"steps": 3, "rate": 0.005, "hidden": 2.0, "penalty": 0.3},
+    ),
     "fisher": (fisher, {}),
     "rcp": (rcp, {"penalty": 3.0}),
     "regmean_pp": (regmean_pp, {"off_diagonal": 0.8}),
@@ -167,7 +214,7 @@ def test_a_method_gives_what_its_formula_gives(method, small, asked, merged, rea
     apart = 0
     for name, weight in wanted.items():
         # where a vote is a tie but for rounding, either side may win
-        apart += int(((found[name] - weight).abs() > 1e-5).sum())
+        apart += int(((found[name] - weight).abs() > 2e-5).sum())
     assert apart <= (3 if method == "rcp" else 0)
 
 
@@ -277,7 +324,7 @@ def test_a_plan_says_what_the_merge_needs(method, small, asked, tmp_path, read):
     kind = next(kind for kind in WITH_PROMPTS if kind.spec.name == method)
     assert list(planned["prompts"].values()) == [PROMPTS] * 3
     assert planned["dense"] == 4 * numbers
-    assert planned["read"] == kind.reads * 4 * 4 * numbers
+    assert planned["read"] == kind.times_read({}) * 4 * 4 * numbers
     assert planned["scratch"] == (kind.disk + 3 * kind.disk_each) * numbers
     assert planned["peak_memory"] > kind.memory * numbers
     text = call("plan", config).output
