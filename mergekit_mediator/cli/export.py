@@ -1,6 +1,7 @@
 """The command `export`: write an artifact's experts in forms that other tools load."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,39 @@ import click
 from mergekit_mediator.cli import options, tables
 from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import Reference, StoredExperts
-from mergekit_mediator.export.folder import ExportedExpert, export_adapters
+from mergekit_mediator.export.exported import ExportedExpert
+from mergekit_mediator.export.folder import export_adapters, export_shira
 from mergekit_mediator.export.start_commands import (
     llama_cpp_commands,
     sglang_command,
     vllm_command,
 )
+from mergekit_mediator.models.prompt_files import read_prompts
 from mergekit_mediator.store.manifest import read_manifest, verify_files
 
 _COMMANDS = {"vllm": vllm_command, "sglang": sglang_command, "llama.cpp": llama_cpp_commands}
 _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all modules of an adapter
+
+
+class _Rank(click.ParamType[int | float]):
+    """A rank as an integer, or the part of the squared change to keep as a fraction."""
+
+    name = "rank|energy"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        """Read a number; refuse all but a rank from 1 and a fraction between 0 and 1."""
+        try:
+            number = int(value) if str(value).isdigit() else float(value)
+        except ValueError:
+            number = 0
+        if number < 1 if isinstance(number, int) else not 0 < number < 1:
+            self.fail(
+                f"a rank such as 64 or a part of the squared change such as 0.99 is required, got {value!r}",
+                *(param, ctx),
+            )
+        return number
 
 
 @click.command()
@@ -27,18 +51,19 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
 @click.option(
     "--format",
     "engine",
-    type=click.Choice(["peft", "vllm", "sglang", "llama.cpp", "checkpoint"]),
+    type=click.Choice(["peft", "peft-shira", "vllm", "sglang", "llama.cpp", "checkpoint"]),
     default="peft",
     show_default=True,
-    help="The tool that loads the adapters; for an engine, its commands are printed too. `checkpoint` writes "
-    "one plain model.",
+    help="The tool that loads the adapters; for an engine, its commands are printed too. `peft-shira` writes the "
+    "changed values of linear layers instead of factors. `checkpoint` writes one plain model.",
 )
 @click.option(
     "--rank",
-    type=click.IntRange(min=1),
-    default=64,
+    type=_Rank(),
+    default="64",
     show_default=True,
-    help="The largest rank of an adapter; an expert of a smaller rank keeps its own rank.",
+    help="The largest rank of a module, such as 64, or the part of its squared change to keep, such as 0.99. An "
+    "expert of a smaller rank keeps its own rank.",
 )
 @click.option(
     "--relative-to",
@@ -54,22 +79,38 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
     multiple=True,
     help="Export this expert only; may be repeated. A checkpoint blends NAME=WEIGHT.",
 )
+@click.option(
+    "--drop",
+    is_flag=True,
+    help="Leave out what the form cannot hold, such as norms and biases; without it, this is refused.",
+)
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(exists=True, path_type=Path),
+    help="A file of prompts (JSON lines): compare the answers of each expert and its adapter.",
+)
 @options.as_json
 def export(
     out: Path,
     folder: Path,
     engine: str,
-    rank: int,
+    rank: int | float,
     reference: Reference,
     names: tuple[str, ...],
+    drop: bool,
+    prompts_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the experts of the artifact in OUT to FOLDER as LoRA adapters, one folder each.
+    """Write the experts of the artifact in OUT to FOLDER as adapters, one folder each.
 
-    An adapter holds the changed matrices as far as its rank allows, and neither norms nor biases. The table
-    shows how much of each expert is left out. A checkpoint holds everything, bit for bit.
+    A LoRA adapter holds the changed matrices as far as its rank allows, and neither norms nor biases. A SHiRA
+    adapter holds the changed values of linear layers exactly. The table and each adapter's card show how much of
+    the expert is left out. A checkpoint holds everything, bit for bit.
 
-    Example: mergekit-mediator export OUT adapters --format vllm --rank 64
+    Example: mergekit-mediator export OUT adapters --format vllm --rank 64 --drop
+
+    Example: mergekit-mediator export OUT adapters --rank 0.99
 
     Example: mergekit-mediator export OUT math --format checkpoint --expert math
     """
@@ -78,7 +119,18 @@ def export(
     if engine == "checkpoint":
         _export_checkpoint(experts, folder, options.mixture(names), as_json)
         return
-    exported = export_adapters(experts, folder, rank, names or None, engine in _OF_ONE_RANK)
+    prompts = read_prompts(prompts_file) if prompts_file else ()
+    if engine == "peft-shira":
+        exported = export_shira(experts, folder, names or None, drop=drop, prompts=prompts)
+    else:
+        # a part of the squared change bounds the rank by itself
+        largest, energy = (rank, 1.0) if isinstance(rank, int) else (sys.maxsize, rank)
+        exported = export_adapters(
+            *(experts, folder, largest, names or None, engine in _OF_ONE_RANK),
+            energy=energy,
+            drop=drop,
+            prompts=prompts,
+        )
     model = experts.manifest.base.source if reference == "base" else str(out)
     command = _COMMANDS[engine](model, folder, exported) if engine in _COMMANDS else None
     if as_json:
@@ -115,8 +167,10 @@ def _report(exported: list[ExportedExpert]) -> str:
             str(expert.dropped),
             f"{100 * expert.dropped_part:.2f}",
             tables.size(expert.bytes),
+            *([f"{expert.answers.divergence:.3g}"] if expert.answers else []),
         ]
         for expert in exported
     ]
     header = ["adapter", "rank", "left out by the rank, %", "weights left out", "of the change, %"]
-    return tables.table([*header, "size"], rows)
+    header += ["size", *(["KL of answers, nats"] if exported[0].answers else [])]
+    return tables.table(header, rows)

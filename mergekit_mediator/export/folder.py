@@ -1,61 +1,17 @@
-"""A folder of adapters, one for each expert, and the figures of each adapter."""
+"""A folder of adapters, one for each expert."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mergekit_mediator.export.adapter import Adapter, write_peft
+from mergekit_mediator.export.adapter_card import adapter_card
+from mergekit_mediator.export.answers import AnswerProbe
 from mergekit_mediator.export.experts import StoredExperts
+from mergekit_mediator.export.exported import ExportedExpert, refuse_dropped
 from mergekit_mediator.export.new_folder import new_folder
 from mergekit_mediator.export.peft_lora import Holdable, to_adapter
-
-
-@dataclass(frozen=True)
-class ExportedExpert:
-    """The figures of an expert's adapter.
-
-    Attributes:
-        name: the name of the expert and of the adapter's folder.
-        rank: the largest rank of a module.
-        modules: the last parts of the changed modules' names, such as `q_proj`.
-        error: the part of the modules' squared change that the rank leaves out, in [0, 1].
-        dropped: the number of changed weights that no adapter holds: norms, biases, weights without a module.
-        dropped_part: the dropped weights' part of the whole squared change, in [0, 1].
-        bytes: the bytes of the adapter's files.
-    """
-
-    name: str
-    rank: int
-    modules: tuple[str, ...]
-    error: float
-    dropped: int
-    dropped_part: float
-    bytes: int
-
-    @classmethod
-    def of(cls, name: str, adapter: Adapter, folder: Path) -> "ExportedExpert":
-        """Collect the figures of an adapter.
-
-        Args:
-            name: the expert's name.
-            adapter: the adapter.
-            folder: the folder of the adapter's files.
-        """
-        whole = adapter.squared_norm + adapter.dropped_energy
-        return cls(
-            name,
-            adapter.rank,
-            tuple(sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})),
-            adapter.squared_error,
-            len(adapter.dropped),
-            adapter.dropped_energy / whole if whole else 0.0,
-            sum(path.stat().st_size for path in folder.iterdir()),
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the attributes by name."""
-        return asdict(self)
+from mergekit_mediator.export.peft_shira import SparseAdapter, to_sparse, write_shira
+from mergekit_mediator.models.prompts import Prompt
 
 
 def export_adapters(
@@ -64,8 +20,12 @@ def export_adapters(
     rank: int,
     names: Sequence[str] | None = None,
     one_rank: bool = False,
+    *,
+    energy: float = 1.0,
+    drop: bool = False,
+    prompts: Sequence[Prompt] = (),
 ) -> list[ExportedExpert]:
-    """Write an adapter for each expert to a new folder, which appears when all adapters are written.
+    """Write a LoRA adapter for each expert to a new folder, which appears when all adapters are written.
 
     Args:
         experts: the experts of an artifact whose files are verified.
@@ -73,22 +33,85 @@ def export_adapters(
         rank: the largest rank of a module.
         names: the experts to export; None for all.
         one_rank: give every module of an adapter the same rank.
+        energy: the part in (0, 1] of each module's squared change that is enough, see `to_adapter`.
+        drop: leave out what an adapter cannot hold, such as norms and biases.
+        prompts: compare the answers of each expert and its adapter on these.
 
     Returns:
         The figures of each adapter.
 
     Raises:
         ExportError: the folder is not empty or cannot be written, an expert is unknown or changes no module,
-            or the rank is below 1.
+            the rank is below 1, or an expert changes what an adapter cannot hold and `drop` is not given.
     """
     holdable = Holdable.of(experts.root)
     base = experts.manifest.base.source if experts.reference == "base" else str(experts.root)
     dtype = experts.dense.weight(experts.weights[0]).dtype
+    probe = AnswerProbe(experts, prompts) if prompts else None
     exported = []
     with new_folder(out) as folder:
-        for name in experts.names if names is None else dict.fromkeys(names):
-            adapter = to_adapter(experts, {name: 1.0}, rank, holdable)
+        for name in _chosen(experts, names):
+            adapter = to_adapter(experts, {name: 1.0}, rank, holdable, energy)
+            if not drop:
+                refuse_dropped(name, adapter)
             written = adapter.of_one_rank() if one_rank else adapter
             write_peft(written, folder / name, base, dtype)
-            exported.append(ExportedExpert.of(name, adapter, folder / name))
+            exported.append(_with_card(folder / name, adapter, "LoRA", base, probe))
     return exported
+
+
+def export_shira(
+    experts: StoredExperts,
+    out: Path,
+    names: Sequence[str] | None = None,
+    *,
+    drop: bool = False,
+    prompts: Sequence[Prompt] = (),
+) -> list[ExportedExpert]:
+    """Write a SHiRA adapter for each expert to a new folder, which appears when all adapters are written.
+
+    Args:
+        experts: the experts of an artifact whose files are verified, relative to its dense expert.
+        out: the folder; it must be absent or empty.
+        names: the experts to export; None for all.
+        drop: leave out what is no matrix of a linear layer.
+        prompts: compare the answers of each expert and its adapter on these.
+
+    Returns:
+        The figures of each adapter.
+
+    Raises:
+        ExportError: see `to_sparse`; the folder is not empty or cannot be written; or an expert changes more than
+            linear layers and `drop` is not given.
+    """
+    holdable, base = Holdable.of(experts.root), str(experts.root)
+    probe = AnswerProbe(experts, prompts) if prompts else None
+    exported = []
+    with new_folder(out) as folder:
+        for name in _chosen(experts, names):
+            adapter = to_sparse(experts, name, holdable)
+            if not drop:
+                refuse_dropped(name, adapter)
+            write_shira(adapter, folder / name, base)
+            exported.append(_with_card(folder / name, adapter, "SHiRA", base, probe))
+    return exported
+
+
+def _chosen(experts: StoredExperts, names: Sequence[str] | None) -> Sequence[str]:
+    """List the experts to export, each once."""
+    return experts.names if names is None else tuple(dict.fromkeys(names))
+
+
+def _with_card(
+    folder: Path,
+    adapter: Adapter | SparseAdapter,
+    form: str,
+    base: str,
+    probe: AnswerProbe | None,
+) -> ExportedExpert:
+    """Write the card of an adapter that is in its folder; return the adapter's figures."""
+    answers = probe.error(folder.name, adapter) if probe else None
+    figures = ExportedExpert.of(folder.name, adapter, folder, answers)
+    card = adapter_card(figures, form, base, adapter.dropped)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return figures

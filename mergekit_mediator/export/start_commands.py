@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_mediator.errors import ExportError
-from mergekit_mediator.export.folder import ExportedExpert
+from mergekit_mediator.export.exported import ExportedExpert
 
 # The ranks that vLLM allows as --max-lora-rank (vllm/config/lora.py, 0.32).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
