@@ -1,6 +1,7 @@
 """The command `export`: write an artifact's experts in forms that other tools load."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,39 @@ from mergekit_mediator.export.baked import BAKED
 from mergekit_mediator.export.card import said_of_weights
 from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import Reference, StoredExperts
-from mergekit_mediator.export.figures import COLUMNS
-from mergekit_mediator.export.folder import export_adapters
+from mergekit_mediator.export.figures import COLUMNS, ExportedExpert
+from mergekit_mediator.export.folder import export_adapters, export_shira
 from mergekit_mediator.export.start_commands import (
     llama_cpp_commands,
     sglang_command,
     vllm_command,
 )
+from mergekit_mediator.models.prompt_files import read_prompts
 from mergekit_mediator.store.manifest import read_manifest, verify_files
 
 _COMMANDS = {"vllm": vllm_command, "sglang": sglang_command, "llama.cpp": llama_cpp_commands}
 _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all modules of an adapter
+
+
+class _Rank(click.ParamType[int | float]):
+    """A rank as an integer, or the part of the squared change to keep as a fraction."""
+
+    name = "rank|energy"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        """Read a number; refuse all but a rank from 1 and a fraction between 0 and 1."""
+        try:
+            number = int(value) if str(value).isdigit() else float(value)
+        except ValueError:
+            number = 0
+        if number < 1 if isinstance(number, int) else not 0 < number < 1:
+            self.fail(
+                f"a rank such as 64 or a part of the squared change such as 0.99 is required, got {value!r}",
+                *(param, ctx),
+            )
+        return number
 
 
 @click.command()
@@ -30,18 +53,19 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
 @click.option(
     "--format",
     "engine",
-    type=click.Choice(["peft", "vllm", "sglang", "llama.cpp", "checkpoint"]),
+    type=click.Choice(["peft", "peft-shira", "vllm", "sglang", "llama.cpp", "checkpoint"]),
     default="peft",
     show_default=True,
-    help="The tool that loads the adapters; for an engine, its commands are printed too. `checkpoint` writes "
-    "one plain model.",
+    help="The tool that loads the adapters; for an engine, its commands are printed too. `peft-shira` writes the "
+    "changed values of linear layers instead of factors. `checkpoint` writes one plain model.",
 )
 @click.option(
     "--rank",
-    type=click.IntRange(min=1),
-    default=64,
+    type=_Rank(),
+    default="64",
     show_default=True,
-    help="The largest rank of an adapter; an expert of a smaller rank keeps its own rank.",
+    help="The largest rank of a module, such as 64, or the part of its squared change to keep, such as 0.99. An "
+    "expert of a smaller rank keeps its own rank.",
 )
 @click.option(
     "--relative-to",
@@ -69,25 +93,40 @@ _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all mod
     help="Leave the embedding and the head out of the adapters, for models whose embedding an engine changes by no "
     "adapter, such as Qwen2 in vLLM.",
 )
+@click.option(
+    "--drop",
+    is_flag=True,
+    help="Leave out what the form cannot hold, such as norms and biases; without it, this is refused.",
+)
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(exists=True, path_type=Path),
+    help="A file of prompts (JSON lines): compare the answers of each expert and its adapter.",
+)
 @options.as_json
 def export(
     out: Path,
     folder: Path,
     engine: str,
-    rank: int,
+    rank: int | float,
     reference: Reference,
     names: tuple[str, ...],
     bake_mean: bool,
     no_embeddings: bool,
+    drop: bool,
+    prompts_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the experts of the artifact in OUT to FOLDER as LoRA adapters, one folder each.
+    """Write the experts of the artifact in OUT to FOLDER as adapters, one folder each.
 
-    An adapter holds the changed matrices as far as its rank allows, and neither norms nor biases. The table
-    shows how much of each expert is left out, and FOLDER/README.md repeats it. A checkpoint holds everything,
-    bit for bit.
+    A LoRA adapter holds the changed matrices as far as its rank allows, and neither norms nor biases. A SHiRA
+    adapter holds the changed values of linear layers exactly. The table and the cards show how much of each expert
+    is left out. A checkpoint holds everything, bit for bit.
 
-    Example: mergekit-mediator export OUT adapters --format vllm --rank 64
+    Example: mergekit-mediator export OUT adapters --format vllm --rank 64 --drop
+
+    Example: mergekit-mediator export OUT adapters --rank 0.99
 
     Example: mergekit-mediator export OUT math --format checkpoint --expert math
     """
@@ -100,10 +139,22 @@ def export(
             )
         _export_checkpoint(experts, folder, options.mixture(names), as_json)
         return
-    one_rank = engine in _OF_ONE_RANK
-    exported = export_adapters(
-        experts, folder, rank, names or None, one_rank, bake_mean, not no_embeddings
-    )
+    prompts = read_prompts(prompts_file) if prompts_file else ()
+    if engine == "peft-shira":
+        if bake_mean or no_embeddings:
+            raise click.UsageError("--bake-mean and --no-embeddings belong to LoRA: leave them out")
+        exported = export_shira(experts, folder, names or None, drop=drop, prompts=prompts)
+    else:
+        # a part of the squared change bounds the rank by itself
+        largest, energy = (rank, 1.0) if isinstance(rank, int) else (sys.maxsize, rank)
+        exported = export_adapters(
+            *(experts, folder, largest, names or None, engine in _OF_ONE_RANK),
+            energy=energy,
+            embeddings=not no_embeddings,
+            drop=drop,
+            bake_mean=bake_mean,
+            prompts=prompts,
+        )
     model = experts.manifest.base.source if reference == "base" else str(out)
     if bake_mean:
         model = str(folder / BAKED)
@@ -112,7 +163,7 @@ def export(
         figures: dict[str, Any] = {"experts": [expert.as_json() for expert in exported]}
         click.echo(json.dumps({**figures, "model": model, "command": command}, indent=1))
         return
-    click.echo(tables.table(COLUMNS, [expert.cells() for expert in exported]))
+    click.echo(_report(exported))
     click.echo(f"\n{said_of_weights(exported, bake_mean)}")
     if command:
         click.echo(f"\n{command}")
@@ -131,3 +182,16 @@ def _export_checkpoint(
         click.echo(json.dumps({"mixture": mixture, "bytes": size}, indent=1))
     else:
         click.echo(f"{folder}: a plain model of {tables.size(size)}, for any tool")
+
+
+def _report(exported: list[ExportedExpert]) -> str:
+    """Make the table of the adapters."""
+    rows = [
+        [
+            *(*expert.cells(), tables.size(expert.bytes)),
+            *([f"{expert.answers.divergence:.3g}"] if expert.answers else []),
+        ]
+        for expert in exported
+    ]
+    answers = ["KL of answers, nats"] if exported[0].answers else []
+    return tables.table([*COLUMNS, "size", *answers], rows)

@@ -1,7 +1,7 @@
 """A LoRA adapter: thin factors by module, written as PEFT and vLLM read them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,13 @@ class Adapter:
         dropped: the names of changed weights that an adapter cannot hold: norms, biases, and weights that
             belong to no module.
         dropped_energy: the squared norm of the dropped weights' changes.
+        lacks: what no LoRA adapter holds, in words.
     """
 
     modules: Mapping[str, Factors]
     dropped: tuple[str, ...] = ()
     dropped_energy: float = 0.0
+    lacks: str = "are no matrices of linear layers or embeddings, which alone a LoRA adapter holds"
 
     @property
     def rank(self) -> int:
@@ -65,10 +67,10 @@ class Adapter:
         error = sum(factors.low_rank.squared_error for factors in self.modules.values())
         return error / self.squared_norm if self.squared_norm else 0.0
 
-    @property
-    def whole(self) -> float:
-        """The squared norm of the whole change: of the modules, exactly, and of the dropped weights."""
-        return self.squared_norm + self.dropped_energy
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the change of each module's weight by name, in the weight's shape, float32."""
+        for module, factors in self.modules.items():
+            yield f"{module}.weight", factors.low_rank.left @ factors.low_rank.right.T
 
     def of_one_rank(self) -> "Adapter":
         """Return the same change with the largest rank in every module, for engines that know one rank only."""
@@ -127,8 +129,9 @@ def write_peft(
         first, second = _NAMES.get(factors.kind, ("lora_A", "lora_B"))
         suffix = "" if factors.kind == "embedding" else ".weight"
         a, b = _as_peft(factors)
-        tensors[f"{_PREFIX}{module}.{first}{suffix}"] = a.to(dtype).contiguous()
-        tensors[f"{_PREFIX}{module}.{second}{suffix}"] = b.to(dtype).contiguous()
+        # tied modules share factors, which safetensors does not write twice
+        tensors[f"{_PREFIX}{module}.{first}{suffix}"] = a.to(dtype, copy=True).contiguous()
+        tensors[f"{_PREFIX}{module}.{second}{suffix}"] = b.to(dtype, copy=True).contiguous()
         ranks[module] = factors.low_rank.rank
     largest = max(ranks.values())
     pattern = {module: rank for module, rank in ranks.items() if rank != largest}

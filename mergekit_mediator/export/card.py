@@ -10,7 +10,7 @@ from mergekit_mediator.store.manifest import CARD
 
 _CARD = """# Adapters of {name}
 
-Exported by mergekit-mediator. Each folder is a LoRA adapter of one expert, to be added to {model}.
+Exported by mergekit-mediator. Each folder is an adapter of one expert, to be added to {model}.
 
 {table}
 

@@ -1,4 +1,4 @@
-"""The figures of an exported adapter: its rank, its size, and the parts of the expert's change that it leaves out."""
+"""The figures of an exported adapter, and the refusal of what it would leave out."""
 
 import re
 from collections import Counter
@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter
+from mergekit_mediator.export.answers import AnswerError
+from mergekit_mediator.export.peft_shira import SparseAdapter
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class ExportedExpert:
         dropped: the names of the changed weights that no adapter holds: norms, biases, weights without a module.
         dropped_part: the part of the whole squared change, in [0, 1], that the served model lacks in these
             weights. With the mean of the experts baked in, it is the squared distance from the mean.
-        bytes: the bytes of the adapter's files.
+        bytes: the bytes of the adapter's settings and weights.
+        answers: how far the adapter's answers are from the expert's; None without prompts.
     """
 
     name: str
@@ -32,9 +36,17 @@ class ExportedExpert:
     dropped: tuple[str, ...]
     dropped_part: float
     bytes: int
+    answers: AnswerError | None = None
 
     @classmethod
-    def of(cls, name: str, adapter: Adapter, lacking: float, folder: Path) -> "ExportedExpert":
+    def of(
+        cls,
+        name: str,
+        adapter: Adapter | SparseAdapter,
+        lacking: float,
+        folder: Path,
+        answers: AnswerError | None = None,
+    ) -> "ExportedExpert":
         """Collect the figures of an adapter.
 
         Args:
@@ -42,15 +54,18 @@ class ExportedExpert:
             adapter: the adapter.
             lacking: the squared distance of the expert's dropped weights from those of the served model.
             folder: the folder of the adapter's files.
+            answers: how far the adapter's answers are from the expert's.
         """
+        whole = adapter.squared_norm + adapter.dropped_energy
         return cls(
             name,
             adapter.rank,
             tuple(sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})),
             adapter.squared_error,
             adapter.dropped,
-            lacking / adapter.whole if adapter.whole else 0.0,
+            lacking / whole if whole else 0.0,
             sum(path.stat().st_size for path in folder.iterdir()),
+            answers,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -85,3 +100,24 @@ def counted(weights: Sequence[str]) -> list[str]:
     """
     patterns = Counter(re.sub(r"\.\d+(?=\.)", ".*", weight) for weight in weights)
     return [f"{name} ({count})" if count > 1 else name for name, count in patterns.items()]
+
+
+def refuse_dropped(name: str, adapter: Adapter | SparseAdapter) -> None:
+    """Refuse an adapter that lacks weights which its expert changes.
+
+    Args:
+        name: the expert's name.
+        adapter: the expert's adapter.
+
+    Raises:
+        ExportError: the adapter lacks a weight.
+    """
+    if not adapter.dropped:
+        return
+    first, count = ", ".join(adapter.dropped[:3]), len(adapter.dropped)
+    more = f" and {count - 3} more" if count > 3 else ""
+    part = adapter.dropped_energy / (adapter.squared_norm + adapter.dropped_energy)
+    raise ExportError(
+        f"expert {name!r}: it changes {count} weights that {adapter.lacks} ({first}{more}), {part:.2%} of its "
+        "squared change: leave them out with --drop, or export a checkpoint"
+    )

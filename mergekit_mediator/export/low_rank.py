@@ -36,11 +36,11 @@ class LowRank:
         """The number of components."""
         return self.left.shape[1]
 
-    def cut(self, rank: int) -> "LowRank":
-        """Return the nearest product of at most this rank."""
-        if rank >= self.rank:
+    def cut(self, rank: int, energy: float = 1.0) -> "LowRank":
+        """Return the nearest product of at most this rank, or of the least rank that keeps `energy`, see `low_rank`."""
+        if rank >= self.rank and energy >= 1:
             return self
-        return _nearest(self.left, self.right, rank, self.squared_norm, self.squared_error)
+        return _nearest(self, rank, energy)
 
     def padded(self, rank: int) -> "LowRank":
         """Return the same product, with components of zeros up to this rank."""
@@ -48,7 +48,7 @@ class LowRank:
         return replace(self, left=pad(self.left, more), right=pad(self.right, more))
 
 
-def low_rank(change: Change, dense: Tensor, rank: int) -> LowRank:
+def low_rank(change: Change, dense: Tensor, rank: int, energy: float = 1.0) -> LowRank:
     """Compute the product of at most a rank that is nearest to a change.
 
     A change that is a sum of thin products stays exact if the ranks sum to at most `rank`. Every other change
@@ -59,6 +59,7 @@ def low_rank(change: Change, dense: Tensor, rank: int) -> LowRank:
         change: the change of a weight `[..., in]` with two or more axes.
         dense: the dense expert's weight.
         rank: the largest rank, at least 1.
+        energy: the part in (0, 1] of the squared change that is enough; the rank is the least that keeps it.
     """
     if change.is_factored:
         left, right = side_by_side(
@@ -68,7 +69,7 @@ def low_rank(change: Change, dense: Tensor, rank: int) -> LowRank:
                 if part.factors
             ]
         )
-        return LowRank(left, right, squared_norm(left, right), 0.0).cut(rank)
+        return LowRank(left, right, squared_norm(left, right), 0.0).cut(rank, energy)
     matrix = change.tensor(dense)
     matrix = matrix.reshape(-1, matrix.shape[-1])
     norm = float(matrix.double().square().sum())
@@ -81,6 +82,9 @@ def low_rank(change: Change, dense: Tensor, rank: int) -> LowRank:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # svd_lowrank takes no generator; equal artifacts give equal files
             u, s, v = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLED, niter=_ROUNDS)
+        u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+    if energy < 1:
+        rank = _enough(s, energy * norm)
         u, s, v = u[:, :rank], s[:rank], v[:, :rank]
     root = s.sqrt()
     error = max(0.0, norm - float(s.double().square().sum()))
@@ -98,15 +102,24 @@ def side_by_side(parts: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor,
     return left, right
 
 
-def _nearest(left: Tensor, right: Tensor, rank: int, norm: float, error: float) -> LowRank:
+def _nearest(product: LowRank, rank: int, energy: float) -> LowRank:
     """Cut a product of factors; its singular values are those of a matrix `[min(out, r), min(in, r)]`."""
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(right.double())
+    q_left, r_left = torch.linalg.qr(product.left.double())
+    q_right, r_right = torch.linalg.qr(product.right.double())
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    if energy < 1:
+        rank = min(rank, _enough(s, energy * product.squared_norm))
     root = s[:rank].sqrt()
     cut_left = (q_left @ (u[:, :rank] * root)).float()
     cut_right = (q_right @ (vh[:rank].T * root)).float()
-    return LowRank(cut_left, cut_right, norm, error + float(s[rank:].square().sum()))
+    error = product.squared_error + float(s[rank:].square().sum())
+    return LowRank(cut_left, cut_right, product.squared_norm, error)
+
+
+def _enough(values: Tensor, energy: float) -> int:
+    """Return how many of the singular values, largest first, have squares that sum to at least `energy`."""
+    sums = values.double().square().cumsum(0)
+    return min(len(values), 1 + int((sums < energy).sum()))
 
 
 def squared_norm(left: Tensor, right: Tensor) -> float:

@@ -61,7 +61,11 @@ class Holdable:
 
 
 def to_adapter(
-    experts: StoredExperts, mixture: Mapping[str, float], rank: int, holdable: Holdable
+    experts: StoredExperts,
+    mixture: Mapping[str, float],
+    rank: int,
+    holdable: Holdable,
+    energy: float = 1.0,
 ) -> Adapter:
     """Make the adapter that is nearest to a mixture.
 
@@ -70,23 +74,27 @@ def to_adapter(
         mixture: a weight above 0 by expert.
         rank: the largest rank of a module.
         holdable: the modules that an adapter can change.
+        energy: the part in (0, 1] of each module's squared change that is enough; the rank of a module is the
+            least that keeps it.
 
     Raises:
-        ExportError: an expert is unknown, or the rank is below 1.
+        ExportError: an expert is unknown, or the rank is below 1, or the energy is not in (0, 1].
     """
     if rank < 1:
         raise ExportError(f"rank: at least 1 is required, got {rank}")
+    if not 0 < energy <= 1:
+        raise ExportError(f"energy: above 0 and at most 1 is required, got {energy}")
     modules: dict[str, Factors] = {}
-    dropped, energy = [], 0.0
+    dropped, lost = [], 0.0
     for change in experts.changes(mixture):
         kind = holdable.kind(change.weight, len(change.shape))
         dense = experts.dense.weight(change.weight)
         if kind == "other":
             dropped.append(change.weight)
-            energy += float(change.tensor(dense).double().square().sum())
+            lost += float(change.tensor(dense).double().square().sum())
             continue
-        factors = low_rank(change, dense, rank)
+        factors = low_rank(change, dense, rank, energy)
         for module in holdable.users[change.weight]:
             module_kind: Kind = "linear" if module == "lm_head" else kind
             modules[module] = Factors(module_kind, factors)
-    return Adapter(modules, tuple(dropped), energy)
+    return Adapter(modules, tuple(dropped), lost)

@@ -8,7 +8,7 @@ from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, ShiraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -41,6 +41,9 @@ def adapt(model: nn.Module, config: PeftConfig, directory: Path) -> PeftModel:
         given = load_peft_weights(str(directory), device="cpu")
         config = copy.deepcopy(config)
         config.inference_mode = True
+        if isinstance(config, ShiraConfig):
+            # the file holds the positions: PEFT need not draw others first
+            config.mask_fn = None  # type: ignore[assignment]
         adapted = PeftModel(model, config, _ADAPTER)
         expected = get_peft_model_state_dict(
             adapted, adapter_name=_ADAPTER, save_embedding_layers=False
@@ -157,7 +160,7 @@ class AdaptedModel:
         module = copy.deepcopy(module, real)
         try:
             merged = _merge(module)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise InputError(
                 f"{name}: PEFT cannot merge the adapter into it: {first_line(error)}"
             ) from error

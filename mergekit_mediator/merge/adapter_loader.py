@@ -19,45 +19,11 @@ from mergekit_mediator.merge.lora import changes_base
 
 # PEFT merges these kinds one module at a time, from the module's own weights and the adapter's file. All other
 # kinds are merged as whole models: some of them decompose the base's weights when PEFT loads them.
-ONE_BY_ONE = frozenset(
-    (
-        *(
-            "ADALORA",
-            "BOFT",
-            "C3A",
-            "DEFT",
-            "DELORA",
-            "FOURIERFT",
-            "GLORA",
-            "GRALORA",
-            "HIRA",
-            "HRA",
-        ),
-        *(
-            "IA3",
-            "LN_TUNING",
-            "LOHA",
-            "LOKR",
-            "LORA",
-            "MISS",
-            "OFT",
-            "PEANUT",
-            "PVERA",
-            "RANDLORA",
-            "ROAD",
-        ),
-        *(
-            "SHIRA",
-            "SUPERTUNING",
-            "TINYLORA",
-            "TRAINABLE_TOKENS",
-            "UNILORA",
-            "VBLORA",
-            "VERA",
-            "WAVEFT",
-        ),
-    )
-)
+_KINDS = """
+ADALORA BOFT C3A DEFT DELORA FOURIERFT GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT PEANUT PVERA
+RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
+"""
+ONE_BY_ONE = frozenset(_KINDS.split())
 
 
 class AdapterLoader:

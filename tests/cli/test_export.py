@@ -60,15 +60,15 @@ def test_exported_adapters_are_what_peft_adds_to_the_model(
 
 
 def test_what_an_adapter_cannot_hold_is_counted(out, tmp_path):
-    told = figures("export", out, tmp_path / "adapters", "--rank", "2")
+    told = figures("export", out, tmp_path / "adapters", "--rank", "2", "--drop")
     for expert in told["experts"]:
         assert expert["rank"] == 2
         assert 0 < expert["error"] < 1
         assert len(expert["dropped"]) == 7  # two norms in each of three blocks, and the last one
         assert 0 < expert["dropped_part"] < 1
-        files = (tmp_path / "adapters" / expert["name"]).iterdir()
+        files = (tmp_path / "adapters" / expert["name"]).glob("adapter_*")
         assert expert["bytes"] == sum(path.stat().st_size for path in files)
-    text = call("export", out, tmp_path / "again", "--rank", "2").output
+    text = call("export", out, tmp_path / "again", "--rank", "2", "--drop").output
     assert "left out by the rank, %" in text
     named = "model.layers.*.input_layernorm.weight (3), model.layers.*.post_attention_layernorm.weight (3)"
     said = f"leave out 7 weights, and the dense model's answer for every expert: {named}, model.norm.weight."
@@ -79,7 +79,7 @@ def test_what_an_adapter_cannot_hold_is_counted(out, tmp_path):
 def test_the_mean_of_what_adapters_cannot_hold_is_baked_into_the_model_to_serve(
     out, tmp_path, read
 ):
-    plain = figures("export", out, tmp_path / "plain")
+    plain = figures("export", out, tmp_path / "plain", "--drop")
     folder = tmp_path / "adapters"
     told = figures("export", out, folder, "--bake-mean", "--format", "vllm")
     assert told["model"] == str(folder / "dense")
@@ -109,7 +109,7 @@ def test_the_mean_of_what_adapters_cannot_hold_is_baked_into_the_model_to_serve(
 
 
 def test_the_baked_model_and_an_adapter_are_nearer_to_the_expert(out, tmp_path):
-    for name, options in (("plain", []), ("baked", ["--bake-mean"])):
+    for name, options in (("plain", ["--drop"]), ("baked", ["--bake-mean"])):
         figures("export", out, tmp_path / name, *options)
     served = MediatorModel.from_pretrained(out, dtype="float32")
     errors = {}
@@ -174,25 +174,55 @@ def test_an_expert_called_dense_has_no_folder_beside_the_baked_model(make, merge
     assert not (tmp_path / "adapters").exists()
 
 
+def test_a_part_of_the_change_chooses_the_rank_of_every_module(out, tmp_path):
+    folder = tmp_path / "adapters"
+    told = figures("export", out, folder, "--rank", "0.9", "--drop", "--expert", "math")
+    (expert,) = told["experts"]
+    assert 0.01 < expert["error"] <= 0.1
+    exact = figures("export", out, tmp_path / "exact", "--drop", "--expert", "math")["experts"][0]
+    assert 1 < expert["rank"] < exact["rank"]
+
+
+def test_the_card_of_an_adapter_says_what_it_leaves_out(out, tmp_path):
+    told = figures("export", out, tmp_path / "adapters", "--rank", "2", "--drop")
+    text = (tmp_path / "adapters/code/README.md").read_text()
+    expert = told["experts"][1]
+    assert f"| squared change that the rank leaves out | {expert['error']:.4%} |" in text
+    assert "| changed weights that the adapter lacks | 7 |" in text
+    assert text.count("layernorm.weight`") == 6
+    assert str(tmp_path) not in text
+
+
+def test_answers_on_prompts_are_compared_in_table_and_figures(out, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(5)))
+    arguments = ("--rank", "2", "--drop", "--expert", "math", "--prompts", prompts)
+    (expert,) = figures("export", out, tmp_path / "a", *arguments)["experts"]
+    assert expert["answers"]["divergence"] > 0
+    assert "KL of answers, nats" in call("export", out, tmp_path / "b", *arguments).output
+
+
 def test_the_start_command_of_an_engine_names_rank_modules_and_adapters(out, tmp_path):
     folder = tmp_path / "adapters"
-    command = figures("export", out, folder, "--format", "vllm", "--rank", "9")["command"]
+    command = figures("export", out, folder, "--format", "vllm", "--rank", "9", "--drop")["command"]
     assert f"vllm serve {out} --enable-lora --max-loras 4 --max-lora-rank 16" in command
     assert f"math={folder}/math code={folder}/code chat={folder}/chat" in command
-    other = figures("export", out, tmp_path / "b", "--format", "sglang", "--expert", "code")
+    other = figures(
+        "export", out, tmp_path / "b", "--format", "sglang", "--expert", "code", "--drop"
+    )
     assert "--max-lora-rank 16" in other["command"]
     assert "--lora-target-modules down_proj embed_tokens" in other["command"]
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"code", "README.md"}
 
 
 def test_an_expert_that_is_named_twice_is_exported_once(out, tmp_path):
-    told = figures("export", out, tmp_path / "a", "--expert", "code", "--expert", "code")
+    told = figures("export", out, tmp_path / "a", "--drop", "--expert", "code", "--expert", "code")
     assert [expert["name"] for expert in told["experts"]] == ["code"]
 
 
 def test_llama_cpp_is_told_to_convert_and_to_start_with_all_adapters_off(out, tmp_path):
     folder = tmp_path / "adapters"
-    command = figures("export", out, folder, "--format", "llama.cpp")["command"]
+    command = figures("export", out, folder, "--format", "llama.cpp", "--drop")["command"]
     *conversions, server = command.splitlines()
     assert len(conversions) == 4
     assert f"convert_lora_to_gguf.py {folder}/code --base {out}" in conversions[2]
@@ -221,7 +251,21 @@ def test_engines_that_know_one_rank_get_the_same_adapters_of_one_rank(
     ("options", "message"),
     [
         (["--expert", "law"], "unknown expert 'law'; this artifact has math, code, chat"),
-        (["--rank", "0"], "0 is not in the range x>=1"),
+        (
+            ["--rank", "0"],
+            "a rank such as 64 or a part of the squared change such as 0.99 is required, got",
+        ),
+        (["--rank", "1.5"], "such as 0.99 is required, got '1.5'"),
+        (["--rank", "much"], "such as 0.99 is required, got 'much'"),
+        (
+            [],
+            "'math': it changes 7 weights that are no matrices of linear layers or embeddings, which alone a",
+        ),
+        (
+            ["--format", "vllm"],
+            "of its squared change: leave them out with --drop, or export a checkpoint",
+        ),
+        (["--format", "peft-shira", "--relative-to", "base"], "relative to dense required"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(out, tmp_path, options, message):

@@ -141,3 +141,37 @@ def test_bad_requests_are_refused_in_one_line(family, merged):
         StoredExperts(out, "base")
     with pytest.raises(ExportError, match="relative to 'mean': dense or base is required"):
         StoredExperts(out, "mean")
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
+def test_a_module_keeps_the_least_rank_that_holds_a_part_of_its_change(
+    make, merged, tmp_path, energy
+):
+    out = merged(make(dtype=torch.float32).config(route="all", density=1.0))
+    experts, holdable = StoredExperts(out), Holdable.of(out)
+    adapter = to_adapter(experts, {"code": 1.0}, 64, holdable, energy)
+    for module, factors in adapter.modules.items():
+        change = experts.change(f"{module}.weight", {"code": 1.0})
+        matrix = change.tensor(experts.dense.weight(f"{module}.weight")).double()
+        squares = torch.linalg.svdvals(matrix).square()
+        rank = factors.low_rank.rank
+        assert float(squares[:rank].sum()) >= energy * float(squares.sum()) * (1 - 1e-6)
+        assert float(squares[: rank - 1].sum()) < energy * float(squares.sum()) * (1 + 1e-6)
+
+
+def test_factors_keep_the_least_rank_that_holds_a_part_of_their_change(adapters, merged):
+    out = merged({**adapters, "parameters": {"reference": "base"}})
+    experts, holdable = StoredExperts(out), Holdable.of(out)
+    whole = to_adapter(experts, {"b": 1.0}, 8, holdable)
+    part = to_adapter(experts, {"b": 1.0}, 8, holdable, 0.6)
+    assert part.rank < whole.rank
+    assert 0 < part.squared_error <= 0.4
+    with pytest.raises(ExportError, match="energy: above 0 and at most 1 is required, got 0"):
+        to_adapter(experts, {"b": 1.0}, 8, holdable, 0.0)
+
+
+def test_tied_modules_are_written_with_one_component_too(make, merged, tmp_path):
+    out = merged(make(pico.llama_tied).config(route="all", density=0.5))
+    adapter, model = exported(out, {"math": 1.0}, 1, tmp_path)
+    assert {"model.embed_tokens", "lm_head"} <= adapter.modules.keys()
+    assert logits(model).isfinite().all()

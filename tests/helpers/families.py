@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pico
+from safetensors.torch import load_file, save_file
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,14 @@ _TOP_LEVEL = {"models", "slices", "modules", "base_model", "tokenizer", "dtype",
 def make_family(root: Path, *args: Any, **options: Any) -> Family:
     paths = pico.save_family(root, *args, **options)
     return Family(paths.pop("base"), paths)
+
+
+def linear_only(family: Family) -> Family:
+    """Give the experts of a family the base's embeddings and norms, so that linear layers alone differ."""
+    (file,) = family.base.glob("*.safetensors")
+    base = load_file(file)
+    for expert in family.experts.values():
+        weights = load_file(expert / file.name)
+        kept = {n: w if "_proj" in n or "lm_head" in n else base[n] for n, w in weights.items()}
+        save_file(kept, expert / file.name, {"format": "pt"})
+    return family

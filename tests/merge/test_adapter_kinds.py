@@ -1,6 +1,8 @@
 """Adapters of every kind answer as PEFT's own forward pass, and what is none is refused in one line."""
 
 import json
+import re
+from pathlib import Path
 
 import peft
 import pico
@@ -16,6 +18,7 @@ from mergekit_mediator.errors import InputError
 from mergekit_mediator.merge.adapter_config import kind_of
 from mergekit_mediator.merge.adapter_loader import ONE_BY_ONE, AdapterLoader, open_adapted
 
+PAGE = Path(__file__).parents[2] / "docs/adapters.md"
 BASES = {
     "llama": (pico.llama, LLAMA | WHOLE),
     "tied": (pico.llama_tied, TIED),
@@ -114,6 +117,13 @@ def test_parameters_that_join_experts_are_merged_by_peft(bases, tmp_path):
 def test_every_kind_that_is_merged_one_by_one_is_compared_with_peft():
     tested = {kind_of(c) for group in (LLAMA, GPT2, TIED) for c in group.values()}
     assert tested == ONE_BY_ONE
+
+
+def test_the_table_of_the_documents_has_every_kind_that_is_compared():
+    rows = re.findall(r"^\| (.+) \| (module by module|PEFT merges).* \|$", PAGE.read_text(), re.M)
+    table = {(kind, how) for kinds, how in rows for kind in kinds.split(", ")}
+    one_by_one = {(kind, "module by module") for kind in LLAMA | GPT2 | TIED}
+    assert table == one_by_one | {(kind, "PEFT merges") for kind in WHOLE}
 
 
 @pytest.mark.parametrize(
@@ -233,6 +243,18 @@ def test_methods_get_adapters_as_peft_applies_them(bases, merged, tmp_path, read
         tau = sum(change[name] - before[name] for change in changes)
         torch.testing.assert_close(weight, before[name] + share * tau, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "cache").exists() == (method == "task_arithmetic")
+
+
+@pytest.mark.parametrize("method", ["mediator", "mediator_dense", "tsvm"])
+def test_a_change_of_one_of_two_tied_weights_is_refused_by_every_method(
+    bases, refused, tmp_path, method
+):
+    base = bases["tied"]
+    for seed in range(2):
+        save(base, tmp_path / f"a{seed}", lora("embed_tokens"), seed)
+    models = [{"model": f"{base}+{tmp_path / f'a{seed}'}"} for seed in range(2)]
+    line = refused({"merge_method": method, "base_model": str(base), "models": models})
+    assert "which are one weight (tie_word_embeddings)" in line
 
 
 def test_a_plan_refuses_an_adapter_that_is_no_change_of_weights(bases, tmp_path):
