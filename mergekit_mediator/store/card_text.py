@@ -128,9 +128,17 @@ def _sizes(manifest: Manifest) -> str:
         return ""
     total, experts = sum(files.values()), sum(files[f"mediator/{e.file}"] for e in manifest.experts)
     return (
-        f" The dense expert takes {weights / 1e6:,.1f} MB, the experts together {experts / 1e6:,.1f} MB: all files "
+        f" The dense expert takes {_size(weights)}, the experts together {_size(experts)}: all files "
         f"are {total / weights:.3f} times the dense expert."
     )
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes with its unit, in powers of 1000."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1000:.1f} kB"
 
 
 def _routing(manifest: Manifest, router: Calibration | None, has_picture: bool) -> str:

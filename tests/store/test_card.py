@@ -7,7 +7,7 @@ from records import manifest
 from mergekit_mediator.errors import ArtifactError, OutputError
 from mergekit_mediator.store.card import generated_part, refresh_card
 from mergekit_mediator.store.evaluation import Evaluation
-from mergekit_mediator.store.manifest import PICTURES
+from mergekit_mediator.store.manifest import PICTURES, FileDigest
 
 EVALUATION = Evaluation.model_validate(records.evaluation())
 HEADER = "---\n# ours\nlicense: mit\ntags: [merge]\n---\n"
@@ -36,6 +36,14 @@ def test_the_part_says_how_large_the_artifact_is_and_shows_conflict(root):
     assert "are 1.100 times the dense expert" in card(root)
     assert "0 0.500 ###############" in card(root)
     assert "The experts come back nearly, not exactly" in card(root)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(900, "0.9 kB"), (1_000_000, "1.0 MB"), (15_200_000_000, "15.2 GB")]
+)
+def test_sizes_have_a_fitting_unit(size, text):
+    files = {**manifest().files, "model.safetensors": FileDigest(sha256="0" * 64, bytes=size)}
+    assert f"The dense expert takes {text}, the" in generated_part(manifest(files=files))
 
 
 def test_a_card_that_is_up_to_date_is_not_written(root):
