@@ -107,6 +107,8 @@ def rows(
     of_base = {n: measured(f"base {n}", partial(_plain, made.base, pairs[n])) for n in pairs}
     extracted = _extracted(made, pairs, extract_ranks, measured)
     for reference, bakings in SERVED.items():
+        if not ranks[reference]:
+            continue
         parameters = {"route": "all", "reference": reference, **stored_as}
         model, _ = artifact(made, f"{family}-{reference}", parameters)
         stored = {
@@ -240,7 +242,7 @@ def storage(bits: float | None) -> dict[str, Any]:
 
 def numbers(text: str) -> list[int]:
     """Numbers that commas separate."""
-    return [int(number) for number in text.split(",")]
+    return [int(number) for number in text.split(",") if number]
 
 
 def main() -> None:
