@@ -242,7 +242,7 @@ def storage(bits: float | None) -> dict[str, Any]:
 
 def numbers(text: str) -> list[int]:
     """Numbers that commas separate."""
-    return [int(number) for number in text.split(",") if number]
+    return [int(number) for number in text.split(",")]
 
 
 def main() -> None:
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, help="a parameter of each expert; else 10%% of them")
     parser.add_argument("--prompts", type=int, default=16, help="an expert, that are reported on")
     parser.add_argument("--ranks", type=numbers, default=list(RANKS), help="with reference: base")
-    parser.add_argument("--mean-ranks", type=numbers, default=list(RANKS))
+    parser.add_argument("--mean-ranks", type=numbers, default=[], help="with reference: mean")
     parser.add_argument("--extract-ranks", type=numbers, default=[16, 64])
     parser.add_argument("--work", type=Path, default=Path("serving"))
     parser.add_argument("--threads", type=int, default=2)
