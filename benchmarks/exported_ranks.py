@@ -107,6 +107,8 @@ def rows(
     of_base = {n: measured(f"base {n}", partial(_plain, made.base, pairs[n])) for n in pairs}
     extracted = _extracted(made, pairs, extract_ranks, measured)
     for reference, bakings in SERVED.items():
+        if not ranks[reference]:
+            continue
         parameters = {"route": "all", "reference": reference, **stored_as}
         model, _ = artifact(made, f"{family}-{reference}", parameters)
         stored = {
@@ -254,7 +256,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, help="a parameter of each expert; else 10%% of them")
     parser.add_argument("--prompts", type=int, default=16, help="an expert, that are reported on")
     parser.add_argument("--ranks", type=numbers, default=list(RANKS), help="with reference: base")
-    parser.add_argument("--mean-ranks", type=numbers, default=list(RANKS))
+    parser.add_argument("--mean-ranks", type=numbers, default=[], help="with reference: mean")
     parser.add_argument("--extract-ranks", type=numbers, default=[16, 64])
     parser.add_argument("--work", type=Path, default=Path("serving"))
     parser.add_argument("--threads", type=int, default=2)
