@@ -18,7 +18,7 @@ DOCUMENTS = documents()
 RESULTS = sorted(path.stem for path in (ROOT / "benchmarks/results").glob("*.json"))
 MAKEFILE = (ROOT / "Makefile").read_text()
 # Tools of others that the documents name; their options are not ours to check.
-OTHERS = {"pip", "pre-commit", "git", "curl", "vllm"}
+OTHERS = {"pip", "pre-commit", "git", "curl", "vllm", "hf"}
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 

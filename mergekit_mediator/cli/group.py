@@ -8,6 +8,7 @@ import click
 from mergekit_mediator.errors import MediatorError
 
 _SUMMARIES = {
+    "add-expert": "Add an expert to an artifact.",
     "calibrate": "Fit the router of an artifact to example prompts.",
     "classify": "Serve the experts' probabilities for each text over HTTP.",
     "config": "Print the files with which engines and routers serve an artifact.",
@@ -23,10 +24,12 @@ _SUMMARIES = {
     "remove-expert": "Remove an expert from an artifact.",
     "rename-expert": "Rename an expert of an artifact.",
     "report": "Write one page about an artifact.",
+    "requantize": "Store the experts of an artifact in fewer bytes.",
     "verify": "Check every digest of an artifact, and its base.",
 }
 # The module of each command that is not in `main`. Some import libraries that take seconds.
 _MODULES = {
+    "add-expert": "experts",
     "calibrate": "calibrate",
     "classify": "services",
     "config": "config",
@@ -41,6 +44,7 @@ _MODULES = {
     "remove-expert": "experts",
     "rename-expert": "experts",
     "report": "report",
+    "requantize": "experts",
 }
 
 

@@ -85,6 +85,21 @@ class StoredWeight:
             return self.codes.to(dense.dtype)
         return (dense.to(torch.float32) + self.difference(dense)).to(dense.dtype)
 
+    def change(self, dense: Tensor) -> Tensor:
+        """Decode Δ as a whole, float32 in the weight's shape.
+
+        Args:
+            dense: the dense expert's weight, of the same shape.
+        """
+        flat = dense.reshape(-1)
+        total = torch.zeros(flat.numel())
+        if self.positions.numel():
+            part = self.difference(flat.index_select(0, self.positions))
+            total.index_add_(0, self.positions, part)
+        if self.factors:
+            total.add_(self.factors.product().reshape(-1))
+        return total.view(self.shape)
+
     @classmethod
     def of_factors(
         cls, shape: tuple[int, ...], dtype: torch.dtype, factors: Factors, share: float = 0.0

@@ -25,6 +25,7 @@ from mergekit_mediator.store.manifest import (
     CONFIG_SOURCE,
     FORMAT_VERSION,
     BaseEntry,
+    Change,
     ExpertEntry,
     FileDigest,
     LayerEntry,
@@ -124,6 +125,7 @@ def describe(
     config_source: str | None,
     merged: Merged,
     out: Path,
+    history: Sequence[Change] = (),
 ) -> Manifest:
     """Write the card and the configuration's text, and describe the whole artifact.
 
@@ -133,6 +135,7 @@ def describe(
         config_source: the text of the configuration; None to write it from `merge_config`.
         merged: the results of the passes.
         out: the directory of the artifact, complete but for card, configuration and manifest.
+        history: the changes of the artifact that this merge replaces, and the merge itself as one of them.
 
     Returns:
         The manifest, with the digests of the files in `out`.
@@ -161,6 +164,7 @@ def describe(
         parameters=parameters,
         parameter_count=merged.parameter_count,
         files={},
+        history=tuple(history),
     )
     source = config_source or merge_config.to_yaml()
     (out / CONFIG_SOURCE).write_text(source, encoding="utf-8")
@@ -176,7 +180,7 @@ def _expert(
     source = model.lora or model.model
     return ExpertEntry(
         name=name,
-        source=_source(model),
+        source=source_of(model),
         revision=source.revision,
         license=license_of(str(source.path), source.revision),
         weight=_setting(config, model, "weight", 1.0),
@@ -185,7 +189,7 @@ def _expert(
     )
 
 
-def _source(model: ModelReference) -> str:
+def source_of(model: ModelReference) -> str:
     """Give the model's name as the user wrote it, without revisions: the manifest has a field for these."""
     return f"{model.model.path}+{model.lora.path}" if model.lora else f"{model.model.path}"
 

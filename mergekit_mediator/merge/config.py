@@ -160,6 +160,25 @@ class MediatorConfig(BaseModel):
             ConfigError: a parameter is unknown, misplaced or out of range, two parameters contradict each
                 other, there is no base model, there is no expert, or two share a name.
         """
+        parsed = cls._parse(config)
+        if len(parsed.experts) == 1:
+            parsed = parsed._of_one_expert()
+        if parsed.route == "auto" and parsed.keeps_factors:
+            return parsed.model_copy(update={"route": "all"})
+        return parsed
+
+    @classmethod
+    def of_added_expert(cls, config: MergeConfiguration) -> "MediatorConfig":
+        """Read and check the parameters of one expert that is added to an artifact. It has no share in the mean.
+
+        Raises:
+            ConfigError: see `from_merge_config`.
+        """
+        return cls._parse(config).model_copy(update={"reference": "base"})
+
+    @classmethod
+    def _parse(cls, config: MergeConfiguration) -> "MediatorConfig":
+        """Read and check the parameters as the configuration has them."""
         if config.base_model is None:
             raise ConfigError("base_model: required by merge_method: mediator, but missing: add it")
         for key, dtype in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
@@ -203,10 +222,6 @@ class MediatorConfig(BaseModel):
             )
         if parsed.basis is not None and parsed.rank is None:
             raise ConfigError(f"basis: {parsed.basis} of a `rank`, got none: give the rank")
-        if len(parsed.experts) == 1:
-            parsed = parsed._of_one_expert()
-        if parsed.route == "auto" and parsed.keeps_factors:
-            return parsed.model_copy(update={"route": "all"})
         return parsed
 
     def _of_one_expert(self) -> "MediatorConfig":

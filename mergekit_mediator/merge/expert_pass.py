@@ -1,6 +1,5 @@
 """The pass that writes the experts' files, tunes experts on prompts, and keeps to a budget."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -73,7 +72,8 @@ def write_experts(
         if excess <= 0:
             return ExpertPass(slopes, tuned)
         spare += excess
-        shutil.rmtree(out / EXPERTS)
+        for path in files.values():
+            path.unlink()
 
 
 def _write(
@@ -85,7 +85,7 @@ def _write(
 ) -> dict[ModelReference, Path]:
     """Write the experts in one pass over the routed weights; return their files."""
     config = passes.inputs.config
-    (out / EXPERTS).mkdir(parents=True)
+    (out / EXPERTS).mkdir(parents=True, exist_ok=True)
     encoder = Encoder(config, passes.device, slopes, adapters_for(passes.inputs, weights))
     with ExitStack() as stack:
         paths, files = {}, {}

@@ -53,7 +53,7 @@ class Inputs:
             ConfigError: see `MediatorConfig.from_merge_config`.
             InputError: a model cannot be found, or has another architecture than the base.
         """
-        self.config = MediatorConfig.from_merge_config(merge_config)
+        self.config = self._parameters(merge_config)
         self.base = self.config.base_model
         self.experts: tuple[ModelReference, ...] = tuple(self.config.experts)
         self.models = (self.base, *self.experts)
@@ -67,6 +67,10 @@ class Inputs:
         )
         self._tokenizer_task: BuildTokenizer | None = None
         self._headers: Headers = {}
+
+    @staticmethod
+    def _parameters(merge_config: MergeConfiguration) -> MediatorConfig:
+        return MediatorConfig.from_merge_config(merge_config)
 
     def __enter__(self: Self) -> Self:
         """Read the headers of all models.

@@ -30,7 +30,7 @@ from mergekit_mediator.merge.preparation import Preparation, prepared
 from mergekit_mediator.merge.tuning import prepare_lessons
 from mergekit_mediator.merge.workers import workers
 from mergekit_mediator.route.response import ResponseRouter
-from mergekit_mediator.store.manifest import EXPERTS, RESPONSE, Manifest
+from mergekit_mediator.store.manifest import EXPERTS, RESPONSE, Change, Manifest
 from mergekit_mediator.store.staging import Staging
 
 
@@ -42,6 +42,7 @@ def run(
     *,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    history: Sequence[Change] = (),
 ) -> Manifest:
     """Merge as configured and publish the artifact.
 
@@ -52,6 +53,7 @@ def run(
         config_source: the text of the configuration, which the artifact will hold.
         overwrite: replace a model in `out_path`.
         allow_nonfinite: accept NaN and infinity in the inputs.
+        history: the history that the manifest will have, for a merge that rebuilds an artifact.
 
     Returns:
         The manifest of the artifact.
@@ -73,7 +75,7 @@ def run(
             prepared(OpenInputs, merge_config, options, config_source, staging) as preparation,
         ):
             manifest = _merge(
-                preparation, merge_config, config_source, staging.path, allow_nonfinite
+                preparation, merge_config, config_source, staging.path, allow_nonfinite, history
             )
             staging.publish(manifest)
     except (OSError, safetensors.SafetensorError) as error:
@@ -115,6 +117,7 @@ def _merge(
     config_source: str | None,
     out: Path,
     allow_nonfinite: bool,
+    history: Sequence[Change],
 ) -> Manifest:
     """Write all files of an artifact but its manifest; return the manifest."""
     inputs, weights = preparation.inputs, preparation.weights
@@ -135,7 +138,7 @@ def _merge(
             slopes=experts.slopes,
             tuned=experts.tuned,
         )
-        return describe(inputs, merge_config, config_source, merged, out)
+        return describe(inputs, merge_config, config_source, merged, out, history)
 
 
 def _write_directions(inputs: Inputs, dense: DensePass, out: Path) -> None:

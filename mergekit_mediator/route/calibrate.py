@@ -83,7 +83,7 @@ def calibrate_artifact(
             if manifest is None:
                 manifest = read_manifest(root)
                 verify_files(root, manifest)
-            result, figures = _fit(root, manifest, model, tokenizer, data, kind, head, seed)
+            result, figures = fit_artifact(root, manifest, model, tokenizer, data, kind, head, seed)
             if read_manifest(root) != manifest:
                 raise ArtifactError(
                     f"{root}: another artifact is there since the calibration began: run "
@@ -98,17 +98,26 @@ def calibrate_artifact(
     return result
 
 
-def _fit(
+def fit_artifact(
     root: Path,
     manifest: Manifest,
     model: Any,
     tokenizer: Any,
     data: Mapping[str, Path],
-    kind: Kind,
-    head: Head,
-    seed: int,
+    kind: Kind = "hidden",
+    head: Head = "ridge",
+    seed: int = 0,
 ) -> tuple[Calibration, dict[str, Any]]:
-    """Fit the router, and return it with the figures for the manifest."""
+    """Fit the router of an artifact, and store nothing; the arguments are those of `calibrate_artifact`.
+
+    Returns:
+        The router with its figures, and the figures for the manifest.
+
+    Raises:
+        RoutingError: see `calibrate_artifact`.
+        PromptError: see `calibrate_artifact`.
+        ArtifactError: the present router cannot be read.
+    """
     for name in data:
         if name not in manifest.expert_names:
             names = ", ".join(manifest.expert_names)

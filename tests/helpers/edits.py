@@ -9,8 +9,9 @@ import torch
 from served_pico import WORDS, prompts
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.models.loading import load_plain, load_tokenizer
+from mergekit_mediator.models.loading import DenseCheckpoint, load_plain, load_tokenizer
 from mergekit_mediator.route.calibrate import calibrate_artifact
+from mergekit_mediator.store.expert_file import open_expert
 from mergekit_mediator.store.manifest import MANIFEST, read_manifest, verify_files
 
 NAMES = ("math", "code", "chat")
@@ -60,6 +61,14 @@ def served(out, mixture):
         return {name: weight.detach().clone() for name, weight in routed.named_parameters()}
 
 
+def changes(out, name):
+    """The change that an expert stores, by weight."""
+    manifest, dense = read_manifest(out), DenseCheckpoint(out)
+    entry = next(e for e in manifest.experts if e.name == name)
+    file = open_expert(out, entry, dense.shapes)
+    return {w: file.read(w, dense.weight(w)).change(dense.weight(w)) for w in file.weights}
+
+
 def check(out, names):
     """Check that an artifact verifies, has these experts and no other file, and routes a request to them."""
     manifest = read_manifest(out)
@@ -97,3 +106,10 @@ def one_more(family, folder, name="law", seed=200, dtype=None):
     expert.to(dtype or base.dtype).save_pretrained(folder / name)
     pico.tokenizer().save_pretrained(folder / name)
     return folder / name
+
+
+def one_more_of(make, path):
+    """A model of another kind; gives its directory."""
+    torch.manual_seed(5)
+    make().to(torch.bfloat16).save_pretrained(path)
+    return path

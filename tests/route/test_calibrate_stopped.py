@@ -156,13 +156,13 @@ def test_an_artifact_that_a_merge_replaced_during_the_calibration_is_not_touched
 ):
     manifest = read_manifest(out)
     other = manifest.model_copy(update={"parameter_count": 7})
-    stock = calibrate._fit
+    stock = calibrate.fit_artifact
 
     def fit_(*arguments):
         artifact.write_manifest(out, other)
         return stock(*arguments)
 
-    monkeypatch.setattr(calibrate, "_fit", fit_)
+    monkeypatch.setattr(calibrate, "fit_artifact", fit_)
     with pytest.raises(
         ArtifactError, match="another artifact is there since the calibration began"
     ):

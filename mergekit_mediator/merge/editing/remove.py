@@ -6,23 +6,22 @@ from typing import Any
 from mergekit_mediator.errors import EditError
 from mergekit_mediator.merge.editing.dense import take_share_out
 from mergekit_mediator.merge.editing.routers import remove_from_routers, with_stale_note
-from mergekit_mediator.merge.editing.workspace import Workspace, change, editing
-from mergekit_mediator.store.manifest import Manifest
+from mergekit_mediator.merge.editing.workspace import Edited, Workspace, change, editing
 
 
-def remove_expert(out: Path, name: str) -> Manifest:
+def remove_expert(out: Path, name: str) -> Edited:
     """Remove an expert: its file, its rows in the routers, and its entry in the manifest.
 
     The mixtures of the other experts stay as they are. If experts are stored relative to the base, these
     mixtures subtract the removed expert's share from the dense expert; the dense expert's weights lose this share
-    instead. The last change of the manifest says where the expert stays.
+    instead. The change says where the expert stays.
 
     Args:
         out: the artifact's directory.
         name: the expert.
 
     Returns:
-        The manifest of the changed artifact.
+        The manifest of the changed artifact, and the change.
 
     Raises:
         EditError: the artifact has no such expert, or no other one.

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from mergekit_mediator.merge.editing.names import check_new_name
 from mergekit_mediator.merge.editing.routers import rename_in_routers, with_stale_note
-from mergekit_mediator.merge.editing.workspace import change, editing
+from mergekit_mediator.merge.editing.workspace import Edited, change, editing
 from mergekit_mediator.store.expert_file import ExpertWriter
-from mergekit_mediator.store.manifest import Manifest
 
 
-def rename_expert(out: Path, old: str, new: str) -> Manifest:
+def rename_expert(out: Path, old: str, new: str) -> Edited:
     """Rename an expert, in its file, in the manifest and in the routers. What it stores stays bit for bit.
 
     Args:
@@ -18,7 +17,7 @@ def rename_expert(out: Path, old: str, new: str) -> Manifest:
         new: the new name.
 
     Returns:
-        The manifest of the changed artifact.
+        The manifest of the changed artifact, and the change.
 
     Raises:
         EditError: the artifact has no expert `old`, or the new name cannot be used.

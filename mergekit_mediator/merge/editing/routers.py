@@ -39,7 +39,7 @@ def rename_in_routers(work: Workspace, old: str, new: str) -> Figures:
     if router is None or figures is None:
         return figures
     features = {renamed(name): x for name, x in router.features.items()}
-    _save(work, replace(router, features=features))
+    save_router(work, replace(router, features=features))
     by_expert = {
         k: {renamed(n): v for n, v in figures[k].items()} for k in _BY_EXPERT if k in figures
     }
@@ -68,7 +68,7 @@ def remove_from_routers(work: Workspace, name: str, changed: Collection[str]) ->
             _router_path(work).unlink()
             return None
         result = fit.remove(router, name)
-        _save(work, result.router)
+        save_router(work, result.router)
         data = {other: value for other, value in figures["data"].items() if other != name}
         notes = {key: figures[key] for key in ("stale", OLD_DENSE) if key in figures}
         figures = {**result.figures, "data": data, **notes}
@@ -139,7 +139,7 @@ def _calibrated(work: Workspace) -> CalibratedRouter | None:
     return CalibratedRouter.load(path) if path.is_file() else None
 
 
-def _save(work: Workspace, router: CalibratedRouter) -> None:
+def save_router(work: Workspace, router: CalibratedRouter) -> None:
     """Write the router under its usual name, which it has unless a calibration was killed."""
     old = _router_path(work)
     router.save(work.root / ROUTER)

@@ -1,6 +1,7 @@
 """A published artifact while it is changed: a staging directory that shares the artifact's files."""
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
@@ -30,6 +32,18 @@ from mergekit_mediator.store.staging import Staging
 
 # Errors of file systems that give a file no second name.
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
+
+
+class Edited(NamedTuple):
+    """An artifact after a change.
+
+    Attributes:
+        manifest: the new manifest.
+        changes: the changes, as the manifest's history ends.
+    """
+
+    manifest: Manifest
+    changes: tuple[Change, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,30 @@ class Workspace:
         entries = self.manifest.experts
         return {entry.name: open_expert(self.out, entry, self.dense.shapes) for entry in entries}
 
-    def publish(self, manifest: Manifest, *changes: Change) -> Manifest:
+    @cached_property
+    def is_relative_to_base(self) -> bool:
+        """Whether experts are stored relative to the base, which `bits`, a `budget` and factors of adapters need.
+
+        With `reference: base` the dense expert's routed weights are the base's.
+        """
+        parameters = self.manifest.parameters
+        if parameters.get("reference") == "base" or "slopes" in parameters:
+            return True
+        return any(d.share for file in self.files.values() for d in file.weights.values())
+
+    @cached_property
+    def routed_parameters(self) -> int:
+        """The number of parameters that an expert may store: those of the routed floating-point weights."""
+        routed = [w for layer in self.manifest.routed_layers for w in layer.weights]
+        floating = [w for w in routed if self.dense.weight(w).is_floating_point()]
+        return sum(math.prod(self.dense.shapes[w]) for w in floating)
+
+    def bits_per_parameter(self, name: str) -> float:
+        """The bits that an expert takes for each parameter that it may store, without the header of its file."""
+        file = self.files[name]
+        return 8 * sum(map(file.stored_bytes, file.weights)) / max(1, self.routed_parameters)
+
+    def publish(self, manifest: Manifest, *changes: Change) -> "Edited":
         """Replace the artifact by the content of the staging directory, in one step.
 
         Args:
@@ -84,7 +121,7 @@ class Workspace:
             changes: the changes.
 
         Returns:
-            The manifest as it is written.
+            The manifest as it is written, and the changes.
 
         Raises:
             OSError: a step failed, and the artifact is as before.
@@ -101,7 +138,7 @@ class Workspace:
         )
         renew_card(self.root, self.manifest, manifest)
         self._staging.publish(manifest)
-        return manifest
+        return Edited(manifest, changes)
 
     def _is_shared(self, name: str) -> bool:
         before = self.out / name
@@ -109,18 +146,19 @@ class Workspace:
 
 
 @contextmanager
-def editing(out: Path) -> Iterator[Workspace]:
+def editing(out: Path, inputs: Mapping[str, Path] | None = None) -> Iterator[Workspace]:
     """Verify an artifact and prepare its change. Unless the caller publishes, the artifact stays as it is.
 
     Args:
         out: the artifact's directory.
+        inputs: the directories that the change reads, by their names in error messages.
 
     Raises:
         ArtifactError: the artifact does not verify.
-        OutputError: another process writes there, or a file cannot be written.
+        OutputError: the artifact is one of the inputs, another process writes there, or a file cannot be written.
     """
     try:
-        with Staging(out, overwrite=True) as staging:
+        with Staging(out, overwrite=True, inputs=inputs) as staging:
             manifest = read_manifest(out)
             verify_files(out, manifest)
             for name in (*manifest.files, *([CARD] if (out / CARD).is_file() else [])):
