@@ -27,6 +27,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "demo": merging.demo,
     "merge-cost": merging.merge_cost,
     "methods": merging.methods,
+    "method-quality": merging.method_quality,
     "faults": merging.faults,
     "scale-memory": merging.scale_memory,
     "scale": merging.scale,
