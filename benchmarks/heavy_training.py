@@ -123,7 +123,8 @@ def train(name: str, args: argparse.Namespace, train_rows: Rows) -> None:
         chosen = order[torch.arange(first, first + args.batch) % len(order)]
         rows = torch.from_numpy(train_rows[chosen.numpy()]).long().to(args.device)
         done = training.step / steps
-        rate = min(1.0, (training.step + 1) / 50) * max(0.05, 0.5 * (1 + math.cos(math.pi * done)))
+        warm = min(1.0, (training.step + 1) / min(50, 1 + steps // 10))
+        rate = warm * max(0.05, 0.5 * (1 + math.cos(math.pi * done)))
         loss = training.update(rows, allowed, rate)
         if training.step % 50 == 0:
             print(f"{name} {training.step} of {steps}: loss {loss:.3f}", flush=True)

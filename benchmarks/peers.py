@@ -102,15 +102,19 @@ def ternary(matrices: Mapping[str, Tensor], density: float) -> dict[str, Stored]
     magnitudes = torch.cat([matrix.abs().flatten() for matrix in matrices.values()])
     count = max(1, round(density * magnitudes.numel()))
     threshold = magnitudes.kthvalue(magnitudes.numel() - count + 1).values
-    kept = magnitudes[(magnitudes >= threshold) & (magnitudes > 0)]
-    scale, share = kept.mean(), kept.numel() / magnitudes.numel()
-    price = share + entropy(share)
+    kept = magnitudes > threshold
+    # of equal magnitudes, of which differences of bfloat16 weights have many, the first ones
+    equal = ((magnitudes == threshold) & (magnitudes > 0)).nonzero()[:, 0]
+    kept[equal[: count - int(kept.sum())]] = True
+    share = float(kept.double().mean())
+    scale, price = magnitudes[kept].mean(), share + entropy(share)
+    masks = kept.split([matrix.numel() for matrix in matrices.values()])
     return {
         name: Stored(
-            scale * matrix.sign() * (matrix.abs() >= threshold),
+            scale * matrix.sign() * mask.view_as(matrix),
             price * matrix.numel() + HALF / len(matrices),
         )
-        for name, matrix in matrices.items()
+        for (name, matrix), mask in zip(matrices.items(), masks, strict=True)
     }
 
 

@@ -7,6 +7,7 @@ The pictures of routers and layers are drawn by their own benchmarks, which have
 
 import codec_plot
 import quality
+import rates_plot
 import record
 from sections import COMPARISONS
 
@@ -16,6 +17,7 @@ from mergekit_mediator.cli.plots import plot_quality
 def main() -> None:
     quality.main()
     codec_plot.main()
+    rates_plot.main()
     for name in COMPARISONS:
         plot_quality(record.read(name)["systems"], record.RESULTS / f"{name}.png")
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from sections import comparison, engines, merging, routing, serving, storing
+from sections import comparison, engines, merging, rates, routing, serving, storing
 from sections.markdown import about
 
 COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
@@ -12,7 +12,16 @@ RECORDS = (
     *COMPARISONS,
     *("ablations", "blending", "codec", "demo", "faults", "layers", "lossless", "merge-cost"),
     "methods",
-    *("replicas", "router", "router-many", "router-no-data", "runtime", "scale", "serving"),
+    *(
+        "rates",
+        "replicas",
+        "router",
+        "router-many",
+        "router-no-data",
+        "runtime",
+        "scale",
+        "serving",
+    ),
     "startup",
 )
 
@@ -34,6 +43,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "startup": merging.startup,
     "codec": storing.codec,
     "lossless": storing.lossless,
+    "rates": rates.rates,
+    "rates ahead": rates.ahead,
     "runtime": serving.runtime,
     "serving": engines.serving,
     "exported": engines.exported,

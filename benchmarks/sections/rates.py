@@ -6,6 +6,7 @@ from sections.markdown import load, table
 
 Row = dict[str, Any]
 OURS = "ours"
+_AS_MANY = 1.02  # times the bits: no two forms take exactly as many
 
 
 def rates() -> str:
@@ -21,7 +22,11 @@ def ahead() -> str:
             means = _means(of_family)
             own = [mean for form, mean in means.items() if form.startswith(OURS)]
             for form, peer in means.items():
-                rivals = [] if form.startswith(OURS) else [m for m in own if m.bits <= peer.bits]
+                rivals = (
+                    []
+                    if form.startswith(OURS)
+                    else [m for m in own if m.bits <= _AS_MANY * peer.bits]
+                )
                 kept = max((m.kept for m in rivals), default=1.0)
                 left = min((m.left for m in rivals), default=0.0)
                 where = f"- {base}, {family}: `{form}`, {peer.bits:.2f} bits,"
@@ -34,25 +39,6 @@ def ahead() -> str:
     return "\n".join(points) or "- None of the peers, at none of the rates."
 
 
-def settings() -> str:
-    """Our form as it is and with other settings: the gain kept by every expert at each rate."""
-    rows = load("rate-settings")["rows"]
-    usual = {(*_expert(r), r["form"]): r for r in load("rates")["rows"]}
-    labels = list(dict.fromkeys(r["form"].split(", ", 1)[1] for r in rows))
-    lines = []
-    for (base, family, expert), own in _by_expert(rows).items():
-        for rate in dict.fromkeys(r["form"].split(", ")[0] for r in own):
-            kept = {r["form"].split(", ", 1)[1]: r["gain_kept"] for r in own if _is(r, rate)}
-            default = usual[base, family, expert, rate]["gain_kept"]
-            cells = [f"{100 * x:.2f}" for x in (default, *(kept[label] for label in labels))]
-            lines.append([f"{base}, {family}: {expert}", rate.removeprefix("ours "), *cells])
-    return table(["expert", "bits", "as it is", *labels], lines)
-
-
-def _is(row: Row, rate: str) -> bool:
-    return row["form"].startswith(f"{rate}, ")
-
-
 def by(key: str) -> dict[str, list[Row]]:
     """The rows of results/rates.json, grouped."""
     return _by(key, load("rates")["rows"])
@@ -62,17 +48,6 @@ def _by(key: str, rows: list[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
-    return groups
-
-
-def _expert(row: Row) -> tuple[str, str, str]:
-    return row["base"], row["family"], row["expert"]
-
-
-def _by_expert(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_expert(row), []).append(row)
     return groups
 
 

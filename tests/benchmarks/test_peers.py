@@ -92,6 +92,13 @@ def test_ternary_keeps_the_largest_numbers_of_the_whole_expert(matrix):
     assert sum(s.bits for s in stored.values()) == pytest.approx(bits)
 
 
+def test_ternary_keeps_the_first_of_equal_magnitudes():
+    equal = torch.tensor([[2.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
+    (stored,) = peers.ternary({"one": equal}, 0.5).values()
+    expected = torch.tensor([[4 / 3, -4 / 3, 4 / 3], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(stored.approximation, expected)
+
+
 def test_ternary_keeps_nothing_where_nothing_changed(matrix):
     sparse = torch.where(
         torch.rand(24, 40, generator=torch.Generator().manual_seed(4)) < 0.1, matrix, 0

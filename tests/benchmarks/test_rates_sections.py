@@ -27,6 +27,11 @@ def test_a_peer_that_leaves_out_less_in_fewer_bits_is_named(rows):
     assert rates.ahead() == "- B, F: `ternary 0.1`, 0.90 bits, leaves out 25.0, ours 30.0."
 
 
+def test_a_rate_of_hardly_more_bits_is_as_many(rows):
+    rows += [row("ours 2", 2.02, 1.0, 0.05), row("two bits", 2.0, 0.995, 0.06)]
+    assert rates.ahead() == "- None of the peers, at none of the rates."
+
+
 def test_a_peer_that_takes_more_bits_for_as_much_is_not_named(rows):
     rows += [row("two bits", 2.0, 0.99, 0.1), row("extract-lora 4", 0.1, 1.0, 0.0)]
     assert rates.ahead() == "- None of the peers, at none of the rates."
