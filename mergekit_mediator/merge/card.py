@@ -1,6 +1,6 @@
 """The model card with its conflict chart."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ Base: {base}
 | expert | source | licence | share of the mean | bytes |
 | --- | --- | --- | --- | --- |
 {rows}
-{warning}
+{kept}{warning}
 ## Conflict
 
 `{metric}` conflict of the experts' changes by layer; `#` layers are routed, `.` layers averaged.
@@ -104,6 +104,7 @@ def write_card(
         dense=_dense(manifest),
         base=_show(manifest.base.source),
         rows="\n".join(_row(manifest, expert) for expert in manifest.experts),
+        kept=_kept(manifest),
         warning=warning,
         metric=metric,
         chart=conflict_chart(
@@ -153,6 +154,20 @@ def _row(manifest: Manifest, expert: ExpertEntry) -> str:
         f"{size.bytes:,}" if size else "",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _kept(manifest: Manifest) -> str:
+    """The part of its gain over the dense expert that each expert keeps; nothing without `keep`."""
+    parts: Mapping[str, Mapping[str, float | None]] = manifest.parameters.get("kept") or {}
+    if not parts:
+        return ""
+    lines = ["", "The part of its gain over the dense expert that each expert keeps:", ""]
+    for name, part in parts.items():
+        if part["measured"] is not None:
+            lines.append(f"- {name}: {part['measured']:.4f}, measured on held-out prompts")
+        else:
+            lines.append(f"- {name}: {part['predicted']:.4f}, predicted")
+    return "\n".join([*lines, ""])
 
 
 def conflict_chart(
