@@ -47,6 +47,8 @@ bench: .venv/demo
 	$(run)/lossless.py --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/codec_plot.py
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family "full fine-tunes"
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(OVERLAP) --family "full, overlapping"
