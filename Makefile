@@ -58,6 +58,8 @@ bench: .venv/demo
 	$(run)/lossless.py --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/codec_plot.py
 	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family strong --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family weak --experts $(EXPERTS)/weak --tasks $(WEAK)

@@ -22,6 +22,7 @@ _base = click.option(
 @click.argument("out", type=options.directory)
 @click.argument("model")
 @click.option("--name", required=True, help="The name of the expert.")
+@click.option("--keep", type=float, help="The part of its gain to keep, such as 0.99.")
 @click.option("--bits", type=float, help="Bits per parameter.")
 @click.option("--budget", help="The size of the whole directory with the expert: 1.5x or 24GB.")
 @click.option("--density", type=float, help="The fraction of the differences to keep.")
@@ -48,8 +49,8 @@ def add_expert(
     """Add MODEL, a fine-tune of the same base, as an expert to the artifact in OUT.
 
     All other experts and the dense expert stay as they are. MODEL is a directory or a repository, or an
-    adapter of the base. It is stored as the other experts are, unless --bits, --budget, --density or --rank
-    says otherwise. The expert has its own version of routed layers only: averaged layers stay as they are,
+    adapter of the base. It is stored as the other experts are, unless --keep, --bits, --budget, --density or
+    --rank says otherwise. The expert has its own version of routed layers only: averaged layers stay as they are,
     and the command prints how much of its change is there.
 
     Example: mergekit-mediator add-expert OUT models/law --name law --data law.jsonl

@@ -32,6 +32,7 @@ def inspect_figures(root: Path, manifest: Manifest) -> dict[str, Any]:
                 "routed_parameters": parameters,
                 "bits_per_parameter": 8 * stored / parameters if parameters else 0.0,
                 "tuned": entry.tuned.model_dump() if entry.tuned else None,
+                "kept": _figures(manifest.parameters.get("kept")).get(entry.name),
             }
         )
     dense = sum(
@@ -67,6 +68,7 @@ def inspect_report(figures: dict[str, Any]) -> str:
             f"{expert['bits_per_parameter']:.3f}",
             str(expert["weight"]),
             _tuning(expert["tuned"]),
+            _kept(expert["kept"]),
             expert["source"],
         ]
         for expert in figures["experts"]
@@ -96,7 +98,10 @@ def inspect_report(figures: dict[str, Any]) -> str:
             f"dense expert {size(figures['dense_bytes'])}, all files {size(figures['total_bytes'])} "
             f"= {figures['total_over_dense']:.3f} of the dense expert",
             "",
-            table(["expert", "bytes", "bits/param", "weight", "KL, nats", "source"], experts),
+            table(
+                ["expert", "bytes", "bits/param", "weight", "KL, nats", "gain kept", "source"],
+                experts,
+            ),
             "",
             table(["layer", "", metric, "bits/param", "mean rank", "kept, %"], rows),
             "",
@@ -149,6 +154,20 @@ def _tuning(tuned: Mapping[str, Any] | None) -> str:
         return "-"
     before, after = tuned["divergence_before"], tuned["divergence_after"]
     return f"{before:.2g} to {after:.2g} by {tuned['prompts']} prompts"
+
+
+def _kept(kept: Any) -> str:
+    """Write the part of its gain over the dense expert that an expert keeps; a dash without `keep`."""
+    figures = _figures(kept)
+    for source in ("measured", "predicted"):
+        if isinstance(figures.get(source), float):
+            return f"{figures[source]:.4f} {source}"
+    return "-"
+
+
+def _figures(value: Any) -> Mapping[str, Any]:
+    """Give a mapping of a manifest's free parameters, which may hold anything; empty if it is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def _reason(settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mergekit_mediator.cli import options, plan_tables
 from mergekit_mediator.cli.plots import plot_conflict, plot_curve
-from mergekit_mediator.delta.curve import Point
+from mergekit_mediator.delta.curve import KeptPoint, Point
 from mergekit_mediator.errors import ConfigError, first_line
 from mergekit_mediator.merge import plugin
 from mergekit_mediator.merge.budget import predict
@@ -69,7 +69,9 @@ def merge(
 @_config
 @click.option("--conflict", is_flag=True, help="Measure conflict; this reads every weight once.")
 @click.option(
-    "--curve", is_flag=True, help="Predict quality for every budget; this reads every weight once."
+    "--curve",
+    is_flag=True,
+    help="Predict bytes and quality for every `keep` and budget; this reads every weight once.",
 )
 @options.plot("the conflict or the curve")
 @options.as_json
@@ -105,13 +107,14 @@ def plan(
         inputs, weights = preparation.inputs, preparation.weights
         measured: dict[str, Measured] = {}
         points: list[Point] = []
+        kept: list[KeptPoint] = []
         if isinstance(inputs, OpenInputs):
             costed = {weight.info.name for weight in weights} if curve else set()
             with workers() as threads:
                 passes = Passes(inputs, threads)
                 measured = {w.info.name: m for w, m in passes.measure(weights, costed)}
             if curve:
-                points = predict(inputs, weights, measured)
+                points, kept = predict(inputs, weights, measured)
         plans = preparation.plan_layers({name: m.conflict for name, m in measured.items()})
         estimated = estimate(inputs, weights, plans)
     if plot is not None and curve:
@@ -122,11 +125,13 @@ def plan(
         }
         plot_conflict(plot, [p.name for p in plans], profile, [p.routed for p in plans])
     figures = plan_tables.plan_figures(estimated) | (
-        {"curve": [vars(p) for p in points]} if curve else {}
+        {"curve": [vars(p) for p in points], "keep": [vars(p) for p in kept]} if curve else {}
     )
     text = plan_tables.plan_report(estimated)
     if curve:
-        text += f"\n\n{plan_tables.curve_report(points)}"
+        text += f"\n\n{plan_tables.kept_report(kept)}\n\n{plan_tables.curve_report(points)}"
+    elif inputs.config.keep is not None:
+        text += f"\nHow many bytes keep {inputs.config.keep:g} depends on the weights: --curve predicts it."
     elif inputs.config.density_decides:
         text += "\nA budget keeps more in as many bytes, but not bit for bit: --curve predicts how much."
     if inputs.config.reference != "base":

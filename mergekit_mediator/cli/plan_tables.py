@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergekit_mediator.cli.tables import size, table
-from mergekit_mediator.delta.curve import Point
+from mergekit_mediator.delta.curve import KeptPoint, Point
 from mergekit_mediator.merge.conflict import METRICS
 from mergekit_mediator.merge.estimate import Estimate
 from mergekit_mediator.merge.prompted_plan import PromptedPlan
@@ -33,7 +33,8 @@ def plan_report(estimate: Estimate) -> str:
     undecided = any(layer.plan.routed is None for layer in estimate.layers)
     if undecided:
         lines.append("Undecided layers depend on the conflict: add --conflict to measure it.")
-    experts = "some" if undecided else f"about {size(estimate.experts)}"
+    unknown = undecided or (estimate.passes > 1 and not estimate.experts)
+    experts = "some" if unknown else f"about {size(estimate.experts)}"
     lines.append(
         f"Reads {size(estimate.read)} in {estimate.passes} pass{'es' * (estimate.passes > 1)}, "
         f"writes {size(estimate.dense)} of dense expert and {experts} of sparse "
@@ -73,6 +74,21 @@ def plan_figures(estimate: Estimate) -> dict[str, Any]:
         "experts": estimate.experts,
         "peak_memory": estimate.peak_memory,
     }
+
+
+def kept_report(points: Sequence[KeptPoint]) -> str:
+    """Write the predicted bytes of a few values of `keep` as a table."""
+    rows = [
+        [
+            f"{point.keep:g}",
+            f"{point.over_dense:.3f}x",
+            size(point.total_bytes),
+            size(point.expert_bytes),
+            f"{point.bits:.3f}",
+        ]
+        for point in points
+    ]
+    return table(["keep", "of one model", "everything", "experts", "bits/param"], rows)
 
 
 def curve_report(points: Sequence[Point]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mergekit_mediator.delta.kept import predicted_kept
 from mergekit_mediator.delta.tradeoff import SLOPES
 from mergekit_mediator.errors import ConfigError
 
@@ -40,6 +41,11 @@ class Allocation:
         curves = [self._curve(tradeoff.numpy()) for tradeoff in tradeoffs]
         self._bits, self._left = (np.stack(rows) for rows in zip(*curves, strict=True))
         self._loss = self._left**LOSS_POWER
+
+    @property
+    def count(self) -> int:
+        """The number of experts."""
+        return len(self._bits)
 
     @property
     def least(self) -> float:
@@ -79,8 +85,37 @@ class Allocation:
                 f"budget: {math.ceil(self.least / 8):,} bytes for experts required at least, "
                 f"{int(bits / 8):,} are left"
             )
-        chosen = self._within(bits)
-        return [math.pow(2.0, -float(self._grid[i]) / 2) for i in chosen]
+        return self._slopes(self._within(bits))
+
+    def spent(self, slopes: Sequence[float]) -> float:
+        """Predict the bits of all experts at the slopes of `slopes` or `slopes_to_keep`."""
+        return math.fsum(self._of(self._bits, self._places(slopes)))
+
+    def kept(self, slopes: Sequence[float]) -> list[float]:
+        """Predict the part of its gain, in [0, 1], that each expert keeps at its slope."""
+        kept: list[float] = predicted_kept(self._of(self._left, self._places(slopes))).tolist()
+        return kept
+
+    def slopes_to_keep(self, keep: Sequence[float]) -> list[float]:
+        """Choose for each expert the slope of the fewest bits at which it keeps a part of its gain.
+
+        Args:
+            keep: the part of each expert, in (0, 1), by the prediction of `kept`.
+
+        Returns:
+            One slope for each expert, in the order of the tradeoffs.
+        """
+        enough = predicted_kept(self._left) >= np.asarray(keep)[:, None]
+        enough[:, -1] = True
+        return self._slopes(enough.argmax(axis=1))
+
+    def _slopes(self, places: NDArray[np.int64]) -> list[float]:
+        return [math.pow(2.0, -float(self._grid[i]) / 2) for i in places]
+
+    def _places(self, slopes: Sequence[float]) -> NDArray[np.int64]:
+        """The places in the grid of slopes that come from it."""
+        places: NDArray[np.int64] = np.rint(-2 * _STEPS * np.log2(slopes)).astype(np.int64)
+        return places
 
     def _curve(self, tradeoff: Floats) -> tuple[Floats, Floats]:
         """Bits and the part left out on the finer grid; between two slopes their logarithms are nearly linear."""

@@ -99,7 +99,7 @@ def _steps(
         flat = factors.product().neg_().view_as(difference).add_(difference).reshape(-1)
     if flat.numel():
         step = max(step, float(flat.abs().max()) / _LARGEST_CODE)
-    codes = quantise_steps(flat, step) if step else torch.zeros(flat.shape, dtype=torch.int16)
+    codes = quantise_steps(flat, step) if step else torch.zeros_like(flat, dtype=torch.int16)
     index_dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
     positions = nonzero(codes != 0).to(index_dtype)
     codes = codes[positions]

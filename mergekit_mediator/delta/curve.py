@@ -7,6 +7,8 @@ from mergekit_mediator.delta.allocation import LOSS_POWER, Allocation
 
 # Budgets, as multiples of the dense expert's checkpoint.
 _SIZES = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.35, 1.5, 1.75, 2, 3, 4, 6, 8)
+# Parts of its gain that a user may want every expert to keep.
+_PARTS = (0.9, 0.97, 0.99, 0.999)
 # A curve ends at the first budget that leaves out less than this part of the squared change.
 _LEAST_LEFT = 1e-3
 
@@ -30,6 +32,39 @@ class Point:
     bits: float
     left: float
     loss_recovered: float
+
+
+@dataclass(frozen=True)
+class KeptPoint:
+    """The prediction for one `keep`.
+
+    Attributes:
+        keep: the part of its gain over the dense expert that every expert keeps, in (0, 1).
+        over_dense: the bytes of the artifact over those of the dense expert's checkpoint, as in `budget`.
+        total_bytes: of the artifact.
+        expert_bytes: of all experts together.
+        bits: per parameter and expert.
+    """
+
+    keep: float
+    over_dense: float
+    total_bytes: int
+    expert_bytes: int
+    bits: float
+
+
+def kept_curve(
+    allocation: Allocation, numel: int, checkpoint_bytes: int, fixed_bytes: int
+) -> list[KeptPoint]:
+    """Predict the bytes at which every expert keeps each of a few parts of its gain; the arguments are `curve`'s."""
+    points = []
+    for keep in _PARTS:
+        bits = allocation.spent(allocation.slopes_to_keep([keep] * allocation.count))
+        total = round(fixed_bytes + bits / 8)
+        points.append(
+            KeptPoint(keep, total / checkpoint_bytes, total, round(bits / 8), bits / numel)
+        )
+    return points
 
 
 def curve(

@@ -48,7 +48,7 @@ def codes(vectors: Tensor, fineness: Tensor) -> Tensor:
         vectors: `[n, r]` float32, columns of length 1.
         fineness: `[r]` int64, of each column.
     """
-    steps = 2 * torch.exp2(-fineness.to(torch.float32) / 2) / vectors.shape[0] ** 0.5
+    steps = 2 * torch.exp2(-fineness.to(vectors) / 2) / vectors.shape[0] ** 0.5
     # A vector with few large entries takes larger steps, so that no entry is cut off.
     steps = torch.maximum(steps, vectors.abs().amax(0) / 127)
     rounded: Tensor = (vectors / steps).round_()

@@ -1,6 +1,7 @@
 """The low-rank part of a stored weight: two thin factors, either those of an adapter or codes in coarse steps."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,6 +92,16 @@ class Components:
     right: Tensor
     energy: float
 
+    @cached_property
+    def squares(self) -> Tensor:
+        """The squared singular values, `[k]` float64, on the CPU: choices among a few numbers are faster there."""
+        return self.values.cpu().double().square()
+
+    @cached_property
+    def _remaining(self) -> Tensor:
+        """The squared norm that remains after each component, `[k]` float64."""
+        return (self.energy - self.squares.cumsum(0)).clamp(min=0)
+
     def rank(self, slope: float) -> int:
         """Count the components that save at least `slope` of squared error per stored number.
 
@@ -98,16 +109,27 @@ class Components:
         """
         return self.fineness(slope).numel()
 
+    def storable(self) -> "Components":
+        """Leave out the components that are stored at no slope. Nothing that depends on a slope changes."""
+        rank = self.rank(0.0)
+        return Components(
+            self.left[:, :rank], self.values[:rank], self.right[:, :rank], self.energy
+        )
+
     def fineness(self, slope: float) -> Tensor:
-        """Choose the fineness of each component that is stored at this slope, `[rank]` int64; see `factor_steps`."""
+        """Choose the fineness of each component that is stored at this slope; see `factor_steps`.
+
+        Returns:
+            `[rank]` int64, on the CPU.
+        """
         out, width = self.left.shape[0], self.right.shape[0]
-        squares = self.values.double().square()
-        remaining = (self.energy - squares.cumsum(0)).clamp(min=0)
-        least = (_REMAINDER_RATIO / (out * width) * remaining).clamp(min=slope) * (out + width)
-        rank = int((squares >= LEAST_SLOPES * least).to(torch.int64).cumprod(0).sum())
+        least = _REMAINDER_RATIO / (out * width) * self._remaining
+        least = least.clamp(min=slope) * (out + width)
+        stored = self.squares >= LEAST_SLOPES * least
+        rank = int(stored.to(torch.int64).cumprod(0).sum())
         if rank == 0:
             return torch.empty(0, dtype=torch.int64)
-        return fineness(squares[:rank], out + width, float(least[rank - 1]) / (out + width))
+        return fineness(self.squares[:rank], out + width, float(least[rank - 1]) / (out + width))
 
     def quantise(self, slope: float, matrix: Tensor) -> Factors | None:
         """Round the components to int8 codes whose scales bring their product nearest to a matrix.
@@ -136,8 +158,9 @@ class Components:
         gram = (a.T @ a) * (b.T @ b)
         rows = torch.split(matrix, _ROWS)  # a copy in float64 would take twice the matrix
         target = (a * torch.cat([part.to(torch.float64) @ b for part in rows])).sum(0)
-        scales = torch.linalg.lstsq(gram, target[:, None]).solution[:, 0]
-        return Factors(left, right, scales.to(torch.float32))
+        # The CPU solves them even if the matrix has not full rank.
+        scales = torch.linalg.lstsq(gram.cpu(), target.cpu()[:, None]).solution[:, 0]
+        return Factors(left, right, scales.to(matrix))
 
 
 def _refit(matrix: Tensor, other: Tensor) -> Tensor:
@@ -189,7 +212,8 @@ def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
             matrix.new_empty(out, 0), matrix.new_empty(0), matrix.new_empty(width, 0), 0.0
         )
     if min(out, width) > largest_gram:
-        with torch.random.fork_rng(devices=[]):
+        devices = [matrix.device] if matrix.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
             # svd_lowrank takes no generator, and equal inputs must give equal files
             torch.manual_seed(0)
             left, values, right = torch.svd_lowrank(matrix, q=_limit(min(out, width)), niter=3)
@@ -197,7 +221,7 @@ def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
     if out < width:
         other = decompose(matrix.T, largest_gram)
         return Components(other.right, other.values, other.left, other.energy)
-    gram = torch.zeros(width, width, dtype=torch.float64)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=matrix.device)
     for start in range(0, len(matrix), _ROWS):
         rows = matrix[start : start + _ROWS]
         gram.addmm_(rows.T.to(torch.float64), rows.to(torch.float64))

@@ -117,7 +117,7 @@ def slope_for(costs: Tensor, numel: int, bits: float) -> float:
 
 def _missed(components: Components, fineness: Tensor) -> float:
     """The squared error of quantising the factors, over that of leaving out the other components."""
-    squares = components.values[: fineness.numel()].double().square()
+    squares = components.squares[: fineness.numel()]
     remaining = max(components.energy - float(squares.sum()), 1e-9 * components.energy)
     return float((squares * (1 - KEPT[fineness])).sum()) / remaining if remaining else 0.0
 
@@ -136,8 +136,9 @@ def _mean_square(values: Tensor) -> float:
 
 def _entropy(codes: Tensor) -> float:
     """The entropy of integer codes of any shape, in bits per code."""
-    if not bool(codes.any()):
+    integers = codes.cpu().numpy().reshape(-1)
+    if not np.count_nonzero(integers):
         return 0.0
-    counts = np.bincount(codes.numpy().reshape(-1) - int(codes.min()))
-    p = counts[counts > 0] / codes.numel()
+    counts = np.bincount(integers - integers.min())
+    p = counts[counts > 0] / integers.size
     return -math.fsum(share * math.log2(share) for share in p.tolist())

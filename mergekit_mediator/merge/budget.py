@@ -1,4 +1,4 @@
-"""The slopes that spend the `bits` or the `budget` of a configuration.
+"""The slopes that spend the `bits` or the `budget` of a configuration, or that its `keep` requires.
 
 A first pass measures the costs of each weight; `slopes_for` turns them into one slope for each expert.
 """
@@ -10,7 +10,7 @@ from mergekit.common import ModelReference
 from torch import Tensor
 
 from mergekit_mediator.delta.allocation import Allocation
-from mergekit_mediator.delta.curve import Point, curve
+from mergekit_mediator.delta.curve import KeptPoint, Point, curve, kept_curve
 from mergekit_mediator.delta.tradeoff import slope_for
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.config import MediatorConfig
@@ -31,9 +31,10 @@ def slopes_for(
     dense: Mapping[str, Size],
     checkpoint_bytes: int,
     other_bytes: int,
+    targets: Mapping[ModelReference, float],
     reserve: float = 0.01,
 ) -> dict[ModelReference, float]:
-    """Find for each expert the slope that spends its `bits`, or its share of the `budget`.
+    """Find for each expert the slope that spends its `bits` or its share of the `budget`, or that `keep` requires.
 
     All weights of an expert have one slope, so that no byte would save more squared error in another
     weight. `Allocation` divides a budget among the experts.
@@ -46,11 +47,12 @@ def slopes_for(
         checkpoint_bytes: the bytes of the dense expert's checkpoint with tokenizer and configuration. They
             are the `1x` of a budget.
         other_bytes: the bytes of other files that count towards the budget.
+        targets: the predicted part of its gain that each expert shall keep, if the configuration has `keep`.
         reserve: the fraction of the bytes for experts that stays unspent, because sizes are predictions.
 
     Returns:
-        The slope of each expert, in squared error per stored number; empty if the configuration has neither
-        `bits` nor `budget`, or if experts can store none of the weights.
+        The slope of each expert, in squared error per stored number; empty if the configuration has none of
+        `bits`, `budget` and `keep`, or if experts can store none of the weights.
 
     Raises:
         ConfigError: the budget leaves too little for experts, or fewer `bits` are asked for than the
@@ -58,7 +60,7 @@ def slopes_for(
     """
     models = list(config.experts)
     numel = parameters(names, measured, dense)
-    if not numel or (config.bits is None and config.budget is None):
+    if not numel or not config.needs_costs:
         return {}
     of_experts = tradeoffs(names, measured)
     if config.bits is not None:
@@ -66,6 +68,11 @@ def slopes_for(
             model: slope_for(tradeoff[0], numel, config.bits)
             for model, tradeoff in zip(models, of_experts, strict=True)
         }
+    allocation, required = Allocation(of_experts), None
+    if config.keep is not None:
+        required = allocation.slopes_to_keep([targets[model] for model in models])
+        if config.budget is None:
+            return dict(zip(models, required, strict=True))
     fixed = fixed_bytes(config, list(dense), names, checkpoint_bytes + other_bytes)
     left = config.budget_bytes(checkpoint_bytes) - fixed
     if left <= 0:
@@ -73,8 +80,28 @@ def slopes_for(
             f"budget: {config.budget} is {config.budget_bytes(checkpoint_bytes):,} bytes, but the dense "
             f"expert, its tokenizer and the headers of {len(models)} experts alone take {fixed:,}: raise it"
         )
-    slopes = Allocation(of_experts).slopes(8 * left * (1 - reserve))
-    return dict(zip(models, slopes, strict=True))
+    bits = 8 * left * (1 - reserve)
+    if required is not None and allocation.spent(required) <= bits:
+        return dict(zip(models, required, strict=True))
+    return dict(zip(models, allocation.slopes(bits), strict=True))
+
+
+def predict_kept(
+    names: Sequence[str],
+    measured: Mapping[str, Measured],
+    slopes: Mapping[ModelReference, float],
+) -> dict[ModelReference, float]:
+    """Predict the part of its gain, in [0, 1], that each expert keeps at its slope.
+
+    Args:
+        names: the names of the routed weights.
+        measured: the figures of each weight by name, with costs.
+        slopes: the slope of each expert, from `slopes_for` within `keep` or a `budget`.
+    """
+    if not slopes:
+        return {}
+    kept = Allocation(tradeoffs(names, measured)).kept(list(slopes.values()))
+    return dict(zip(slopes, kept, strict=True))
 
 
 def check_budget(config: MediatorConfig, dense: Mapping[str, Size]) -> None:
@@ -115,8 +142,8 @@ def bytes_over(
 
 def predict(
     inputs: OpenInputs, weights: Sequence[PlannedWeight], measured: Mapping[str, Measured]
-) -> list[Point]:
-    """Predict what experts keep within each of many budgets, with all layers routed.
+) -> tuple[list[Point], list[KeptPoint]]:
+    """Predict what experts keep within each of many budgets, and what it takes to keep parts, with all layers routed.
 
     Args:
         inputs: the models.
@@ -124,7 +151,7 @@ def predict(
         measured: the figures of each weight by name, with costs.
 
     Returns:
-        The points of the curve, see `delta.curve`.
+        The points of the curve and the bytes of each `keep`, see `delta.curve`.
     """
     dense = dense_sizes(inputs, weights)
     names = list(dense)
@@ -133,13 +160,17 @@ def predict(
     checkpoint_bytes += sum(path.stat().st_size for path in paths)
     fixed = fixed_bytes(inputs.config, names, names, checkpoint_bytes)
     numel = parameters(names, measured, dense) * len(inputs.experts)
-    return curve(Allocation(tradeoffs(names, measured)), numel, checkpoint_bytes, fixed)
+    allocation = Allocation(tradeoffs(names, measured))
+    return (
+        curve(allocation, numel, checkpoint_bytes, fixed),
+        kept_curve(allocation, numel, checkpoint_bytes, fixed),
+    )
 
 
 def parameters(
     names: Sequence[str], measured: Mapping[str, Measured], dense: Mapping[str, Size]
 ) -> int:
-    """Count the parameters of those named weights that `bits` or a `budget` can store."""
+    """Count the parameters of those named weights that `bits`, `budget` or `keep` can store."""
     return sum(dense[name].numel for name in names if measured[name].costs)
 
 

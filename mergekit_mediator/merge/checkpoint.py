@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mergekit_mediator import __version__
 from mergekit_mediator.errors import first_line
 from mergekit_mediator.merge.card import write_card
 from mergekit_mediator.merge.inputs import Inputs
+from mergekit_mediator.merge.keep import Kept
 from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.model_cards import license_of
@@ -46,6 +47,7 @@ class Merged:
         base_digests: the digest of each weight file of the base model by name.
         slopes: the slope of each expert, see `budget.slopes_for`; empty without `bits` or `budget`.
         tuned: the figures of each tuned expert by name.
+        kept: the part of its gain that each expert keeps, by name; empty without `keep`.
     """
 
     layers: Sequence[LayerPlan]
@@ -53,6 +55,7 @@ class Merged:
     base_digests: Mapping[str, FileDigest]
     slopes: Mapping[ModelReference, float]
     tuned: Mapping[str, Tuned]
+    kept: Mapping[str, Kept]
 
 
 def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out: Path) -> None:
@@ -144,6 +147,8 @@ def describe(
     if merged.slopes:
         names = inputs.config.experts
         parameters["slopes"] = {names[model]: slope for model, slope in merged.slopes.items()}
+    if merged.kept:
+        parameters["kept"] = {name: asdict(kept) for name, kept in merged.kept.items()}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         package_version=__version__,

@@ -24,8 +24,12 @@ from mergekit_mediator.merge.parameters import (
     sources,
 )
 
-_RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget")
-_STORAGE = frozenset({"density", "values", "bits", "budget", "rank"})
+# The part of its gain that every expert keeps if nothing says how experts are stored or which layers are routed.
+DEFAULT_KEEP = 0.99
+_RULES = ("conflict_threshold", "routed_fraction", "routed_layers", "budget", "keep")
+_STORAGE = frozenset({"density", "values", "bits", "budget", "rank", "keep"})
+# These parameters have a meaning only where layers are averaged.
+_OF_AVERAGED = frozenset({"conflict", "denoise", "lambda"})
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(x|[kmgt]?b)")
@@ -48,6 +52,8 @@ class MediatorConfig(BaseModel):
         bits: bits per parameter of the routed weights for each expert, instead of `density` and `values`.
             Experts are then low rank plus sparse, and weights share the bits so that least squared error
             remains.
+        keep: the part in (0, 1) of its gain over the dense expert that every expert keeps, by prediction. It
+            routes all layers, and every expert takes the fewest bytes. A `budget` caps them.
         budget: the size of the whole directory, as a multiple of the dense expert's checkpoint with its
             tokenizer (`1.25x`) or in bytes (`24GB`). It routes all layers, and all weights of all experts
             share the bits.
@@ -55,12 +61,12 @@ class MediatorConfig(BaseModel):
             dense expert, instead of `density` and `values`; other weights are stored exactly.
         basis: `own` or `shared`: whether the triples of `rank` are each expert's own, or one basis that all experts
             share, with coefficients for each; see `methods.shared_basis`.
-        storage_given: whether the configuration has `density`, `values`, `bits`, `budget` or `rank`.
+        storage_given: whether the configuration has `density`, `values`, `bits`, `budget`, `rank` or `keep`.
         reference: the dense expert's weights in routed layers: the weighted mean, or the base.
         base_model: the model of which all experts are fine-tunes.
         experts: the name of each expert by its model, in the order of the configuration.
         prompts: by model, a file of prompts on which the stored form of this expert is tuned, see
-            `merge.tuning`. It requires `bits` or a `budget`.
+            `merge.tuning`. It requires `keep`, `bits` or a `budget`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,6 +80,7 @@ class MediatorConfig(BaseModel):
     values: Values = "exact"
     bits: Annotated[float, Field(gt=0, le=64)] | None = None
     budget: str | None = None
+    keep: float | None = None
     rank: Annotated[int, Field(ge=1)] | None = None
     basis: Literal["own", "shared"] | None = None
     storage_given: bool = False
@@ -98,14 +105,21 @@ class MediatorConfig(BaseModel):
             raise ValueError("a multiple such as 1.25x or a size such as 24GB required")
         return budget
 
+    @field_validator("keep")
+    @classmethod
+    def _part(cls, keep: float | None) -> float | None:
+        if keep is not None and not 0 < keep < 1:
+            raise ValueError("a number above 0 and below 1 required, such as 0.99")
+        return keep
+
     @property
     def needs_costs(self) -> bool:
         """Whether the stored form of an expert depends on the costs of its weights."""
-        return self.bits is not None or self.budget is not None
+        return any(rate is not None for rate in (self.bits, self.budget, self.keep))
 
     @property
     def density_decides(self) -> bool:
-        """Whether `density` says how much experts keep, not `bits`, a `budget`, a `rank` or their own factors."""
+        """Whether `density` says how much experts keep, not a rate, a `rank` or their own factors."""
         return self.rank is None and not (self.needs_costs or self.keeps_factors)
 
     @property
@@ -139,7 +153,7 @@ class MediatorConfig(BaseModel):
     @property
     def selection(self) -> Selection:
         """The rule that chooses the routed layers."""
-        if self.budget is not None:
+        if self.budget is not None or self.keep is not None:
             return Selection("all")
         if self.conflict_threshold is not None:
             return Selection("conflict_threshold", threshold=self.conflict_threshold)
@@ -187,6 +201,7 @@ class MediatorConfig(BaseModel):
         hidden = {"base_model", "experts", "prompts", "storage_given"}
         names = (set(cls.model_fields) - hidden) | PER_WEIGHT | PER_EXPERT
         settings: dict[str, Any] = {}
+        given: set[str] = set()
         for where, parameters in shared_parameters(config):
             for name, setting in parameters.items():
                 if name in PER_EXPERT:
@@ -194,6 +209,7 @@ class MediatorConfig(BaseModel):
                         f"{where}: {name!r} belongs to one model's parameters: put it there"
                     )
                 check_known(name, where, names)
+                given.add(name)
                 if name in PER_WEIGHT:
                     check_per_weight(name, setting, where)
                     continue
@@ -202,10 +218,11 @@ class MediatorConfig(BaseModel):
                         f"{where}: {name!r} holds for the whole merge: put it into the top-level parameters"
                     )
                 settings[name] = scalar(setting, f"{where}: {name}")
-        _check_alone([name for name in ("route", *_RULES) if name in settings])
+        capped = {"budget"} if "keep" in settings else set()
+        _check_alone([name for name in ("route", *_RULES) if name in settings.keys() - capped])
         storage = _storage_parameters(config)
-        if storage & {"bits", "budget", "rank"}:
-            _check_alone(sorted(storage))
+        if storage & {"bits", "budget", "rank", "keep"}:
+            _check_alone(sorted(storage - capped))
         settings["storage_given"] = bool(storage)
         try:
             parsed = cls(
@@ -216,9 +233,12 @@ class MediatorConfig(BaseModel):
             )
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error
+        layers_given = given & {"route", *_RULES, *_OF_AVERAGED}
+        if not (storage or layers_given or parsed.keeps_factors):
+            parsed = parsed.model_copy(update={"keep": DEFAULT_KEEP})
         if parsed.prompts and not parsed.needs_costs:
             raise ConfigError(
-                "prompts: they tune experts that are stored within `bits` or a `budget`: give one of these"
+                "prompts: they tune experts that are stored by `keep`, `bits` or a `budget`: give one of these"
             )
         if parsed.basis is not None and parsed.rank is None:
             raise ConfigError(f"basis: {parsed.basis} of a `rank`, got none: give the rank")
@@ -232,7 +252,7 @@ class MediatorConfig(BaseModel):
         """
         if not (self.needs_costs or self.keeps_factors):
             raise ConfigError(
-                "models: one expert is stored within `bits` or a `budget`, got neither: give one of these, or "
+                "models: one expert is stored by `keep`, `bits` or a `budget`, got none: give one of these, or "
                 "add models"
             )
         if self.reference == "mean" and "reference" in self.model_fields_set:

@@ -84,7 +84,7 @@ def routed_weights(
 def _costed(
     config: MediatorConfig, weights: Sequence[PlannedWeight], routed: frozenset[str] | None
 ) -> frozenset[str]:
-    """Name the weights whose costs `bits` or a `budget` requires: the routed ones, or all while undecided."""
+    """Name the weights whose costs `bits`, `budget` or `keep` requires: the routed ones, or all while undecided."""
     if not config.needs_costs:
         return frozenset()
     return frozenset(weight.info.name for weight in weights) if routed is None else routed

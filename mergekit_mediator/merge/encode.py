@@ -18,6 +18,7 @@ from mergekit_mediator.merge.lora import read_adapter
 from mergekit_mediator.merge.passes import Load
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.shared_bases import SharedBases
+from mergekit_mediator.merge.spectra import Spectra
 from mergekit_mediator.methods.singular import leading_triples
 
 
@@ -30,18 +31,20 @@ class Encoder:
         device: str,
         slopes: Mapping[ModelReference, float],
         adapters: Mapping[ModelReference, Mapping[str, Factors]],
+        spectra: Spectra,
     ) -> None:
         """Choose the form.
 
         Args:
             config: the configuration of the merge.
-            device: the device that compares magnitudes.
-            slopes: the slope of each expert within `bits` or a `budget`, see `slopes_for`; empty otherwise.
+            device: the device that computes.
+            slopes: the slope of each expert within `bits`, `budget` or `keep`, see `slopes_for`; empty otherwise.
             adapters: the own factors of each expert by weight, see `adapters_for`; empty if experts do not
                 store them.
+            spectra: the decompositions of the task vectors whose costs were measured.
         """
         self._config, self._device = config, device
-        self._slopes, self._adapters = slopes, adapters
+        self._slopes, self._adapters, self._spectra = slopes, adapters, spectra
         self._bases: SharedBases | None = None
         if config.basis == "shared" and config.rank is not None:
             self._bases = SharedBases(tuple(config.experts), config.rank, device)
@@ -79,9 +82,12 @@ class Encoder:
             # a task vector has a lower rank than the difference from the mean of all experts
             expert = load(model)
             check_range(expert, dense.dtype, where)
-            (tau,) = task_vectors(load(self._config.base_model), [expert])
+            (tau,) = task_vectors(load(self._config.base_model), [expert], self._device)
             slope = self._slopes[model] / weight.importance
-            return approximate(tau, slope, dense.dtype, share)
+            name = self._config.experts[model]
+            components = self._spectra.read(name, weight.info.name, self._device)
+            stored = approximate(tau, slope, dense.dtype, share, components)
+            return stored.to(torch.device("cpu"))
         if self._bases is not None and dense.ndim == 2:
 
             def in_dtype(other: ModelReference) -> Tensor:

@@ -20,7 +20,7 @@ from mergekit_mediator.tune.fit import TOKENS_AT_ONCE
 # Python with torch, transformers and mergekit loaded.
 _PROCESS_BYTES = 700_000_000
 # Bytes per parameter of a large embedding: its sums and its task vector during the first pass; in the second
-# pass those for each coordinate that an expert keeps, or for each parameter within `bits` or a `budget`.
+# pass those for each coordinate that an expert keeps, or for each parameter within `bits`, `budget` or `keep`.
 _MEASURING_BYTES = 9
 _KEPT_BYTES = 30
 _APPROXIMATING_BYTES = 20
@@ -166,10 +166,13 @@ def dense_sizes(inputs: Inputs, weights: Sequence[PlannedWeight]) -> dict[str, S
 def _bits_per_parameter(
     inputs: Inputs, dense: int, routed: Sequence[PlannedWeight]
 ) -> float | None:
-    """Predict the bits per parameter of every expert; None without `bits` and `budget`."""
+    """Predict the bits per parameter of every expert; None without `bits`, `budget` and `keep`.
+
+    They are 0 with `keep` alone, because only the weights tell what it takes.
+    """
     config = inputs.config
     if config.budget is None:
-        return config.bits
+        return 0.0 if config.keep is not None else config.bits
     count = sum(_parameters(inputs, weight) for weight in routed) * len(inputs.experts)
     return 8 * max(0, config.budget_bytes(dense) - dense) / count if count else None
 

@@ -3,16 +3,19 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mergekit.common import ModelReference
 
-from mergekit_mediator.merge.budget import bytes_over, slopes_for
+from mergekit_mediator.merge.budget import bytes_over, predict_kept, slopes_for
 from mergekit_mediator.merge.dense_pass import DensePass
 from mergekit_mediator.merge.encode import Encoder, adapters_for
 from mergekit_mediator.merge.estimate import dense_sizes
+from mergekit_mediator.merge.keep import CORRECTIONS, Kept, corrected, warn_of_cap
 from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
+from mergekit_mediator.merge.spectra import SPECTRA, Spectra
 from mergekit_mediator.merge.tuning import Lessons, tune
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.store.expert_file import ExpertWriter
@@ -24,12 +27,14 @@ class ExpertPass:
     """The outcome of the pass.
 
     Attributes:
-        slopes: the slope of each expert within `bits` or a `budget`, see `slopes_for`; empty without them.
+        slopes: the slope of each expert, see `slopes_for`; empty without `bits`, `budget` and `keep`.
         tuned: the figures of each tuned expert by name.
+        kept: the part of its gain that each expert keeps, by name; empty without `keep`.
     """
 
     slopes: Mapping[ModelReference, float]
     tuned: Mapping[str, Tuned]
+    kept: Mapping[str, Kept]
 
 
 def write_experts(
@@ -38,9 +43,12 @@ def write_experts(
     weights: Sequence[PlannedWeight],
     dense: DensePass,
     lessons: Lessons,
+    spectra: Spectra,
     out: Path,
 ) -> ExpertPass:
-    """Write the experts' files. If they exceed the budget, which is rare, write smaller ones instead.
+    """Write the experts' files, and write them anew if they exceed the budget or miss `keep`.
+
+    The former is rare; the latter is seen with prompts alone, and corrected `CORRECTIONS` times at most.
 
     Args:
         passes: the passes over the models.
@@ -48,6 +56,7 @@ def write_experts(
         weights: all weights of the merge.
         dense: the outcome of the pass before.
         lessons: the prompts of each expert that is tuned, see `tuning`.
+        spectra: the decompositions of the task vectors whose costs were measured.
         out: the directory of the artifact, complete but for experts, card and manifest.
 
     Raises:
@@ -57,23 +66,42 @@ def write_experts(
     inputs = passes.inputs
     config, routed = inputs.config, dense.routed(weights)
     if not config.needs_costs:
-        _write(passes, weights, routed, {}, out)
-        return ExpertPass({}, {})
+        _write(passes, weights, routed, {}, spectra, out)
+        return ExpertPass({}, {}, {})
     sizes = dense_sizes(inputs, weights)
     names = sorted({weight.info.name for weight in routed})
     checkpoint, others = _written(out)
-    spare = 0
+    rate = partial(slopes_for, config, names, dense.measured, sizes, checkpoint)
+    targets = dict.fromkeys(config.experts, config.keep or 0.0)
+    spare, corrections = 0, CORRECTIONS if config.keep is not None else 0
     while True:
-        slopes = slopes_for(config, names, dense.measured, sizes, checkpoint, others + spare)
-        files = _write(passes, weights, routed, slopes, out)
+        slopes = rate(others + spare, targets)
+        files = _write(passes, weights, routed, slopes, spectra, out)
         with workers.idle():
             tuned = tune(inputs, weights, lessons, files, out)
         excess = bytes_over(config, list(sizes), checkpoint, sum(_written(out)))
-        if excess <= 0:
-            return ExpertPass(slopes, tuned)
-        spare += excess
+        if excess > 0:
+            spare += excess
+        elif corrections and config.keep is not None:
+            measured = {m: tuned[n].kept for m, n in config.experts.items() if n in tuned}
+            targets, corrections = corrected(config.keep, targets, measured), corrections - 1
+            if rate(others + spare, targets) == slopes:
+                break
+        else:
+            break
         for path in files.values():
             path.unlink()
+    predicted = predict_kept(names, dense.measured, slopes) if config.keep is not None else {}
+    warn_of_cap(config, predicted)
+    return ExpertPass(
+        slopes,
+        {name: expert.figures for name, expert in tuned.items()},
+        {
+            name: Kept(predicted[model], tuned[name].kept if name in tuned else None)
+            for model, name in config.experts.items()
+            if model in predicted
+        },
+    )
 
 
 def _write(
@@ -81,12 +109,13 @@ def _write(
     weights: Sequence[PlannedWeight],
     routed: Sequence[PlannedWeight],
     slopes: Mapping[ModelReference, float],
+    spectra: Spectra,
     out: Path,
 ) -> dict[ModelReference, Path]:
     """Write the experts in one pass over the routed weights; return their files."""
     config = passes.inputs.config
     (out / EXPERTS).mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(config, passes.device, slopes, adapters_for(passes.inputs, weights))
+    encoder = Encoder(config, passes.device, slopes, adapters_for(passes.inputs, weights), spectra)
     with ExitStack() as stack:
         paths, files = {}, {}
         for model, name in config.experts.items():
@@ -103,6 +132,7 @@ def _write(
 
 def _written(out: Path) -> tuple[int, int]:
     """Count the bytes of the checkpoint, and those of all other files so far."""
-    sizes = {name: (out / name).stat().st_size for name in files_below(out)}
+    names = [name for name in files_below(out) if not name.startswith(f"{SPECTRA}/")]
+    sizes = {name: (out / name).stat().st_size for name in names}
     checkpoint = sum(size for name, size in sizes.items() if "/" not in name)
     return checkpoint, sum(sizes.values()) - checkpoint

@@ -27,6 +27,7 @@ from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
+from mergekit_mediator.merge.spectra import Spectra
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
 from mergekit_mediator.route.response import is_measured, leading_directions
@@ -91,15 +92,24 @@ class Passes:
         device: the device that computes.
     """
 
-    def __init__(self, inputs: OpenInputs, workers: Workers, allow_nonfinite: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: OpenInputs,
+        workers: Workers,
+        allow_nonfinite: bool = False,
+        spectra: Spectra | None = None,
+    ) -> None:
         """Prepare the passes.
 
         Args:
             inputs: the models, entered.
             workers: the threads of the passes.
             allow_nonfinite: accept NaN and infinity in the inputs.
+            spectra: keeps the decompositions of the weights whose costs are measured, if a later pass encodes
+                them.
         """
         self.inputs, self._workers, self._allow_nonfinite = inputs, workers, allow_nonfinite
+        self._spectra = spectra
         self.device = inputs.options.device or "cpu"
 
     def measure(
@@ -201,8 +211,8 @@ class Passes:
             return Measured(Conflict(), ())
         accumulator = Accumulator(base, self.inputs.config.denoise, self.device)
         costs = [
-            tradeoff(tau.cpu(), importance=weight.importance)
-            for _, tau in self._task_vectors(weight, base, accumulator)
+            self._cost(weight, model, tau)
+            for model, _, tau in self._task_vectors(weight, base, accumulator)
             if weight.info.name in costed
         ]
         return Measured(accumulator.conflict(), tuple(costs))
@@ -225,13 +235,13 @@ class Passes:
         costs: list[Tensor] = []
         directions: list[Tensor] = []
         widest = base.dtype
-        for expert, tau in self._task_vectors(weight, base, accumulator):
+        for model, expert, tau in self._task_vectors(weight, base, accumulator):
             widest = torch.promote_types(widest, expert.dtype)
             if weighted is not None:
                 weighted.add(expert)
             del expert  # frees it before the next one is loaded
             if name in costed:
-                costs.append(tradeoff(tau.cpu(), importance=weight.importance))
+                costs.append(self._cost(weight, model, tau))
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
         total = accumulator.total if weighted is None else weighted.total
@@ -240,10 +250,18 @@ class Passes:
             measured, tuple(directions), self._dense(weight, base, total, routed, widest)
         )
 
+    def _cost(self, weight: PlannedWeight, model: ModelReference, tau: Tensor) -> Tensor:
+        """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
+        components = None
+        if self._spectra is not None:
+            expert = self.inputs.config.experts[model]
+            components = self._spectra.decompose(expert, weight.info.name, tau)
+        return tradeoff(tau, components, weight.importance)
+
     def _task_vectors(
         self, weight: PlannedWeight, base: Tensor, accumulator: Accumulator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Add every expert to the accumulator; yield its weight and its task vector."""
+    ) -> Iterator[tuple[ModelReference, Tensor, Tensor]]:
+        """Add every expert to the accumulator; yield the expert, its weight and its task vector."""
         for model in self.inputs.experts:
             expert = self.inputs.load(weight, model, base)
             if not expert.is_floating_point():
@@ -262,7 +280,7 @@ class Passes:
                     where = f"{weight.info.name}: the change in {model}"
                     raise range_error(where, math.inf, torch.float32)
             del tensors, tensor
-            yield expert, tau
+            yield model, expert, tau
             del expert, tau
 
     @staticmethod

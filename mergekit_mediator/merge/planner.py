@@ -28,7 +28,7 @@ class PlannedWeight:
         scale: λ, if its layer is averaged.
         shares: w_t, the weight of each expert in the mean.
         densities: the fraction in (0, 1] of its coordinates that each sparse expert keeps.
-        importance: the factor of its squared error within `bits` or a `budget`, see `layers.importance`.
+        importance: the factor of its squared error within `bits`, `budget` or `keep`, see `layers.importance`.
     """
 
     info: WeightInfo

@@ -2,7 +2,7 @@
 
 Each worker holds one weight of the base and of one expert at a time and writes its results at once, so memory
 depends neither on the number of layers nor on that of experts. A merge reads the base once, or twice within
-`bits` and `budget`, and the experts once, or twice in routed layers.
+`bits`, `budget` and `keep`, and the experts once, or twice in routed layers.
 """
 
 import shutil
@@ -27,6 +27,7 @@ from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.preparation import Preparation, prepared
+from mergekit_mediator.merge.spectra import spectra_in
 from mergekit_mediator.merge.tuning import prepare_lessons
 from mergekit_mediator.merge.workers import workers
 from mergekit_mediator.route.response import ResponseRouter
@@ -127,16 +128,18 @@ def _merge(
     lessons = prepare_lessons(preparation.prompts, out, inputs.options.trust_remote_code)
     with workers() as threads, ThreadPoolExecutor(1) as beside:
         base_digests = beside.submit(digest_base, inputs)
-        passes = Passes(inputs, threads, allow_nonfinite)
-        dense = write_dense(passes, preparation, out)
-        _write_directions(inputs, dense, out)
-        experts = write_experts(passes, threads, weights, dense, lessons, out)
+        with spectra_in(out) as spectra:
+            passes = Passes(inputs, threads, allow_nonfinite, spectra)
+            dense = write_dense(passes, preparation, out)
+            _write_directions(inputs, dense, out)
+            experts = write_experts(passes, threads, weights, dense, lessons, spectra, out)
         merged = Merged(
             layers=dense.plans,
             parameter_count=dense.parameter_count,
             base_digests=base_digests.result(),
             slopes=experts.slopes,
             tuned=experts.tuned,
+            kept=experts.kept,
         )
         return describe(inputs, merge_config, config_source, merged, out, history)
 

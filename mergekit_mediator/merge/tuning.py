@@ -25,7 +25,7 @@ from mergekit_mediator.models.prompt_files import data_digest, read_prompts
 from mergekit_mediator.models.prompts import Prompt, pad_token, render
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
 from mergekit_mediator.store.manifest import Tuned
-from mergekit_mediator.tune.fit import distil, seen
+from mergekit_mediator.tune.fit import HELD_OUT, distil, divergence, seen
 from mergekit_mediator.tune.teacher import answer, room
 from mergekit_mediator.tune.tunable import tunable
 
@@ -46,6 +46,20 @@ class Lesson:
 
 
 Lessons = Mapping[ModelReference, Lesson]
+
+
+@dataclass(frozen=True)
+class TunedExpert:
+    """The outcome of the tuning of one expert.
+
+    Attributes:
+        figures: the figures that the manifest states.
+        kept: the part of the gain over the dense expert that the tuned form keeps, at most 1:
+            1 − KL(expert ‖ stored) / KL(expert ‖ dense) on the held-out prompts.
+    """
+
+    figures: Tuned
+    kept: float
 
 
 def read_all_prompts(config: MediatorConfig) -> Prompts:
@@ -111,7 +125,7 @@ def tune(
     lessons: Lessons,
     files: Mapping[ModelReference, Path],
     out: Path,
-) -> dict[str, Tuned]:
+) -> dict[str, TunedExpert]:
     """Tune the experts that have prompts, and replace their files.
 
     Args:
@@ -122,7 +136,7 @@ def tune(
         out: the directory of the dense expert, complete with its configuration.
 
     Returns:
-        The figures of each tuned expert by name.
+        The outcome of each tuned expert by name.
 
     Raises:
         ArtifactError: the dense expert cannot be loaded as a causal language model.
@@ -151,12 +165,16 @@ def tune(
             for weight in floating:
                 places[weight.info.name].copy_(inputs.load(weight, expert))
             answers = answer(model, lesson.prompts, pad_token(model), bar.update)
+            for weight in floating:
+                places[weight.info.name].copy_(read_dense(weight.info.name))
+            without = divergence(model, answers[::HELD_OUT])
             forms, parts = {}, {}
             for weight in floating:
                 place = places[weight.info.name]
                 versions = _versions(readers, weight.info.name)
                 if expert in versions:
                     stored = forms[weight.info.name] = versions[expert]
+                    place.copy_(inputs.load(weight, expert))
                     change = place - inputs.load(weight, inputs.base).to(place)
                     part = tunable(place, stored, change)
                     if part is not None:
@@ -166,12 +184,14 @@ def tune(
             result = distil(model, parts, answers, bar.update)
         _rewrite(files[expert], name, {**forms, **result.stored})
         readers[expert] = ExpertFile(files[expert])
-        results[name] = Tuned(
+        figures = Tuned(
             prompts=count,
             data=lesson.data,
             divergence_before=result.before,
             divergence_after=result.after,
         )
+        kept = 1 - result.after / without if without > 0 else 1.0
+        results[name] = TunedExpert(figures, kept)
     return results
 
 

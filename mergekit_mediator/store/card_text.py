@@ -1,6 +1,6 @@
 """The text of the generated part of a model card."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mergekit_mediator.store.calibration import Calibration, calibration_of
 from mergekit_mediator.store.evaluation import Evaluation, SystemRecord
@@ -31,6 +31,7 @@ def card_text(
     calibration = calibration_of(manifest)
     sections = [
         _conflict(manifest, _LAYERS in pictures),
+        *_kept(manifest),
         _routing(manifest, calibration, _ROUTER in pictures),
         _results(evaluation, _EVALUATION in pictures),
         *_changes(manifest),
@@ -179,6 +180,19 @@ def _results(evaluation: Evaluation | None, has_picture: bool) -> str:
         alt = "Quality against bytes, and where the router sent the prompts of each task"
         text += f"\n\n![{alt}]({_EVALUATION})"
     return text
+
+
+def _kept(manifest: Manifest) -> list[str]:
+    """The section of the part of its gain that each expert keeps; none without `keep`."""
+    parts: Mapping[str, Mapping[str, float | None]] = manifest.parameters.get("kept") or {}
+    lines = []
+    for name, part in parts.items():
+        if part["measured"] is not None:
+            lines.append(f"- {name}: {part['measured']:.4f}, measured on held-out prompts")
+        else:
+            lines.append(f"- {name}: {part['predicted']:.4f}, predicted")
+    head = "## Kept\n\nThe part of its gain over the dense expert that each expert keeps:\n\n"
+    return [head + "\n".join(lines)] if lines else []
 
 
 def _changes(manifest: Manifest) -> list[str]:

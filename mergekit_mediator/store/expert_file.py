@@ -16,7 +16,7 @@ from mergekit_mediator.store.description import Description
 from mergekit_mediator.store.expert_header import DESCRIPTIONS, FORMAT, VERSION, ExpertHeader
 from mergekit_mediator.store.manifest import ExpertEntry
 
-# The bytes of a weight in the header and the descriptions besides its name, with `bits` or a `budget`, about.
+# The bytes of a weight in the header and the descriptions besides its name, with `bits`, `budget` or `keep`, about.
 _ENTRY_BYTES = 120
 _COPY_BYTES = 1 << 24
 

@@ -65,12 +65,12 @@ def distil(
     """
     held_out = answers[::HELD_OUT]
     training = [a for i, a in enumerate(answers) if i % HELD_OUT]
-    before = _divergence(model, held_out)
+    before = divergence(model, held_out)
     if parts:
         tunables = list(parts.values())
         with gradients(model, tunables):
             _fit(model, tunables, training, step, rounds, tokens_at_once)
-    after = _divergence(model, held_out)
+    after = divergence(model, held_out)
     if after >= before:
         return Distilled({}, before, before)
     return Distilled({name: part.result() for name, part in parts.items()}, before, after)
@@ -156,8 +156,13 @@ def divergences(
         yield likely + (p_others * (p_others.log() - q_others.log())).sum()
 
 
-def _divergence(model: Any, answers: Sequence[Answered]) -> float:
-    """The mean loss of answers, in nats."""
+def divergence(model: Any, answers: Sequence[Answered]) -> float:
+    """Compute KL(expert ‖ model) in nats per answer, the mean of answers.
+
+    Args:
+        model: any `AutoModelForCausalLM`.
+        answers: of the expert, at least one.
+    """
     total = 0.0
     with torch.no_grad():
         prefix = read_prefix(model, [a.prompt for a in answers])

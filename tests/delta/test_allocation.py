@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -34,6 +35,22 @@ def test_the_size_of_a_change_alone_makes_no_difference():
     shared = Allocation([exponential(10, 4, energy=1e-4), exponential(10, 4, energy=1e4)])
     small, large = shared.slopes(700)
     assert small == large
+
+
+def test_every_expert_takes_the_fewest_bits_that_keep_its_part():
+    shared = Allocation([exponential(10, 4), exponential(10, 8)])
+    slopes = shared.slopes_to_keep([0.99, 0.99])
+    # a hundredth of the gain is lost where 2^(-place / half) is 0.41
+    for slope, half in zip(slopes, (4, 8), strict=True):
+        assert place(slope) == pytest.approx(-half * math.log2(0.41), abs=0.02)
+    assert all(0.99 <= kept < 0.9903 for kept in shared.kept(slopes))
+    assert shared.spent(slopes) == pytest.approx(10 * float(sum(map(place, slopes))), rel=0.01)
+
+
+def test_more_is_kept_in_more_bits():
+    shared = Allocation([exponential(10, 4)])
+    spent = [shared.spent(shared.slopes_to_keep([keep])) for keep in (0.5, 0.9, 0.99, 0.999)]
+    assert spent == sorted(set(spent))
 
 
 def test_no_other_division_loses_less():

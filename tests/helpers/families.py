@@ -16,7 +16,12 @@ class Family:
     experts: dict[str, Path]
 
     def config(self, method: str = "mediator", **settings: Any) -> dict[str, Any]:
-        """A merge configuration of all of them; parameters that are no top-level key go to `parameters`."""
+        """A merge configuration of all of them; parameters that are no top-level key go to `parameters`.
+
+        The method of the paper is the default here: small models hardly tell what `keep` predicts.
+        """
+        if method == "mediator" and not settings.keys() & _STORAGE_OR_LAYERS:
+            settings["route"] = "auto"
         top = {k: settings.pop(k) for k in list(settings) if k in _TOP_LEVEL}
         models = [
             {"model": str(path), "parameters": {"expert": name}}
@@ -28,6 +33,11 @@ class Family:
         return {**config, "parameters": settings, **top}
 
 
+_STORAGE_OR_LAYERS = {"density", "values", "bits", "budget", "rank", "keep", "route"} | {
+    "conflict_threshold",
+    "routed_fraction",
+    "routed_layers",
+}
 _TOP_LEVEL = {"models", "slices", "modules", "base_model", "tokenizer", "dtype", "out_dtype"}
 
 

@@ -30,7 +30,36 @@ def test_defaults_are_those_of_the_documentation():
     config = parse()
     assert (config.conflict, config.denoise, config.route) == ("mass", 0.2, "auto")
     assert (config.values, config.reference) == ("exact", "mean")
-    assert config.selection == Selection("auto")
+    assert (config.keep, config.selection) == (0.99, Selection("all"))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"route": "auto"},
+        {"density": 0.1},
+        {"values": "int8"},
+        {"bits": 1},
+        {"budget": "2x"},
+        {"rank": 4},
+        {"routed_layers": "1"},
+        {"conflict": "sign"},
+        {"denoise": 0.1},
+        {"lambda": 0.5},
+    ],
+)
+def test_keep_is_no_default_where_storage_or_layers_are_given(parameters):
+    assert parse(parameters).keep is None
+
+
+def test_one_expert_alone_keeps_99_percent_too():
+    config = parse(models=MODELS[:1])
+    assert (config.keep, config.reference, config.selection) == (0.99, "base", Selection("all"))
+
+
+def test_a_budget_may_cap_keep():
+    config = parse({"keep": 0.97, "budget": "1.1x"})
+    assert (config.keep, config.budget, config.selection) == (0.97, "1.1x", Selection("all"))
 
 
 def test_experts_are_named_by_the_configuration_or_by_their_path():
@@ -81,8 +110,8 @@ def test_auto_routes_all_layers_of_adapters_which_keep_their_own_factors():
     ("parameters", "models"),
     [
         ({"density": 0.1}, ADAPTERS),
-        ({}, [*ADAPTERS, MODELS[1]]),
-        ({}, [ADAPTERS[0], {"model": "org/other+org/b"}]),
+        ({"route": "auto"}, [*ADAPTERS, MODELS[1]]),
+        ({"route": "auto"}, [ADAPTERS[0], {"model": "org/other+org/b"}]),
     ],
 )
 def test_auto_looks_at_conflict_where_experts_are_not_their_own_factors(parameters, models):
@@ -109,6 +138,13 @@ def test_auto_looks_at_conflict_where_experts_are_not_their_own_factors(paramete
         ({"budget": "1.25x", "density": 0.1}, ["budget and density contradict"]),
         ({"bits": 0.5, "values": "int8"}, ["bits and values contradict"]),
         ({"bits": 0}, ["bits", "greater than 0"]),
+        ({"keep": 1}, ["keep: a number above 0 and below 1 required, such as 0.99", "got 1"]),
+        ({"keep": 0}, ["keep: a number above 0 and below 1 required", "got 0"]),
+        ({"keep": "most"}, ["keep", "valid number", "got 'most'"]),
+        ({"keep": 0.9, "density": 0.1}, ["density and keep contradict"]),
+        ({"keep": 0.9, "bits": 0.5}, ["bits and keep contradict"]),
+        ({"keep": 0.9, "budget": "2x", "bits": 0.5}, ["bits and keep contradict"]),
+        ({"keep": 0.9, "route": "auto"}, ["route and keep contradict"]),
         ({"expert": "math"}, ["'expert'", "one model's"]),
         ({"route": "all", "routed_fraction": 0.1}, ["route and routed_fraction contradict"]),
         ({"routed_layers": "1", "budget": "2x"}, ["routed_layers and budget contradict"]),
@@ -124,7 +160,6 @@ def test_wrong_parameters_are_refused_by_name(parameters, parts):
 @pytest.mark.parametrize(
     ("models", "parts"),
     [
-        (MODELS[:1], ["one expert", "`bits` or a `budget`"]),
         ([{"model": "org/base"}], ["at least one expert", "got 0"]),
         ([{"model": "a/x"}, {"model": "b/x"}], ["a/x and b/x", "'x'", "expert:"]),
         ([{"model": "a/x"}, {"model": "b/X"}], ["a/x and b/X", "'x'"]),

@@ -14,7 +14,7 @@ def one(make):
     return make(experts=("math",))
 
 
-@pytest.mark.parametrize("storage", [{"bits": 8}, {"budget": "4x"}])
+@pytest.mark.parametrize("storage", [{"bits": 8}, {"budget": "4x"}, {"keep": 1 - 1e-12}])
 def test_one_expert_is_stored_relative_to_the_base(one, merged, read, storage):
     out = merged(one.config(**storage))
     base, expert = read(one.base), read(one.experts["math"])
@@ -58,8 +58,14 @@ def test_layers_may_be_chosen_for_one_expert(one, merged):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({}, "models: one expert is stored within `bits` or a `budget`, got neither: give one"),
-        ({"density": 0.1}, "models: one expert is stored within `bits` or a `budget`, got neither"),
+        (
+            {"route": "auto"},
+            "models: one expert is stored by `keep`, `bits` or a `budget`, got none",
+        ),
+        (
+            {"density": 0.1},
+            "models: one expert is stored by `keep`, `bits` or a `budget`, got none",
+        ),
         (
             {"bits": 2, "reference": "mean"},
             "reference: the mean of one expert is this expert, and nothing would be left to store",

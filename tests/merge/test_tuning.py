@@ -69,7 +69,7 @@ def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged
     ids = [render(tokenizer, text) for text in TEXTS]
     answers = short_answers(expert, ids, pad=0)[:: distil.HELD_OUT]
     with model.mixture({"math": 1.0}) as mixed:
-        served = distil._divergence(mixed, answers)
+        served = distil.divergence(mixed, answers)
     assert served == pytest.approx(entry.tuned.divergence_after, rel=0.1)
 
 
@@ -173,7 +173,7 @@ def test_an_expert_that_is_the_dense_one_stays_as_it_is(family, merged, prompts)
         (
             {"density": 0.1},
             None,
-            "prompts: they tune experts that are stored within `bits` or a `budget`",
+            "prompts: they tune experts that are stored by `keep`, `bits` or a `budget`",
         ),
         ({"bits": 2}, "", "prompts.jsonl: at least 5 prompts required, got 0"),
         ({"bits": 2}, "{", "prompts.jsonl line 1: no JSON"),

@@ -205,7 +205,7 @@ def test_the_divergence_after_a_fit_is_that_of_the_new_stored_form(case, model):
     base, stored, answers, _, changes = case
     result = tuned(model, stored, answers, changes)
     put(model, base, {**stored, **result.stored})
-    again = fit._divergence(model, answers[:: fit.HELD_OUT])
+    again = fit.divergence(model, answers[:: fit.HELD_OUT])
     assert again == pytest.approx(result.after, rel=0.05)
 
 

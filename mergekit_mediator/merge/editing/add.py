@@ -1,6 +1,7 @@
 """Add an expert to an artifact: the dense expert and the files of the other experts stay as they are."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,13 @@ from mergekit_mediator.merge.editing.storage import (
 from mergekit_mediator.merge.editing.workspace import Edited, Workspace, change, editing
 from mergekit_mediator.merge.encode import adapters_for
 from mergekit_mediator.merge.expert_pass import write_experts
+from mergekit_mediator.merge.keep import Kept
 from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.model_cards import license_of
 from mergekit_mediator.merge.passes import Measured, Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.preparation import Preparation, prepared
+from mergekit_mediator.merge.spectra import spectra_in
 from mergekit_mediator.merge.workers import workers
 from mergekit_mediator.models.loading import load_plain, load_tokenizer
 from mergekit_mediator.models.sources import is_hub_id
@@ -62,7 +65,7 @@ def add_expert(
             `prompt_files.read_prompts`. Without it, the router chooses no request for the new expert, and the manifest
             says so.
         trust_remote_code: let the models' own code run.
-        parameters: of `bits`, `budget`, `density`, `values` and `rank`; by default those of the merge, see
+        parameters: of `keep`, `bits`, `budget`, `density`, `values` and `rank`; by default those of the merge, see
             `storage`.
 
     Returns:
@@ -96,17 +99,18 @@ def add_expert(
             _check_weights(work, preparation)
             if not form and not adapters_for(preparation.inputs, preparation.weights):
                 raise EditError(
-                    f"{model}: a plain LoRA adapter of the base required, as the other experts are: give --bits "
-                    "or --budget to store another model"
+                    f"{model}: a plain LoRA adapter of the base required, as the other experts are: give --keep, "
+                    "--bits or --budget to store another model"
                 )
             added = _write(work, preparation)
         return _publish(work, preparation, added, form, data)
 
 
 class _Added(NamedTuple):
-    """The slope of the expert, or None; its fraction in averaged layers; its directions by weight."""
+    """The slope of the expert and the part of its gain that it keeps, or None; its fraction in averaged layers; its directions by weight."""
 
     slope: float | None
+    kept: Kept | None
     averaged: float
     directions: Mapping[str, Tensor]
 
@@ -166,8 +170,8 @@ def _write(work: Workspace, preparation: Preparation[AddedInputs]) -> _Added:
     costed = routed if inputs.config.needs_costs else set()
     measured: dict[str, Measured] = {}
     directions: dict[str, Tensor] = {}
-    with workers() as threads:
-        passes = Passes(inputs, threads)
+    with workers() as threads, spectra_in(work.root) as spectra:
+        passes = Passes(inputs, threads, spectra=spectra)
         for weight, averaged in passes.average(weights, routed, costed):
             measured[weight.info.name] = averaged.measured
             if averaged.directions:
@@ -177,9 +181,10 @@ def _write(work: Workspace, preparation: Preparation[AddedInputs]) -> _Added:
             for layer in work.manifest.layers
         ]
         dense = DensePass(plans, measured, directions, work.manifest.parameter_count)
-        written = write_experts(passes, threads, weights, dense, {}, work.root)
+        written = write_experts(passes, threads, weights, dense, {}, spectra, work.root)
     return _Added(
         next(iter(written.slopes.values()), None),
+        next(iter(written.kept.values()), None),
         _averaged(weights, measured, routed),
         directions,
     )
@@ -215,6 +220,8 @@ def _publish(
     parameters = dict(work.manifest.parameters)
     if added.slope is not None:
         parameters["slopes"] = {**parameters.get("slopes", {}), name: added.slope}
+    if added.kept is not None:
+        parameters["kept"] = {**parameters.get("kept", {}), name: asdict(added.kept)}
     experts = (*work.manifest.experts, entry)
     manifest = work.manifest.model_copy(update={"experts": experts, "parameters": parameters})
     add_to_response(work, name, added.directions)

@@ -13,8 +13,8 @@ from mergekit_mediator.errors import ConfigError, EditError
 from mergekit_mediator.merge import plugin
 from mergekit_mediator.merge.checkpoint import source_of
 from mergekit_mediator.merge.editing.workspace import Edited, change
+from mergekit_mediator.merge.low_rank_methods import as_mediator
 from mergekit_mediator.merge.run import run
-from mergekit_mediator.merge.twin_merging import as_mediator
 from mergekit_mediator.models.sources import is_hub_id
 from mergekit_mediator.store.manifest import (
     CONFIG_SOURCE,

@@ -1,10 +1,10 @@
 """Remove an expert from an artifact, and say where it stays."""
 
 from pathlib import Path
-from typing import Any
 
 from mergekit_mediator.errors import EditError
 from mergekit_mediator.merge.editing.dense import take_share_out
+from mergekit_mediator.merge.editing.names import parameters_of
 from mergekit_mediator.merge.editing.routers import remove_from_routers, with_stale_note
 from mergekit_mediator.merge.editing.workspace import Edited, Workspace, change, editing
 
@@ -38,12 +38,13 @@ def remove_expert(out: Path, name: str) -> Edited:
         changed = take_share_out(work, name)
         work.path(entry).unlink()
         experts = tuple(e for e in work.manifest.experts if e.name != name)
+        left = {e.name: e.name for e in experts}
         router = remove_from_routers(work, name, changed)
         manifest = work.manifest.model_copy(
             update={
                 "experts": experts,
-                "parameters": _without_slope(work.manifest.parameters, name),
-                "router": with_stale_note(router, tuple(e.name for e in experts)),
+                "parameters": parameters_of(work.manifest.parameters, left),
+                "router": with_stale_note(router, tuple(left)),
             }
         )
         return work.publish(manifest, change("remove", name, note, dense_weights=len(changed)))
@@ -69,10 +70,3 @@ def where_it_stays(work: Workspace, name: str) -> str:
         )
         return f"{stays}; {taken}" if stays else taken
     return f"the average of all {len(manifest.layers)} layers, the dense expert, still holds it"
-
-
-def _without_slope(parameters: dict[str, Any], name: str) -> dict[str, Any]:
-    slopes = parameters.get("slopes")
-    if slopes is None:
-        return parameters
-    return {**parameters, "slopes": {n: slope for n, slope in slopes.items() if n != name}}

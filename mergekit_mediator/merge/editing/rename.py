@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mergekit_mediator.merge.editing.names import check_new_name
+from mergekit_mediator.merge.editing.names import check_new_name, parameters_of
 from mergekit_mediator.merge.editing.routers import rename_in_routers, with_stale_note
 from mergekit_mediator.merge.editing.workspace import Edited, change, editing
 from mergekit_mediator.store.expert_file import ExpertWriter
@@ -38,10 +38,8 @@ def rename_expert(out: Path, old: str, new: str) -> Edited:
         work.path(entry).unlink()
         experts = tuple(renamed if e.name == old else e for e in work.manifest.experts)
         router = rename_in_routers(work, old, new)
-        parameters = dict(work.manifest.parameters)
-        if old in parameters.get("slopes", {}):
-            slopes = parameters["slopes"]
-            parameters["slopes"] = {new if n == old else n: x for n, x in slopes.items()}
+        names = {name: new if name == old else name for name in work.manifest.expert_names}
+        parameters = parameters_of(work.manifest.parameters, names)
         manifest = work.manifest.model_copy(
             update={
                 "experts": experts,

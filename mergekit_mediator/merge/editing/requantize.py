@@ -70,6 +70,9 @@ def requantize(
                     parameters["slopes"] = {**parameters["slopes"], name: slope}
             changes.append(_change(name, result, **asked))
         names = {entry.name for entry in chosen}
+        if "kept" in parameters:  # what is kept now has not been predicted
+            kept = parameters["kept"]
+            parameters["kept"] = {name: part for name, part in kept.items() if name not in names}
         manifest = work.manifest.model_copy(
             update={
                 "parameters": parameters,

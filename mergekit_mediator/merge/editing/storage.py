@@ -12,7 +12,7 @@ from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.editing.workspace import Workspace
 from mergekit_mediator.merge.loaders import OpenInputs
 
-_OF_BASE = ("bits", "budget")
+_OF_BASE = ("keep", "bits", "budget")
 _OF_DENSE = ("density", "values", "rank")
 
 
@@ -37,7 +37,7 @@ def storage(work: Workspace, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         work: the artifact.
-        given: those of `bits`, `budget`, `density`, `values` and `rank` that the user gives.
+        given: those of `keep`, `bits`, `budget`, `density`, `values` and `rank` that the user gives.
 
     Returns:
         The given parameters, or those of the merge. A `budget` of the merge is spent; its experts' mean rate takes
@@ -63,7 +63,7 @@ def storage(work: Workspace, given: Mapping[str, Any]) -> dict[str, Any]:
     of_density: dict[str, Any] = {name: parameters[name] for name in names}
     if given:
         return {**of_density, **given} if set(given) <= {"density", "values"} else dict(given)
-    for name in ("bits", "rank"):
+    for name in ("keep", "bits", "rank"):
         if name in parameters:
             return {name: parameters[name]}
     if "budget" in parameters:
