@@ -10,7 +10,7 @@ COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
 # Results whose page says how they were made.
 RECORDS = (
     *COMPARISONS,
-    *("ablations", "blending", "codec", "demo", "faults", "layers", "lossless", "merge-cost"),
+    *("ablations", "blending", "codec", "demo", "faults", "keep", "layers", "lossless", "merge-cost"),
     "methods",
     *(
         "rates",
@@ -43,6 +43,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "startup": merging.startup,
     "codec": storing.codec,
     "lossless": storing.lossless,
+    "keep": storing.keep,
     "rates": rates.rates,
     "rates ahead": rates.ahead,
     "runtime": serving.runtime,

@@ -49,3 +49,28 @@ def lossless() -> str:
     head = ["", "bits per parameter", "encoded, million / s", "decoded, million / s"]
     absent = [tool for tool, version in figures["tools"].items() if version == "not installed"]
     return f"{table(head, rows)}\n\nNot compared, since not installed: {', '.join(absent)}."
+
+def keep() -> str:
+    """The predicted and the measured part of its gain that each expert keeps, and how far they are apart."""
+    figures = load("keep")["rows"]
+    rows = [
+        [
+            row["expert"],
+            row["family"],
+            f"{row['keep']:g}",
+            f"{row['predicted']:.4f}",
+            f"{row['measured']:.4f}",
+            f"{row['bits_per_parameter']:.3f}",
+        ]
+        for row in figures
+    ]
+    head = ["expert", "experts", "`keep`", "predicted", "measured", "bits per parameter"]
+    lines = [table(head, rows), ""]
+    for part in sorted({row["keep"] for row in figures}):
+        errors = [row["measured"] - row["predicted"] for row in figures if row["keep"] == part]
+        near = sum(abs(error) <= 0.01 for error in errors)
+        lines.append(
+            f"- `keep: {part:g}`: measured less predicted is {100 * min(errors):+.1f} to "
+            f"{100 * max(errors):+.1f} points; within one point for {near} of {len(errors)} experts."
+        )
+    return "\n".join(lines)

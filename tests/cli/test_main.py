@@ -160,17 +160,15 @@ def test_a_measured_plan_says_what_the_merge_will_do(family, merged, tmp_path):
 def test_a_plan_of_adapters_merges_nothing(family, tmp_path, monkeypatch):
     from mergekit.common import ModelReference
 
-    for seed, name in enumerate("ab"):
-        adapters.train(family.base, tmp_path / name, seed)
-        (tmp_path / name / "adapter_model.safetensors").unlink()
     monkeypatch.setattr(ModelReference, "merged", None)
     models = [{"model": f"{family.base}+{tmp_path / name}"} for name in ("a", "b")]
     config = write(family.config(models=models, route="all"), tmp_path / "config.yml")
     result = call("plan", config)
     assert result.exit_code == 1
     assert f"{tmp_path / 'a'}: adapter_config.json of an adapter required" in result.output
-    for name in ("a", "b"):
-        adapters.train(family.base, tmp_path / name, seed=0)
+    for seed, name in enumerate("ab"):
+        adapters.train(family.base, tmp_path / name, seed)
+        (tmp_path / name / "adapter_model.safetensors").unlink()
     assert all(layer["routed"] for layer in figures("plan", config)["layers"])
 
 

@@ -208,7 +208,7 @@ def test_adapters_of_a_base_that_has_one_itself_are_compared_with_it(base, train
     config = {"base_model": f"{base}+{tmp_path / 'c'}", "models": models}
     model = load({**config, "parameters": {"route": "all", "density": 1.0}}, tmp_path / "out")
     check(model, base, {expert: change.__getitem__ for expert, change in changes.items()})
-    model = load(config, tmp_path / "default")
+    model = load({**config, "parameters": {"route": "auto"}}, tmp_path / "auto")
     assert not any(
         d.factors for f in model._mixer.experts.files.values() for d in f.weights.values()
     )
