@@ -10,7 +10,17 @@ COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
 # Results whose page says how they were made.
 RECORDS = (
     *COMPARISONS,
-    *("ablations", "blending", "codec", "demo", "faults", "keep", "layers", "lossless", "merge-cost"),
+    *(
+        "ablations",
+        "blending",
+        "codec",
+        "demo",
+        "faults",
+        "keep",
+        "layers",
+        "lossless",
+        "merge-cost",
+    ),
     "methods",
     *(
         "rates",

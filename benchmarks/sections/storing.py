@@ -50,6 +50,7 @@ def lossless() -> str:
     absent = [tool for tool, version in figures["tools"].items() if version == "not installed"]
     return f"{table(head, rows)}\n\nNot compared, since not installed: {', '.join(absent)}."
 
+
 def keep() -> str:
     """The predicted and the measured part of its gain that each expert keeps, and how far they are apart."""
     figures = load("keep")["rows"]

@@ -26,7 +26,7 @@ from mergekit_mediator.models.prompts import Prompt, pad_token, render
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
 from mergekit_mediator.store.manifest import Tuned
 from mergekit_mediator.tune.fit import HELD_OUT, distil, divergence, seen
-from mergekit_mediator.tune.teacher import answer, room
+from mergekit_mediator.tune.teacher import Answered, answer, room
 from mergekit_mediator.tune.tunable import tunable
 
 Prompts = Mapping[ModelReference, Sequence[Prompt]]
@@ -165,6 +165,7 @@ def tune(
             for weight in floating:
                 places[weight.info.name].copy_(inputs.load(weight, expert))
             answers = answer(model, lesson.prompts, pad_token(model), bar.update)
+            _warn_of_equal_answers(expert, answers)
             for weight in floating:
                 places[weight.info.name].copy_(read_dense(weight.info.name))
             without = divergence(model, answers[::HELD_OUT])
@@ -193,6 +194,19 @@ def tune(
         kept = 1 - result.after / without if without > 0 else 1.0
         results[name] = TunedExpert(figures, kept)
     return results
+
+
+def _warn_of_equal_answers(expert: ModelReference, answers: Sequence[Answered]) -> None:
+    """Say that prompts tell nothing of an expert's task, if it gives all of them the same answer."""
+    if len({tuple(answered.answer) for answered in answers}) > 1:
+        return
+    length = len(answers[0].answer)
+    # the last token ends the answer
+    which = "no answer" if length <= 1 else f"the same answer of {length} tokens"
+    tqdm.write(
+        f"warning: model {expert}: prompts: it gives {which} to all {len(answers)} prompts, from which tuning learns "
+        "nothing of its task: give prompts of the task, worded as in its training"
+    )
 
 
 def _versions(

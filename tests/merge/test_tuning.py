@@ -152,6 +152,23 @@ def test_a_plan_adds_the_whole_model_and_its_activations_where_experts_are_tuned
     assert with_prompts == process + model + codes + activations
 
 
+@pytest.mark.parametrize(
+    ("length", "said"), [(1, "gives no answer to"), (4, "gives the same answer of 4 tokens to")]
+)
+def test_an_expert_that_gives_all_prompts_the_same_answer_is_warned_of(
+    family, mergekit_yaml, prompts, monkeypatch, tmp_path, length, said
+):
+    def alike(model, ids, pad, step):
+        return answer(model, [ids[0]] * len(ids), pad, step, answer_tokens=length)
+
+    monkeypatch.setattr(tuning, "answer", alike)
+    config = tuned(family, prompts, "math", bits=2, route="all")
+    output = mergekit_yaml(config, tmp_path / "out").output
+    (line,) = [line for line in output.splitlines() if "warning: model " in line]
+    assert f"/math: prompts: it {said} all 16 prompts, from which tuning learns nothing" in line
+    assert line.endswith("give prompts of the task, worded as in its training")
+
+
 def test_a_plan_refuses_too_few_prompts(family, prompts, tmp_path):
     prompts.write_text("")
     result = plan(tuned(family, prompts, "math", bits=2), tmp_path)
