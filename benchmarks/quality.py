@@ -23,7 +23,7 @@ RESULTS = "experts-4"
 # system -> its name, and where the label stands: its offset from the point in points, and its anchor
 LABELS = {
     "base": ("base model", (13, 9), "left", "center"),
-    "best_static": ("best static merge ({method})", (13, 0), "left", "center"),
+    "best_static": ("best of mergekit's own merges ({method})", (13, 0), "left", "center"),
     "extract_lora 4": ("extracted LoRA, rank 4", (13, -8), "left", "center"),
     "extract_lora 16": ("extracted LoRA, rank 16", (13, -7), "left", "center"),
     "mediator": ("mergekit-mediator", (-14, -4), "right", "center"),

@@ -14,7 +14,7 @@ def systems() -> str:
     method = rows["best_static"]["coefficients"].split(" ")[0]
     names = {
         "base": "base model",
-        "best_static": f"best static merge (`{method}`)",
+        "best_static": f"best of mergekit's own merges (`{method}`)",
         "extract_lora 16": "extracted LoRA, rank 16",
         "mediator": "**mergekit-mediator**",
         "experts": "the four experts",
@@ -35,10 +35,17 @@ def against() -> str:
     """The sentences of the README that go against us."""
     rows, again = load("experts-4")["systems"], load("experts-4-again")["systems"]["mediator"]
     ours, ties = (rows[name]["merge_cpu_seconds"] for name in ("mediator", "ties"))
+    measured = [row for row in load("methods")["rows"] if "normalized_mean" in row]
+    static = max(measured, key=lambda row: row["normalized_mean"])
+    tsvm = next(row for row in measured if row["method"] == "tsvm")
     return (
         f"On a second draw of the same four tasks it kept {again['normalized_mean']:.1f}%, and "
         f"{again['normalized_worst']:.1f}% of the worst: the budget went to the wrong experts "
-        f"([why](docs/results/four-experts-again.md)). The merge took {ours / ties:.1f} times the "
+        "([why](docs/results/four-experts-again.md)). Of four such experts a static merge by "
+        f"`{static['method']}` with a few prompts of each task kept {static['normalized_mean']:.1f}% "
+        f"({static['normalized_worst']:.1f}% of the worst) in the bytes of one model, and `tsvm` without prompts "
+        f"{tsvm['normalized_mean']:.1f}% "
+        f"([how](docs/merge_methods.md#what-they-keep)). Ours took {ours / ties:.1f} times the "
         "processor time of `ties`, and serving takes "
         f"{rows['mediator']['resident_bytes_over_base']:.1f} models "
         "of memory once all experts are decoded."
