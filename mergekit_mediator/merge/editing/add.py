@@ -107,7 +107,14 @@ def add_expert(
 
 
 class _Added(NamedTuple):
-    """The slope of the expert and the part of its gain that it keeps, or None; its fraction in averaged layers; its directions by weight."""
+    """The figures of the expert.
+
+    Attributes:
+        slope: its slope, see `budget.slopes_for`; None without `keep`, `bits` and `budget`.
+        kept: the part of its gain that it keeps; None without `keep`.
+        averaged: the fraction of its squared change that is in averaged layers.
+        directions: its leading directions by weight.
+    """
 
     slope: float | None
     kept: Kept | None

@@ -9,6 +9,7 @@ from mergekit_mediator.errors import ArtifactError, ConfigError, EditError, Inpu
 from mergekit_mediator.merge.editing.add import add_expert
 from mergekit_mediator.merge.editing.remove import remove_expert
 from mergekit_mediator.merge.editing.rename import rename_expert
+from mergekit_mediator.merge.editing.requantize import requantize
 from mergekit_mediator.route.calibrated import CalibratedRouter
 from mergekit_mediator.route.response import ResponseRouter
 from mergekit_mediator.store.manifest import RESPONSE, ROUTER, read_manifest
@@ -77,6 +78,23 @@ def test_a_budget_of_the_merge_becomes_the_rate_of_its_experts(family, tmp_path,
     sizes = [edited.manifest.files[f"mediator/experts/{name}.safetensors"].bytes for name in FOUR]
     assert 0.8 * min(sizes[:3]) < sizes[3] < 1.2 * max(sizes[:3])
     assert set(edited.manifest.parameters["slopes"]) == set(FOUR)
+
+
+def test_the_kept_parts_follow_experts_that_are_added_renamed_requantized_and_removed(
+    family, tmp_path, law
+):
+    out = edits.build(tmp_path / "out", family, keep=0.9)
+    kept = add_expert(out, str(law), "law").manifest.parameters["kept"]
+    assert set(kept) == set(FOUR)
+    assert kept["law"]["predicted"] >= 0.9
+    renamed = rename_expert(out, "law", "tax").manifest.parameters
+    assert renamed["kept"]["tax"] == kept["law"]
+    assert set(renamed["slopes"]) == set(renamed["kept"]) == {*FOUR[:3], "tax"}
+    smaller = requantize(out, bits=1, experts=["math"]).manifest.parameters
+    assert set(smaller["kept"]) == {*FOUR[1:3], "tax"}
+    left = remove_expert(out, "tax").manifest.parameters
+    assert set(left["kept"]) == set(FOUR[1:3])
+    assert set(left["slopes"]) == set(FOUR[:3])
 
 
 def test_a_budget_of_the_command_bounds_the_whole_directory(fresh, law):
