@@ -66,11 +66,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="prompts a task in the report")
     parser.add_argument("--draw", type=int, default=0, help="train_experts' --draw")
     parser.add_argument("--budget", help="of ours; 1.0595x for up to 4 experts, else 1.099x")
+    parser.add_argument("--keep", type=float, help="of ours, instead of a budget")
     parser.add_argument(
-        "--tuned-on", type=int, default=PROMPTS_TUNED_ON, help="prompts of each expert's task"
+        "--tuned-on", type=int, default=PROMPTS_TUNED_ON, help="prompts of each task; 0: untuned"
     )
     parser.add_argument("--calibrated", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--rivals", default="all", help=f"of {', '.join(KNOWN)}, with commas")
+    parser.add_argument(
+        "--rivals", default="all", help=f"of {', '.join(KNOWN)}, with commas; empty: none"
+    )
     parser.add_argument("--each", action="store_true", help="every expert on every task")
     parser.add_argument("--name", help="of the results file; experts-N unless given")
     parser.add_argument("--threads", type=int, default=1)
@@ -84,24 +87,28 @@ def main() -> None:
     report_seed = REPORT_SEED + DRAW * args.draw
     tasks = tasks_of(folders, args.prompts, report_seed)
     tuning = tasks_of(folders, TUNE_PROMPTS, TUNE_SEED)
-    budget: dict[str, Any] = {"budget": args.budget or (FOUR if len(names) <= 4 else EIGHT)}
+    stored_in: dict[str, Any] = {"budget": args.budget or (FOUR if len(names) <= 4 else EIGHT)}
+    label = "mediator"
+    if args.keep:
+        stored_in, label = {"keep": args.keep}, f"mediator keep {args.keep}"
     made = Rivals(str(base), experts, work)
-    model, _ = artifact(made, "mediator", budget)
+    model, _ = artifact(made, label, stored_in)
     scorer = Scorer(model.tokenizer, work / "scores.json", dtype=DTYPE)
     routing = route(model, tasks)
     results = [
         base_system(scorer, tasks, made.base),
         *expert_systems(scorer, tasks, made.experts, args.each),
-        *artifact_systems(made, scorer, tasks, "mediator", budget, routing),
+        *artifact_systems(made, scorer, tasks, label, stored_in, routing),
     ]
-    prompts = prompt_files(folders, args.tuned_on, work / "mediator-tuned", tasks)
-    # what routes without data is measured before anything is stored, so that tuning changes nothing of it
-    tuned = artifact_systems(made, scorer, tasks, "mediator tuned", budget, routing, prompts)
-    results += [
-        replace(row, name=row.name.replace("mediator", "mediator_tuned"))
-        for row in tuned
-        if row.name != "mediator_dense"
-    ]
+    if args.tuned_on:
+        prompts = prompt_files(folders, args.tuned_on, work / "mediator-tuned", tasks)
+        # what routes without data is measured before anything is stored, so that tuning changes nothing of it
+        tuned = artifact_systems(made, scorer, tasks, f"{label} tuned", stored_in, routing, prompts)
+        results += [
+            replace(row, name=row.name.replace("mediator", "mediator_tuned"))
+            for row in tuned
+            if row.name != "mediator_dense"
+        ]
     found = {"routing": routing}
     if args.calibrated:
         informed = calibrated(model, folders, work / "mediator-calibrated", tasks)
