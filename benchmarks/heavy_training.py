@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from train_experts import COMPUTES_IN_BFLOAT16
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SEED = 7
@@ -72,7 +73,8 @@ class Training:
     def update(self, rows: Tensor, allowed: dict[str, Tensor], rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
-        with torch.autocast(rows.device.type, dtype=torch.bfloat16):
+        enabled = rows.is_cuda or COMPUTES_IN_BFLOAT16
+        with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=enabled):
             loss = losses(self.model, rows)
         loss.backward()
         for name, mask in allowed.items():
