@@ -23,7 +23,7 @@ class StaticMethod:
 
 
 AVERAGE = "average"
-_SCALES = (0.5, 1.0, 1.5)
+SCALES = (0.5, 1.0, 1.5)
 # What mergekit's examples and the methods' papers try. benchmarks/results/methods.json says what each keeps:
 # those that keep less than `ties` there are no rivals, unless people know them well.
 STATIC: Mapping[str, StaticMethod] = {
@@ -42,10 +42,10 @@ STATIC: Mapping[str, StaticMethod] = {
         ({"weight": 1.0, "density": 0.5, "epsilon": 0.1, "normalize": False},),
         (0.3, 0.5),
     ),
-    "tsvm": StaticMethod("tsvm", factors=_SCALES),
-    "r_tsvm": StaticMethod("r_tsvm", factors=_SCALES),
-    "iso_c": StaticMethod("iso_c", factors=_SCALES),
-    "opcm": StaticMethod("opcm", factors=_SCALES),
+    "tsvm": StaticMethod("tsvm", factors=SCALES),
+    "r_tsvm": StaticMethod("r_tsvm", factors=SCALES),
+    "iso_c": StaticMethod("iso_c", factors=SCALES),
+    "opcm": StaticMethod("opcm", factors=SCALES),
     "pcb": StaticMethod("pcb", tuple({"density": d, "lambda": 1.2} for d in (0.1, 0.2))),
     "regmean_pp": StaticMethod("regmean_pp", factors=(0.8, 1.0, 1.2), needs_prompts=True),
 }
