@@ -6,7 +6,8 @@
 Every method merges the family with two or three usual coefficients; those that do best on prompts of another seed
 are scored on the prompts of the report. Methods that need prompts get others again. Trials that differ in a factor of
 the merged task vector alone are made of one merge in float32. Rows of these methods and of the family in
-results/methods.json are replaced, and all others stay. Merges and scores in the work folder are used again.
+results/methods.json are replaced, and all others stay; name `ties` too, or times are set against those of the last run
+with it. Merges and scores in the work folder are used again.
 """
 
 from __future__ import annotations
