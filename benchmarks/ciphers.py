@@ -21,13 +21,13 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.evaluate import rivals
 from mergekit_mediator.evaluate.contenders import checkpoint
 from mergekit_mediator.evaluate.results import SystemResult, to_json
 from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.scorer import Scorer
 from mergekit_mediator.evaluate.systems import expert_systems, mediator_systems
 from mergekit_mediator.evaluate.tasks import Example, Task
+from mergekit_mediator.evaluate.trials import average
 from mergekit_mediator.models.loading import load_plain
 from mergekit_mediator.route.calibrate import calibrate_artifact
 
@@ -155,10 +155,10 @@ def quality(work: Path, counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         experts = {name: str(folder) for name, folder in list(folders.items())[:count]}
         tasks = {n: Task(n, tuple(examples(n, PROMPTS, "report"))) for n in experts}
         made = Rivals(str(base), experts, work / f"merges-{count}")
-        folder, seconds = made.static(rivals.AVERAGE, {"weight": 1.0})
-        averaged = {"total_bytes_over_base": 1.0, "merge_cpu_seconds": seconds}
+        mean = average(made)
+        averaged = {"total_bytes_over_base": 1.0, "merge_cpu_seconds": mean.seconds}
         results = expert_systems(scorer, tasks, experts, each=False)
-        scores = scorer.alike("average", tasks, checkpoint(folder))
+        scores = scorer.alike("average", tasks, checkpoint(mean.folder))
         results.append(SystemResult("average", scores, averaged))
         for label, parameters in MEDIATORS.items():
             own = artifact_systems(made, scorer, tasks, label, parameters)

@@ -5,15 +5,14 @@
 
 Every method merges the family with two or three usual coefficients; those that do best on prompts of another seed
 are scored on the prompts of the report. Methods that need prompts get others again. Trials that differ in a factor of
-the merged task vector alone are made of one merge in float32. Rows of the family in results/methods.json are replaced,
-and all others stay. Merges and scores in the work folder are used again.
+the merged task vector alone are made of one merge in float32. Rows of these methods and of the family in
+results/methods.json are replaced, and all others stay; name `ties` too, or times are set against those of the last run
+with it. Merges and scores in the work folder are used again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,128 +20,82 @@ import mergekit.merge_methods  # noqa: F401 (before the package, so that the sta
 import record
 import torch
 from artifacts import CALIBRATION_SEED, DTYPE, TUNE_SEED, prompt_files, source, tasks_of
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from train_experts import FAMILIES, REPORT_SEED
 
 from mergekit_mediator.evaluate.contenders import checkpoint
 from mergekit_mediator.evaluate.results import Score, normalized
-from mergekit_mediator.evaluate.rivals import STATIC, Rivals, described
+from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
-from mergekit_mediator.methods.with_prompts import WITH_PROMPTS
+from mergekit_mediator.evaluate.static_methods import SCALES, STATIC, StaticMethod
+from mergekit_mediator.evaluate.trials import Prompts, trials
 from mergekit_mediator.models.loading import load_tokenizer
+from mergekit_mediator.models.prompt_files import read_prompts
 
-SCALES = (0.5, 1.0, 1.5)
-# By method: the parameters of each merge, and the factors of its task vector that are tried.
-TRIALS: dict[str, tuple[tuple[dict[str, Any], ...], tuple[float, ...]]] = {
-    "average": (({"weight": 1.0},), (1.0,)),
-    "task_arithmetic": (({"weight": 1.0, "normalize": False},), (0.3, 0.5, 1.0)),
-    "ties": (STATIC["ties"][1], (1.0, 1.5)),
-    "tsvm": (({},), SCALES),
-    "iso_c": (({},), SCALES),
-    "wudi": (({},), (1.0, 1.5)),
-    "fisher": (({},), (1.0, 2.0)),
-    "regmean_pp": (({},), (1.0, 1.5)),
-    "widen": (({},), (0.5, 1.0)),
-    "pcb": (({"density": 0.1}, {"density": 0.2}), (1.2,)),
-    "localize_and_stitch": (({"density": 0.05}, {"density": 0.2}), (1.0,)),
-    "dare_ties": (({"weight": 1.0, "density": 0.5, "normalize": False},), (0.3, 0.5)),
-    "della": (
-        ({"weight": 1.0, "density": 0.5, "epsilon": 0.1, "normalize": False},),
-        (0.3, 0.5),
+# Tried as `evaluate` tries them, and those that are no rivals there.
+TRIALS: dict[str, StaticMethod] = {
+    **STATIC,
+    "wudi": StaticMethod("wudi", factors=(0.5, 1.0)),
+    "fisher": StaticMethod("fisher", factors=(1.0, 2.0), needs_prompts=True),
+    "widen": StaticMethod("widen", factors=(0.5, 1.0)),
+    "localize_and_stitch": StaticMethod(
+        "localize_and_stitch", tuple({"density": d} for d in (0.05, 0.2))
     ),
-    "opcm": (({},), SCALES),
-    "r_tsvm": (({},), SCALES),
-    "doge": (({"norm": 0.5},), SCALES),
-    "expert_merging": (({},), (1.0, 2.0)),
+    "doge": StaticMethod("doge", tuple({"norm": 0.5, "density": d} for d in (0.3, 1.0)), SCALES),
+    "expert_merging": StaticMethod("expert_merging", factors=(1.0, 2.0), needs_prompts=True),
 }
-ASKED = {method.spec.name for method in WITH_PROMPTS}
-
-
-def configuration(
-    method: str, made: Rivals, prompts: dict[str, Path], coefficients: dict[str, Any]
-) -> dict[str, Any]:
-    """A merge of all experts by one method."""
-    models: list[dict[str, Any]] = [{"model": place} for place in made.experts.values()]
-    if method in ASKED:
-        for entry, name in zip(models, made.experts, strict=True):
-            entry["parameters"] = {"prompts": str(prompts[name])}
-    config = {
-        "merge_method": STATIC[method][0] if method in STATIC else method,
-        "models": models,
-        "parameters": coefficients,
-        "dtype": "float32",
-        "out_dtype": "float32",
-    }
-    return config if method == "average" else {**config, "base_model": made.base}
-
-
-def scaled(merged: Path, base: Path, factor: float) -> Path:
-    """A checkpoint in bfloat16 with `factor` times the merged task vector, beside the merge."""
-    out = merged.with_name(f"{merged.name}-times-{factor}")
-    if (out / "model.safetensors").exists():
-        return out
-    shutil.copytree(merged, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    config = json.loads((out / "config.json").read_text())
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = "bfloat16"
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-    weights = {}
-    with safe_open(base / "model.safetensors", framework="pt") as start:
-        for shard in sorted(merged.glob("*.safetensors")):
-            for name, weight in load_file(shard).items():
-                zero = start.get_tensor(name).float()
-                weights[name] = (zero + factor * (weight - zero)).bfloat16()
-    save_file(weights, out / "partial.safetensors", {"format": "pt"})
-    (out / "partial.safetensors").rename(out / "model.safetensors")
-    return out
 
 
 def row(
     method: str,
     made: Rivals,
-    prompts: dict[str, Path],
+    prompts: Prompts,
     scorer: Scorer,
     report: tuple[Tasks, dict[str, Score]],
     tuning: tuple[Tasks, dict[str, Score]],
 ) -> dict[str, Any]:
     """Merge with each choice of coefficients, and score the best one on the prompts of the report."""
     tried = []
-    merges, factors = TRIALS[method]
-    for parameters in merges:
-        config = configuration(method, made, prompts, parameters)
-        label = described(method, parameters)
-        folder, seconds = made.merged(config, label.replace(" ", "-"))
-        for factor in factors:
-            checkpoints = scaled(folder, Path(made.base), factor)
-            scores = scorer.alike(f"{label}, tuning", tuning[0], checkpoint(checkpoints))
-            density = f"density {parameters['density']}, " if len(merges) > 1 else ""
-            coefficients = f"{density}times {factor}"
-            tried.append((normalized(scores, tuning[1])[0], coefficients, checkpoints, seconds))
-    _, coefficients, folder, seconds = max(tried)
-    scores = scorer.alike(f"{method}, report", report[0], checkpoint(folder))
+    for trial in trials(made, method, TRIALS[method], prompts):
+        scores = scorer.alike(f"{trial.label}, tuning", tuning[0], checkpoint(trial.folder))
+        tried.append((normalized(scores, tuning[1])[0], trial))
+    _, chosen = max(tried, key=lambda scored: scored[0])
+    scores = scorer.alike(f"{method}, report", report[0], checkpoint(chosen.folder))
     mean, worst = normalized(scores, report[1])
     return {
         "method": method,
         "normalized_mean": round(mean, 1),
         "normalized_worst": round(worst, 1),
-        "coefficients": coefficients,
+        "coefficients": chosen.label.removeprefix(method).strip(),
         "tried": len(tried),
-        "merge_cpu_seconds": round(seconds, 1),
+        "merge_cpu_seconds": round(chosen.seconds, 1),
     }
 
 
 def write(family: str, rows: list[dict[str, Any]], figures: dict[str, Any]) -> Path:
-    """Replace the rows of one family in results/methods.json, with how they were made beside them."""
+    """Replace the rows of these methods and of this family in results/methods.json; all others stay.
+
+    How the rows of earlier runs were made stays beside the last run, under `earlier`.
+    """
     content = record.read("methods")
-    others = [r for r in content["rows"] if r["family"] != family]
-    ties = next((r["merge_cpu_seconds"] for r in rows if r["method"] == "ties"), None)
+    measured = {row["method"] for row in rows}
+    known = [
+        r
+        for r in content["rows"]
+        if (r["family"], r["method"]) not in {(family, m) for m in measured}
+    ]
+    both = [*rows, *(row for row in known if row["family"] == family)]
+    ties = next((row["merge_cpu_seconds"] for row in both if row["method"] == "ties"), None)
     for own in rows:
         times = round(own["merge_cpu_seconds"] / ties, 2) if ties else None
-        others.append({"family": family, **own, "time_over_ties": times})
-    content["rows"] = others
-    content["quality"] = {**content.get("quality", {}), family: figures}
+        known.append({"family": family, **own, "time_over_ties": times})
+    content["rows"] = known
+    quality = content.setdefault("quality", {})
+    before = quality.get(family)
+    if before is not None and before["command"] != figures["command"]:
+        figures = {**figures, "earlier": [*before.pop("earlier", []), before]}
+    elif before is not None and "earlier" in before:
+        figures = {**figures, "earlier": before["earlier"]}
+    quality[family] = figures
     return record.replace("methods", content)
 
 
@@ -172,7 +125,8 @@ def main() -> None:
 
     report = measured(args.prompts, REPORT_SEED, "report")
     tuning = measured(args.tuning_prompts, TUNE_SEED, "tuning")
-    asked = prompt_files(folders, args.asked, work / "asked", dict(report[0]))
+    files = prompt_files(folders, args.asked, work / "asked", dict(report[0]))
+    asked = {name: read_prompts(file) for name, file in files.items()}
     how = record.made({"report": REPORT_SEED, "tune": TUNE_SEED, "prompts": CALIBRATION_SEED})
     how |= {"prompts_per_task": args.prompts, "tuning_prompts_per_task": args.tuning_prompts}
     how |= {"prompts_of_methods": args.asked, "experts": len(names)}

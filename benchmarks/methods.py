@@ -93,12 +93,20 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    figures = {"experts": EXPERTS, "threads": torch.get_num_threads(), "rows": rows}
-    if record.exists("methods"):  # the rows of method_quality.py stay
-        known = record.read("methods")
-        rows += [row for row in known["rows"] if row["family"] != "random"]
-        figures["quality"] = known.get("quality", {})
-    print(record.write("methods", figures, {"changes": SEED}))
+    known = record.read("methods") if record.exists("methods") else {"rows": []}
+    measured = [row["method"] for row in rows]
+    # rows of other methods stay, and those of method_quality.py
+    others = [r for r in known["rows"] if r["family"] != "random" or r["method"] not in measured]
+    random = [row for row in (*rows, *others) if row["family"] == "random"]
+    ordered = sorted(random, key=lambda row: row["method"])
+    figures = {"rows": [*ordered, *(row for row in others if row["family"] != "random")]}
+    seeds = {"changes": SEED}
+    if arguments.method:
+        part = f"cost of {', '.join(measured)}"
+        print(record.amend("methods", part, figures, seeds))
+    else:
+        figures |= {"experts": EXPERTS, "threads": torch.get_num_threads()}
+        print(record.write("methods", {"quality": known.get("quality", {}), **figures}, seeds))
 
 
 if __name__ == "__main__":

@@ -76,10 +76,12 @@ def method_quality() -> str:
         ]
         head = ["", "mean, %", "worst, %", "best coefficients", "tried", "processor time / `ties`"]
         seeds = ", ".join(f"{name} {seed}" for name, seed in how["seeds"].items())
+        runs = [how, *reversed(how.get("earlier", []))]
+        commands = " ".join(f"Command: `{script(run['command'])}`." for run in runs)
         parts.append(
             f"{table(head, rows)}\n\n{how['experts']} experts (`{family}`), {how['prompts_per_task']} prompts a task, "
             f"{how['tuning_prompts_per_task']} others a task to choose coefficients, {how['prompts_of_methods']} others "
-            f"again for methods with prompts. Command: `{script(how['command'])}`. Seeds: {seeds}."
+            f"again for methods with prompts. {commands} Seeds: {seeds}."
         )
     return "\n\n".join(parts)
 

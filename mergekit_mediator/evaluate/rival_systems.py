@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
+import click
+
 from mergekit_mediator.evaluate import rivals
 from mergekit_mediator.evaluate.contenders import adapted, checkpoint, weight_bytes
 from mergekit_mediator.evaluate.results import BEST_STATIC, Score, SystemResult, normalized
 from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
+from mergekit_mediator.evaluate.static_methods import STATIC
 from mergekit_mediator.evaluate.systems import Routing, routing_accuracy
+from mergekit_mediator.evaluate.trials import average, trials
+from mergekit_mediator.models.prompt_files import MIN_PROMPTS
 
 # The name of a system: all fine-tunes, of which the artifact's router chooses one.
 _BEST_BY_ROUTER = "best_expert_by_router"
@@ -31,12 +36,15 @@ class RivalSystems:
             maker: makes the rivals.
             scorer: the scorer of all systems.
             tasks: the tasks; their scores are reported.
-            tuning: other examples of the same tasks; coefficients are chosen on them.
+            tuning: other examples of the same tasks. Coefficients are chosen on them, and a method that needs prompts
+                gets theirs.
             routing: the artifact's routing of each task, which routed rivals share.
             base_bytes: the bytes of the base's weight files.
         """
         self._maker, self._scorer, self._base_bytes = maker, scorer, base_bytes
         self._tasks, self._tuning, self._routing = tasks, tuning, routing
+        # without answers, and none of them is reported
+        self._prompts = {n: [e.prompt for e in task.examples] for n, task in tuning.items()}
 
     def score(self, names: Sequence[str], ranks: Sequence[int]) -> list[SystemResult]:
         """Score the rivals of some names; low-rank experts are scored at each rank.
@@ -44,14 +52,13 @@ class RivalSystems:
         Raises:
             MediatorError: a rival cannot be made or scored.
         """
-        static = [name for name in names if name in rivals.STATIC]
+        static = [name for name in names if name in STATIC and self._can_be_made(name)]
         results = self._static(static) if static else []
         if rivals.EXTRACTED in names:
             results += self._low_rank(rivals.EXTRACTED, self._maker.base, 0.0, ranks)
         if rivals.TWIN in names:
-            coefficients = rivals.STATIC[rivals.AVERAGE][1][0]
-            average, seconds = self._maker.static(rivals.AVERAGE, coefficients)
-            results += self._low_rank(rivals.TWIN, str(average), seconds, ranks)
+            mean = average(self._maker)
+            results += self._low_rank(rivals.TWIN, str(mean.folder), mean.seconds, ranks)
         if rivals.BY_ROUTER in names:
             contenders = {name: checkpoint(source) for name, source in self._maker.experts.items()}
             answering = {t: [contenders[e] for e in r.likeliest] for t, r in self._routing.items()}
@@ -59,6 +66,21 @@ class RivalSystems:
             figures = self._routed_figures(float(len(contenders)))
             results.append(SystemResult(_BEST_BY_ROUTER, scores, figures))
         return results
+
+    def _can_be_made(self, name: str) -> bool:
+        """Tell whether every expert has the prompts that a rival needs, with a warning where one has not."""
+        if not STATIC[name].needs_prompts:
+            return True
+        for expert in self._maker.experts:
+            count = len(self._prompts.get(expert, ()))
+            if count < MIN_PROMPTS:
+                click.echo(
+                    f"warning: rival {name} is left out: {MIN_PROMPTS} examples of every expert's task required "
+                    f"to tune on, got {count} of {expert}: add them, or raise --tune",
+                    err=True,
+                )
+                return False
+        return True
 
     def _static(self, methods: Sequence[str]) -> list[SystemResult]:
         """Score each method with the coefficients that are best on the tuning examples; add the best method."""
@@ -69,23 +91,23 @@ class RivalSystems:
         experts = self._scorer.score("experts, tuning", self._tuning, answering)
         results = []
         for method in methods:
-            trials = []
-            for coefficients in rivals.STATIC[method][1]:
-                label = rivals.described(method, coefficients)
-                folder, seconds = self._maker.static(method, coefficients)
-                scores = self._scorer.alike(f"{label}, tuning", self._tuning, checkpoint(folder))
-                trials.append((_tuning_score(scores, experts), label, folder, seconds))
-            best_score, label, folder, seconds = max(trials)
-            size = weight_bytes(folder) / self._base_bytes
+            scored = []
+            for trial in trials(self._maker, method, STATIC[method], self._prompts):
+                scores = self._scorer.alike(
+                    f"{trial.label}, tuning", self._tuning, checkpoint(trial.folder)
+                )
+                scored.append((_tuning_score(scores, experts), trial))
+            best_score, chosen = max(scored, key=lambda one: one[0])
+            size = weight_bytes(chosen.folder) / self._base_bytes
             figures = {
                 "total_bytes_over_base": size,
                 "resident_bytes_over_base": size,
-                "merge_cpu_seconds": seconds,
-                "coefficients": label,
+                "merge_cpu_seconds": chosen.seconds,
+                "coefficients": chosen.label,
                 "tuning_mean": best_score,
-                "tried": len(trials),
+                "tried": len(scored),
             }
-            scores = self._scorer.alike(label, self._tasks, checkpoint(folder))
+            scores = self._scorer.alike(chosen.label, self._tasks, checkpoint(chosen.folder))
             results.append(SystemResult(method, scores, figures))
         best = max(results, key=lambda result: float(result.figures["tuning_mean"]))
         return [*results, SystemResult(BEST_STATIC, best.scores, best.figures)]

@@ -16,32 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.evaluate.contenders import located
+from mergekit_mediator.evaluate.static_methods import STATIC
 from mergekit_mediator.merge import plugin
 
-AVERAGE = "average"
-# By name: mergekit's method, and the coefficients that mergekit's examples and the methods' papers try.
-STATIC: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
-    AVERAGE: ("linear", ({"weight": 1.0},)),
-    "task_arithmetic": (
-        "task_arithmetic",
-        tuple({"weight": w, "normalize": False} for w in (0.2, 0.3, 0.5, 1.0)),
-    ),
-    "ties": ("ties", tuple({"weight": 1.0, "density": d} for d in (0.2, 0.5))),
-    "dare_ties": (
-        "dare_ties",
-        tuple({"weight": w, "density": 0.5, "normalize": False} for w in (0.3, 0.5)),
-    ),
-    "della": (
-        "della",
-        tuple(
-            {"weight": w, "density": 0.5, "epsilon": 0.1, "normalize": False} for w in (0.3, 0.5)
-        ),
-    ),
-    "tsvm": ("tsvm", tuple({"lambda": scale} for scale in (0.5, 1.0, 1.5))),
-    "iso_c": ("iso_c", tuple({"lambda": scale} for scale in (0.5, 1.0, 1.5))),
-    "wudi": ("wudi", ({"lambda": 1.0},)),
-    "pcb": ("pcb", tuple({"density": d, "lambda": 1.2} for d in (0.05, 0.1, 0.2))),
-}
 EXTRACTED = "extract_lora"
 TWIN = "twin_merging"
 BY_ROUTER = "best_expert"
@@ -49,7 +26,13 @@ KNOWN = (*STATIC, EXTRACTED, TWIN, BY_ROUTER)
 
 
 class Rivals:
-    """Make rivals in a folder; a rival that is there already is used again, with its recorded time."""
+    """Make rivals in a folder; a rival that is there already is used again, with its recorded time.
+
+    Attributes:
+        base: the base model.
+        experts: the experts by name.
+        work: the folder of the rivals.
+    """
 
     def __init__(
         self,
@@ -69,7 +52,7 @@ class Rivals:
         Raises:
             InputError: a model's path is not on this machine.
         """
-        self.base, self._work = located("the base", base), work
+        self.base, self.work = located("the base", base), work
         self.experts = {name: located(f"expert {name}", e) for name, e in experts.items()}
         self._options = MergeOptions(
             lora_merge_cache=str(work / "adapters"),
@@ -78,26 +61,6 @@ class Rivals:
             write_model_card=False,
             quiet=True,
         )
-
-    def static(self, method: str, coefficients: Mapping[str, Any]) -> tuple[Path, float]:
-        """Merge all experts by a method of `STATIC`.
-
-        Returns:
-            The folder of the merge, and the CPU seconds that it took.
-
-        Raises:
-            InputError: mergekit refuses the merge.
-        """
-        config: dict[str, Any] = {
-            "merge_method": STATIC[method][0],
-            "models": [{"model": expert} for expert in self.experts.values()],
-            "parameters": dict(coefficients),
-            "dtype": "float32",
-            "out_dtype": "bfloat16",
-        }
-        if method != AVERAGE:
-            config["base_model"] = self.base
-        return self.merged(config, described(method, coefficients).replace(" ", "-"))
 
     def again(self, config: Path, models: Mapping[str, str]) -> tuple[Path, float]:
         """Repeat the merge of an artifact from its configuration.
@@ -159,7 +122,7 @@ class Rivals:
 
     def _once(self, label: str, make: Callable[[Path], None]) -> tuple[Path, float]:
         """Make a folder unless it is there; return it, and the CPU seconds that it took."""
-        out, note = self._work / label, self._work / f"{label}.json"
+        out, note = self.work / label, self.work / f"{label}.json"
         if not note.exists():
             # CPU time does not count the time of other programs on the machine.
             began = time.process_time()
@@ -192,12 +155,6 @@ def truncated(adapter: Path, rank: int) -> Path:
     save_file(tensors, out / "adapter_model.safetensors")
     (out / "adapter_config.json").write_text(json.dumps(config))
     return out
-
-
-def described(method: str, coefficients: Mapping[str, Any]) -> str:
-    """Describe a merge in a few words, such as `ties weight 1.0 density 0.2`."""
-    numbers = {k: v for k, v in coefficients.items() if not isinstance(v, bool)}
-    return " ".join([method, *(f"{name} {value}" for name, value in numbers.items())])
 
 
 def known(names: Sequence[str]) -> tuple[str, ...]:

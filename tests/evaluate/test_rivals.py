@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import click.testing
 import pico
@@ -15,6 +16,8 @@ from mergekit_mediator.errors import InputError
 from mergekit_mediator.evaluate import rivals, scorer
 from mergekit_mediator.evaluate.contenders import located
 from mergekit_mediator.evaluate.rivals import Rivals, known, truncated
+from mergekit_mediator.evaluate.static_methods import STATIC
+from mergekit_mediator.evaluate.trials import trials
 from mergekit_mediator.models.loading import load_plain
 from mergekit_mediator.models.prompts import render
 from mergekit_mediator.store.evaluation import read_evaluation
@@ -59,7 +62,7 @@ def tasks(family, tmp_path_factory):
     for name, folder in family.experts.items():
         model, tokenizer = load_plain(folder), pico.tokenizer()
         draw, lines = random.Random(0), []
-        while len(lines) < 12:
+        while len(lines) < 13:
             prompts = [" ".join(draw.choices(pico.WORDS, k=4)) for _ in range(64)]
             ids = torch.tensor([render(tokenizer, prompt) for prompt in prompts])
             with torch.no_grad():
@@ -69,7 +72,7 @@ def tasks(family, tmp_path_factory):
                 if end == 2 and word > 3:
                     lines.append({"prompt": prompt, "answer": tokenizer.decode([word])})
         path = root / f"{name}.jsonl"
-        path.write_text("\n".join(map(json.dumps, lines[:12])))
+        path.write_text("\n".join(map(json.dumps, lines[:13])))
         options += ["--task", f"{name}={path}"]
     return options
 
@@ -78,7 +81,7 @@ def tasks(family, tmp_path_factory):
 def report(out, tasks, tmp_path_factory):
     """The folder that `evaluate` wrote with all rivals."""
     folder = tmp_path_factory.mktemp("report")
-    options = ["--rivals", "all", "--rank", 2, "--rank", 4, "--each", "--limit", 8, "--tune", 4]
+    options = ["--rivals", "all", "--rank", 2, "--rank", 4, "--each", "--limit", 8, "--tune", 5]
     options += ["--plot", folder / "all.svg"]
     result = call("evaluate", out, *tasks, *options, "--out", folder)
     assert result.exit_code == 0, result.output
@@ -88,7 +91,7 @@ def report(out, tasks, tmp_path_factory):
 
 def test_every_system_is_scored_and_the_experts_are_100(report):
     systems = json.loads((report / "evaluation.json").read_text())["systems"]
-    static = [*rivals.STATIC, "best_static"]
+    static = [*STATIC, "best_static"]
     low_rank = ["extract_lora 2", "extract_lora 4", "twin_merging 2", "twin_merging 4"]
     ours = ["mediator_dense", "mediator_oracle", "mediator"]
     each = ["base", "experts", "expert math", "expert code"]
@@ -115,13 +118,15 @@ def test_sizes_times_and_routing_stand_beside_the_scores(report):
     right = systems["mediator"]["routing_accuracy"]
     assert right == systems["best_expert_by_router"]["routing_accuracy"]
     assert 0 <= right <= 1
-    assert systems["task_arithmetic"]["coefficients"].startswith("task_arithmetic weight ")
-    assert systems["task_arithmetic"]["tried"] == 4
+    coefficients = systems["task_arithmetic"]["coefficients"]
+    assert coefficients.startswith("task_arithmetic weight 1.0 times 0.")
+    tried = {name: systems[name]["tried"] for name in ("task_arithmetic", "ties", "pcb")}
+    assert tried == {"task_arithmetic": 4, "ties": 4, "pcb": 2}
 
 
 def test_best_static_is_the_best_on_the_tuning_prompts(report):
     systems = json.loads((report / "evaluation.json").read_text())["systems"]
-    best = max((systems[name] for name in rivals.STATIC), key=lambda row: row["tuning_mean"])
+    best = max((systems[name] for name in STATIC), key=lambda row: row["tuning_mean"])
     assert systems["best_static"] == best
 
 
@@ -154,7 +159,7 @@ def test_nothing_is_merged_or_scored_twice(report, out, tasks, monkeypatch):
 
     monkeypatch.setattr(scorer, "score_answers", refuse)
     monkeypatch.setattr("mergekit.merge.run_merge", refuse)
-    options = ["--rivals", "ties,average", "--limit", 8, "--tune", 4, "--out", report]
+    options = ["--rivals", "ties,average,regmean_pp", "--limit", 8, "--tune", 5, "--out", report]
     options += ["--no-record"]
     record = (out / EVALUATION).read_bytes()
     before = json.loads((report / "evaluation.json").read_text())["systems"]["ties"]
@@ -206,6 +211,49 @@ def test_scores_are_not_lost_where_the_merge_cannot_be_timed(family, merged, tas
     assert "merge_cpu_seconds" not in systems["mediator"]
 
 
+def test_factors_of_one_merge_give_the_merges_with_these_coefficients(family, tmp_path):
+    made = Rivals(str(family.base), {n: str(p) for n, p in family.experts.items()}, tmp_path)
+    name, tried = "task_arithmetic", STATIC["task_arithmetic"]
+    scaled = list(trials(made, name, tried))
+    assert [trial.label for trial in scaled] == [
+        f"task_arithmetic weight 1.0 times {factor}" for factor in tried.factors
+    ]
+    alone = tuple({"weight": factor, "normalize": False} for factor in tried.factors)
+    single = trials(made, name, replace(tried, parameters=alone, factors=(1.0,)))
+    for one, other in zip(scaled, single, strict=True):
+        got, wanted = (load_file(t.folder / "model.safetensors") for t in (one, other))
+        assert got.keys() == wanted.keys()
+        for weight in got:
+            assert got[weight].dtype == torch.bfloat16
+            torch.testing.assert_close(got[weight], wanted[weight], atol=1e-6, rtol=2**-7)
+
+
+def test_a_method_with_prompts_reads_those_that_coefficients_are_chosen_on(family, tmp_path):
+    made = Rivals(str(family.base), {n: str(p) for n, p in family.experts.items()}, tmp_path)
+    prompts = {n: [f"w{i} w{i + 1}" for i in range(5)] for n in family.experts}
+    other = {n: [*of[1:], ({"role": "user", "content": "w9"},)] for n, of in prompts.items()}
+    first, again, changed = (
+        [t.folder for t in trials(made, "regmean_pp", STATIC["regmean_pp"], p)]
+        for p in (prompts, prompts, other)
+    )
+    assert first == again
+    assert not set(first) & set(changed)  # a merge with other prompts is not used again
+    assert all((folder / "model.safetensors").exists() for folder in (*first, *changed))
+
+
+def test_a_rival_without_prompts_of_every_expert_is_left_out_with_a_warning(out, tasks):
+    options = ["--rivals", "average,regmean_pp", "--limit", 4, "--json"]
+    result = call("evaluate", out, *tasks[:2], *options, "--tune", 5)
+    assert result.exit_code == 0, result.output
+    assert (
+        "warning: rival regmean_pp is left out: 5 examples of every expert's task required to tune on, got 0 of code"
+        in result.stderr
+    )
+    systems = json.loads(result.stdout)["systems"]
+    assert "average" in systems
+    assert "regmean_pp" not in systems
+
+
 def test_an_unknown_rival_is_named_with_the_known_ones(out, tasks):
     result = call("evaluate", out, *tasks, "--rivals", "ties,slerp")
     assert result.exit_code == 1
@@ -235,9 +283,9 @@ def test_a_place_is_a_directory_or_a_name_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_too_few_examples_to_tune_on_are_refused(out, tasks):
-    result = call("evaluate", out, *tasks, "--rivals", "ties", "--limit", 12)
+    result = call("evaluate", out, *tasks, "--rivals", "ties", "--limit", 13)
     assert result.exit_code == 1
-    assert "all 12 examples are reported (--limit 12), none is left" in result.output
+    assert "all 13 examples are reported (--limit 13), none is left" in result.output
 
 
 def test_a_truncated_adapter_is_the_extraction_at_that_rank(family, tmp_path):

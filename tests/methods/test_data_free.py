@@ -18,18 +18,6 @@ SHAPES = {
     "norm.weight": (8,),
     "conv.weight": (4, 3, 2),
 }
-# Their formulas change the length of a task vector, or keep a part of it, even where all experts agree.
-CHANGES_WHAT_ALL_AGREE_ON = {
-    "doge",
-    "iso_c",
-    "localize_and_stitch",
-    "opcm",
-    "pcb",
-    "r_tsvm",
-    "tsvm",
-    "widen",
-}
-
 every_method = pytest.mark.parametrize("method", NAMES)
 
 
@@ -67,12 +55,6 @@ def test_one_expert_comes_back_as_it_is(method):
 def test_the_order_of_the_experts_does_not_matter(method):
     base, *experts = family(3)
     assert_same(merge(method, [base, *experts]), merge(method, [base, *experts[::-1]]))
-
-
-@pytest.mark.parametrize("method", sorted(set(NAMES) - CHANGES_WHAT_ALL_AGREE_ON))
-def test_experts_that_are_equal_give_that_expert(method):
-    base, expert = family(1)
-    assert_same(merge(method, [base, expert, expert, expert]), expert)
 
 
 @every_method

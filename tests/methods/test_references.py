@@ -51,11 +51,12 @@ def task_vector(method, kind="Model", **parameters):
         ("widen", "Language", {}),
         ("localize_and_stitch", "Model", {"density": 0.2}),
         ("opcm", "Model", {"alpha": 0.5}),
+        ("wudi", "Model", {"steps": 300, "rate": 1e-5}),
     ],
 )
 def test_a_method_gives_what_the_code_of_its_authors_gives(method, kind, parameters):
     found, wanted = task_vector(method, kind, **parameters), expected(method)
-    assert found.keys() == wanted.keys()
+    assert found.keys() >= wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
     assert any(tensor.abs().max() > 0.01 for tensor in wanted.values())
@@ -100,21 +101,14 @@ def test_regmean_pp_solves_what_fusion_bench_solves():
         torch.testing.assert_close(means.merged(), wanted, atol=1e-5, rtol=0, msg=name)
 
 
-def interference(merged, taus):
-    """The loss of WUDI-Merging."""
-    return sum(float(((merged - tau) @ tau.mT).square().sum() / tau.norm() ** 2) for tau in taus)
-
-
-def test_wudi_is_where_the_steps_of_its_authors_end():
-    found, wanted = task_vector("wudi"), expected("wudi")
+def test_wudi_goes_as_far_in_30_large_steps_as_in_300_small_ones():
     base, *experts = models("Model")
-    assert len(wanted) == 3
-    for name, tensor in wanted.items():
-        taus = torch.stack([expert[name] - base[name] for expert in experts])
-        ours, theirs = interference(found[name], taus), interference(tensor, taus)
-        assert ours <= theirs * (1 + 1e-5)
-        # Adam with a step of 1e-5 circles the minimum at about that distance
-        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=0, msg=name)
+    far, near = task_vector("wudi"), task_vector("wudi", steps=300, rate=1e-5)
+    for name, weight in base.items():
+        start = sum(expert[name] - weight for expert in experts)
+        if weight.ndim == 2:
+            way = (near[name] - start).norm()
+            assert (far[name] - near[name]).norm() < 0.1 * way
 
 
 def rows_left(taus, factors, change):

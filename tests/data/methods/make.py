@@ -106,14 +106,13 @@ def iso_c(clone, base, experts):
 
 
 def wudi(clone, base, experts):
-    """Its 300 steps are too few for weights of this size: it runs until Adam no longer moves."""
     code = definitions(clone / "vit/wudi_main.py", ["get_redundant_task_vector"])
     vectors = task_vectors(base, experts)
     found = {}
     for name in vectors[0].vector:
         stacked = torch.stack([v.vector[name] for v in vectors])
         if stacked.ndim == 3:
-            found[name] = code.get_redundant_task_vector(name, stacked, iter_num=60_000)
+            found[name] = code.get_redundant_task_vector(name, stacked)
     return found
 
 
