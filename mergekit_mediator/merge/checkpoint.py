@@ -48,7 +48,6 @@ class Merged:
         slopes: the slope of each expert, see `budget.slopes_for`; empty without `bits` or `budget`.
         tuned: the figures of each tuned expert by name.
         kept: the part of its gain that each expert keeps, by name; may be empty.
-        divergences: what was measured of each expert when prompts divided a budget, by name; else empty.
     """
 
     layers: Sequence[LayerPlan]
@@ -57,7 +56,6 @@ class Merged:
     slopes: Mapping[ModelReference, float]
     tuned: Mapping[str, Tuned]
     kept: Mapping[str, Kept]
-    divergences: Mapping[str, Sequence[float]]
 
 
 def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out: Path) -> None:
@@ -151,8 +149,6 @@ def describe(
         parameters["slopes"] = {names[model]: slope for model, slope in merged.slopes.items()}
     if merged.kept:
         parameters["kept"] = {name: asdict(kept) for name, kept in merged.kept.items()}
-    if merged.divergences:
-        parameters["divergences"] = {name: list(d) for name, d in merged.divergences.items()}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         package_version=__version__,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit.common import ModelReference
 
+from mergekit_mediator.delta.allocation import Divergences
 from mergekit_mediator.merge.budget import bytes_over, predict_kept, slopes_for
 from mergekit_mediator.merge.dense_pass import DensePass
 from mergekit_mediator.merge.division import measure_divergences
@@ -33,14 +34,11 @@ class ExpertPass:
         tuned: the figures of each tuned expert by name.
         kept: the part of its gain that each expert keeps, by name; empty without `keep`, unless prompts divided a
             budget.
-        divergences: KL(expert ‖ stored) in nats per answer at each division of a budget that was measured, by name;
-            empty unless prompts divided a budget.
     """
 
     slopes: Mapping[ModelReference, float]
     tuned: Mapping[str, Tuned]
     kept: Mapping[str, Kept]
-    divergences: Mapping[str, Sequence[float]]
 
 
 def write_experts(
@@ -74,7 +72,7 @@ def write_experts(
     config, routed = inputs.config, dense.routed(weights)
     if not config.needs_costs:
         _write(passes, weights, routed, spectra, out, {})
-        return ExpertPass({}, {}, {}, {})
+        return ExpertPass({}, {}, {})
     sizes = dense_sizes(inputs, weights)
     names = sorted({weight.info.name for weight in routed})
     checkpoint, others = _written(out)
@@ -83,7 +81,7 @@ def write_experts(
     tuning = Tuning(inputs, weights, lessons, workers, out)
     targets = dict.fromkeys(config.experts, config.keep or 0.0)
     spare, corrections = 0, CORRECTIONS if config.keep is not None else 0
-    divergences = {}
+    divergences: Mapping[ModelReference, Divergences] = {}
     if lessons and is_capped(
         config, predict_kept(names, dense.measured, rate(others, targets, {}))
     ):
@@ -112,11 +110,14 @@ def write_experts(
         slopes,
         {name: expert.figures for name, expert in tuned.items()},
         {
-            name: Kept(predicted[model], tuned[name].kept if name in tuned else None)
+            name: Kept(
+                predicted[model],
+                tuned[name].kept if name in tuned else None,
+                tuple(divergences.get(model, {}).values()),
+            )
             for model, name in config.experts.items()
             if model in predicted
         },
-        {config.experts[model]: list(d.values()) for model, d in divergences.items()},
     )
 
 

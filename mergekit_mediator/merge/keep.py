@@ -23,10 +23,13 @@ class Kept:
     Attributes:
         predicted: from its weights, in [0, 1].
         measured: on held-out prompts, at most 1; None without prompts.
+        divergences: KL(expert ‖ stored) in nats per answer, the mean of all prompts, before tuning: measured of each
+            division of a budget that was tried; empty unless prompts divided one.
     """
 
     predicted: float
     measured: float | None = None
+    divergences: tuple[float, ...] = ()
 
 
 # Each correction writes and tunes the experts anew.

@@ -140,7 +140,6 @@ def _merge(
             slopes=experts.slopes,
             tuned=experts.tuned,
             kept=experts.kept,
-            divergences=experts.divergences,
         )
         return describe(inputs, merge_config, config_source, merged, out, history)
 

@@ -103,3 +103,13 @@ def test_fewer_bits_than_the_least_are_refused():
         ConfigError, match=r"budget: 163 bytes for experts required at least, 12 are"
     ):
         Allocation([vectors, vectors]).slopes(100)
+
+
+def test_the_expert_whose_answers_diverge_more_gets_the_bits():
+    curves = [exponential(10, 4)] * 2
+    equal = Allocation(curves).slopes(800)[0]
+    shared = Allocation(curves, [{equal: 0.16}, {equal: 0.01}])
+    first, second = shared.slopes(800)
+    assert first < equal < second
+    # each diverges by the same further bit's worth
+    assert 0.16 * (first / equal) == pytest.approx(0.01 * (second / equal), rel=0.05)
