@@ -30,14 +30,13 @@ def divergence_curves(left: Floats, measured: Sequence[Mapping[int, float]]) -> 
     rows = range(len(left))
     curves = {i: _curve(logs[i], measured[i]) for i in rows if measured[i]}
     usual = np.mean([float((curve - by_power[i])[max(measured[i])]) for i, curve in curves.items()])
-    return np.exp(np.stack([curves.get(i, by_power[i] + usual) for i in rows]))
+    stacked = np.stack([curves.get(i, by_power[i] + usual) for i in rows])
+    return np.asarray(np.exp(stacked), dtype=np.float64)
 
 
 def _curve(logs: Floats, measured: Mapping[int, float]) -> Floats:
     """The logarithm of the divergence of one expert. What rises where less is left out is scatter."""
-    places = sorted(
-        measured, reverse=True
-    )  # np.interp requires that the least is left out at the first
+    places = sorted(measured, reverse=True)  # np.interp requires the least first
     values = np.log([max(measured[place], _LEAST) for place in places])
     known = logs[places]
     beyond = logs - np.clip(logs, known[0], known[-1])

@@ -113,7 +113,7 @@ def write_experts(
             name: Kept(
                 predicted[model],
                 tuned[name].kept if name in tuned else None,
-                tuple(divergences.get(model, {}).values()),
+                list(divergences.get(model, {}).values()),
             )
             for model, name in config.experts.items()
             if model in predicted

@@ -5,7 +5,7 @@ kept = 1 − KL(expert ‖ stored) / KL(expert ‖ dense).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit.common import ModelReference
@@ -29,7 +29,7 @@ class Kept:
 
     predicted: float
     measured: float | None = None
-    divergences: tuple[float, ...] = ()
+    divergences: Sequence[float] = ()
 
 
 # Each correction writes and tunes the experts anew.

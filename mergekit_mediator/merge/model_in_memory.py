@@ -35,8 +35,8 @@ class ModelInMemory:
             MixtureError: the loader of transformers converted the weights.
         """
         self._inputs, self._read_dense = inputs, inputs.reader(out)
-        self.model: Any = load_plain(out, "float32", inputs.options.trust_remote_code)
-        self.model.to(inputs.options.device or "cpu")
+        model: Any = load_plain(out, "float32", inputs.options.trust_remote_code)
+        self.model = model.to(inputs.options.device or "cpu")
         shapes, self._floating = {}, []
         for weight in weights:
             dense = self._read_dense(weight.info.name)
