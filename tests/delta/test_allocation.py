@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mergekit_mediator.delta.allocation import LOSS_POWER, Allocation
+from mergekit_mediator.delta.divergence import DIVERGENCE_POWER
 from mergekit_mediator.delta.tradeoff import SLOPES, tradeoff
 from mergekit_mediator.errors import ConfigError
 
@@ -111,5 +112,8 @@ def test_the_expert_whose_answers_diverge_more_gets_the_bits():
     shared = Allocation(curves, [{equal: 0.16}, {equal: 0.01}])
     first, second = shared.slopes(800)
     assert first < equal < second
-    # each diverges by the same further bit's worth
-    assert 0.16 * (first / equal) == pytest.approx(0.01 * (second / equal), rel=0.05)
+    # the divergence is a power of the slope, so equal prices mean equal divergences
+    power = DIVERGENCE_POWER / 2
+    assert 0.16 * (first / equal) ** power == pytest.approx(
+        0.01 * (second / equal) ** power, rel=0.05
+    )
