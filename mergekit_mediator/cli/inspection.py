@@ -1,6 +1,6 @@
 """Show the content of an artifact: its experts and sizes, and the choice for every layer with its reason."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def inspect_report(figures: dict[str, Any]) -> str:
             table(["layer", "", metric, "bits/param", "mean rank", "kept, %"], rows),
             "",
             f"{routed} of {len(layers)} layers routed: {_reason(settings)}",
+            *_division(figures["experts"]),
             *_changes(figures),
         ]
     )
@@ -163,6 +164,21 @@ def _kept(kept: Any) -> str:
         if isinstance(figures.get(source), float):
             return f"{figures[source]:.4f} {source}"
     return "-"
+
+
+def _division(experts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write what was measured when prompts divided a budget; nothing if none did."""
+    measured = [
+        f"{expert['name']} {', '.join(f'{nats:.2g}' for nats in divergences)}"
+        for expert in experts
+        if (divergences := _figures(expert["kept"]).get("divergences"))
+    ]
+    if not measured:
+        return []
+    return [
+        "the budget is divided so that answers diverge least; measured before tuning, at each division that was tried, "
+        f"in nats per answer: {'; '.join(measured)}"
+    ]
 
 
 def _figures(value: Any) -> Mapping[str, Any]:

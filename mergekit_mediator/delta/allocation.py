@@ -1,16 +1,18 @@
 """How experts share a budget: the predicted loss of all experts together is least.
 
 Squared error alone would leave an expert that changed little with hardly any bits. The loss of an expert is
-predicted as the fifth power of the part of its own squared change that is left out.
+predicted as the fifth power of the part of its own squared change that is left out. Where prompts measured how far
+its answers diverge, the loss is this divergence.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mergekit_mediator.delta.divergence import divergence_curves
 from mergekit_mediator.delta.kept import predicted_kept
 from mergekit_mediator.delta.tradeoff import SLOPES
 from mergekit_mediator.errors import ConfigError
@@ -24,23 +26,34 @@ _ROUNDS = 80  # halvings of the interval in which the price lies
 _SMALLEST = 1e-300  # stands for a squared error of 0, which has no logarithm
 
 Floats = NDArray[np.float64]
+# KL(expert ‖ stored) in nats by the slope at which the expert was stored.
+Divergences = Mapping[float, float]
 
 
 class Allocation:
     """The bits and the remaining errors of experts at each slope, and how experts share any number of bits."""
 
-    def __init__(self, tradeoffs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, tradeoffs: Sequence[Tensor], divergences: Sequence[Divergences] = ()
+    ) -> None:
         """Interpolate the curve of each expert between the slopes.
 
         Args:
             tradeoffs: of each expert, `[2, len(SLOPES)]` float64: the bits and the squared error of all its
                 weights at each slope; see `tradeoff.tradeoff`.
+            divergences: of each expert, what was measured; empty for an expert without prompts, whose divergence is
+                then taken to be that of the others where as much is left out.
         """
         count = len(SLOPES)
         self._grid = np.linspace(0, count - 1, (count - 1) * _STEPS + 1)
         curves = [self._curve(tradeoff.numpy()) for tradeoff in tradeoffs]
         self._bits, self._left = (np.stack(rows) for rows in zip(*curves, strict=True))
         self._loss = self._left**LOSS_POWER
+        if any(divergences):
+            measured = [
+                {int(self._places([slope])[0]): d for slope, d in ds.items()} for ds in divergences
+            ]
+            self._loss = divergence_curves(self._left, measured)
 
     @property
     def count(self) -> int:

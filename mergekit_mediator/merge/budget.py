@@ -9,7 +9,7 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_mediator.delta.allocation import Allocation
+from mergekit_mediator.delta.allocation import Allocation, Divergences
 from mergekit_mediator.delta.curve import KeptPoint, Point, curve, kept_curve
 from mergekit_mediator.delta.tradeoff import slope_for
 from mergekit_mediator.errors import ConfigError
@@ -32,6 +32,7 @@ def slopes_for(
     checkpoint_bytes: int,
     other_bytes: int,
     targets: Mapping[ModelReference, float],
+    divergences: Mapping[ModelReference, Divergences],
     reserve: float = 0.01,
 ) -> dict[ModelReference, float]:
     """Find for each expert the slope that spends its `bits` or its share of the `budget`, or that `keep` requires.
@@ -48,6 +49,7 @@ def slopes_for(
             are the `1x` of a budget.
         other_bytes: the bytes of other files that count towards the budget.
         targets: the predicted part of its gain that each expert shall keep, if the configuration has `keep`.
+        divergences: what was measured of experts that have prompts, by which a budget is divided; may be empty.
         reserve: the fraction of the bytes for experts that stays unspent, because sizes are predictions.
 
     Returns:
@@ -68,7 +70,8 @@ def slopes_for(
             model: slope_for(tradeoff[0], numel, config.bits)
             for model, tradeoff in zip(models, of_experts, strict=True)
         }
-    allocation, required = Allocation(of_experts), None
+    allocation = Allocation(of_experts, [divergences.get(model, {}) for model in models])
+    required = None
     if config.keep is not None:
         required = allocation.slopes_to_keep([targets[model] for model in models])
         if config.budget is None:

@@ -47,7 +47,7 @@ class Merged:
         base_digests: the digest of each weight file of the base model by name.
         slopes: the slope of each expert, see `budget.slopes_for`; empty without `bits` or `budget`.
         tuned: the figures of each tuned expert by name.
-        kept: the part of its gain that each expert keeps, by name; empty without `keep`.
+        kept: the part of its gain that each expert keeps, by name; may be empty.
     """
 
     layers: Sequence[LayerPlan]

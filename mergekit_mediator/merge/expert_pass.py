@@ -8,15 +8,18 @@ from pathlib import Path
 
 from mergekit.common import ModelReference
 
+from mergekit_mediator.delta.allocation import Divergences
 from mergekit_mediator.merge.budget import bytes_over, predict_kept, slopes_for
 from mergekit_mediator.merge.dense_pass import DensePass
+from mergekit_mediator.merge.division import measure_divergences
 from mergekit_mediator.merge.encode import Encoder, adapters_for
 from mergekit_mediator.merge.estimate import dense_sizes
-from mergekit_mediator.merge.keep import CORRECTIONS, Kept, corrected, warn_of_cap
+from mergekit_mediator.merge.keep import CORRECTIONS, Kept, corrected, is_capped, warn_of_cap
+from mergekit_mediator.merge.lessons import Lessons
 from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.spectra import SPECTRA, Spectra
-from mergekit_mediator.merge.tuning import Lessons, tune
+from mergekit_mediator.merge.tuning import Tuning
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.store.expert_file import ExpertWriter
 from mergekit_mediator.store.manifest import EXPERTS, Tuned, files_below
@@ -29,7 +32,8 @@ class ExpertPass:
     Attributes:
         slopes: the slope of each expert, see `slopes_for`; empty without `bits`, `budget` and `keep`.
         tuned: the figures of each tuned expert by name.
-        kept: the part of its gain that each expert keeps, by name; empty without `keep`.
+        kept: the part of its gain that each expert keeps, by name; empty without `keep`, unless prompts divided a
+            budget.
     """
 
     slopes: Mapping[ModelReference, float]
@@ -48,7 +52,8 @@ def write_experts(
 ) -> ExpertPass:
     """Write the experts' files, and write them anew if they exceed the budget or miss `keep`.
 
-    The former is rare; the latter is seen with prompts alone, and corrected `CORRECTIONS` times at most.
+    The former is rare; the latter is seen with prompts alone, and corrected `CORRECTIONS` times at most. With prompts,
+    a budget is divided by what it does to answers, see `division`.
 
     Args:
         passes: the passes over the models.
@@ -66,38 +71,50 @@ def write_experts(
     inputs = passes.inputs
     config, routed = inputs.config, dense.routed(weights)
     if not config.needs_costs:
-        _write(passes, weights, routed, {}, spectra, out)
+        _write(passes, weights, routed, spectra, out, {})
         return ExpertPass({}, {}, {})
     sizes = dense_sizes(inputs, weights)
     names = sorted({weight.info.name for weight in routed})
     checkpoint, others = _written(out)
     rate = partial(slopes_for, config, names, dense.measured, sizes, checkpoint)
+    write = partial(_write, passes, weights, routed, spectra, out)
+    tuning = Tuning(inputs, weights, lessons, workers, out)
     targets = dict.fromkeys(config.experts, config.keep or 0.0)
     spare, corrections = 0, CORRECTIONS if config.keep is not None else 0
+    divergences: Mapping[ModelReference, Divergences] = {}
+    if lessons and is_capped(
+        config, predict_kept(names, dense.measured, rate(others, targets, {}))
+    ):
+        divergences = measure_divergences(tuning, partial(rate, others, targets), write)
     while True:
-        slopes = rate(others + spare, targets)
-        files = _write(passes, weights, routed, slopes, spectra, out)
-        with workers.idle():
-            tuned = tune(inputs, weights, lessons, files, out)
+        slopes = rate(others + spare, targets, divergences)
+        files = write(slopes)
+        tuned = tuning.tune(files)
         excess = bytes_over(config, list(sizes), checkpoint, sum(_written(out)))
         if excess > 0:
             spare += excess
         elif corrections and config.keep is not None:
             measured = {m: tuned[n].kept for m, n in config.experts.items() if n in tuned}
             targets, corrections = corrected(config.keep, targets, measured), corrections - 1
-            if rate(others + spare, targets) == slopes:
+            if rate(others + spare, targets, divergences) == slopes:
                 break
         else:
             break
         for path in files.values():
             path.unlink()
-    predicted = predict_kept(names, dense.measured, slopes) if config.keep is not None else {}
+    predicted = {}
+    if config.keep is not None or divergences:
+        predicted = predict_kept(names, dense.measured, slopes)
     warn_of_cap(config, predicted)
     return ExpertPass(
         slopes,
         {name: expert.figures for name, expert in tuned.items()},
         {
-            name: Kept(predicted[model], tuned[name].kept if name in tuned else None)
+            name: Kept(
+                predicted[model],
+                tuned[name].kept if name in tuned else None,
+                list(divergences.get(model, {}).values()),
+            )
             for model, name in config.experts.items()
             if model in predicted
         },
@@ -108,9 +125,9 @@ def _write(
     passes: Passes,
     weights: Sequence[PlannedWeight],
     routed: Sequence[PlannedWeight],
-    slopes: Mapping[ModelReference, float],
     spectra: Spectra,
     out: Path,
+    slopes: Mapping[ModelReference, float],
 ) -> dict[ModelReference, Path]:
     """Write the experts in one pass over the routed weights; return their files."""
     config = passes.inputs.config

@@ -15,8 +15,8 @@ from mergekit_mediator.merge.conflict import Conflict
 from mergekit_mediator.merge.estimate import dense_sizes
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.layers import LayerPlan, plan_layers
+from mergekit_mediator.merge.lessons import Prompts, read_all_prompts
 from mergekit_mediator.merge.planner import PlannedWeight
-from mergekit_mediator.merge.tuning import Prompts, read_all_prompts
 from mergekit_mediator.merge.unknown_keys import check_keys
 
 Models = TypeVar("Models", bound=Inputs)

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_mediator.errors import ConfigError, InputError
+from mergekit_mediator.merge.lessons import Prompts, prepare_lessons, read_prompts_of
 from mergekit_mediator.merge.parameters import prompt_files, shared_parameters, sources
-from mergekit_mediator.merge.tuning import Prompts, prepare_lessons, read_prompts_of
 from mergekit_mediator.models.loading import load_plain
 from mergekit_mediator.models.locate import locate_weights
 from mergekit_mediator.models.prompts import pad_token

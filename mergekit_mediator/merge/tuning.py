@@ -5,47 +5,27 @@ holds the weights that will be served as this expert.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference
-from torch import Tensor
 from tqdm import tqdm
 
-from mergekit_mediator.delta.stored_weight import StoredWeight, mix_
-from mergekit_mediator.errors import ConfigError, PromptError
-from mergekit_mediator.merge.config import MediatorConfig
+from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.merge.lessons import Lessons
 from mergekit_mediator.merge.loaders import OpenInputs
+from mergekit_mediator.merge.model_in_memory import ModelInMemory
 from mergekit_mediator.merge.planner import PlannedWeight
-from mergekit_mediator.models.loading import load_plain, load_tokenizer, stock_config
-from mergekit_mediator.models.locate import locate_weights
-from mergekit_mediator.models.prompt_files import data_digest, read_prompts
-from mergekit_mediator.models.prompts import Prompt, pad_token, render
+from mergekit_mediator.merge.workers import Workers
+from mergekit_mediator.models.prompts import pad_token
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
 from mergekit_mediator.store.manifest import Tuned
 from mergekit_mediator.tune.fit import HELD_OUT, distil, divergence, seen
-from mergekit_mediator.tune.teacher import Answered, answer, room
+from mergekit_mediator.tune.teacher import Answered, answer
 from mergekit_mediator.tune.tunable import tunable
-
-Prompts = Mapping[ModelReference, Sequence[Prompt]]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """The prompts on which one expert is tuned.
-
-    Attributes:
-        prompts: the token ids of each prompt.
-        data: the digest of the prompts.
-    """
-
-    prompts: Sequence[list[int]]
-    data: str
-
-
-Lessons = Mapping[ModelReference, Lesson]
 
 
 @dataclass(frozen=True)
@@ -62,138 +42,131 @@ class TunedExpert:
     kept: float
 
 
-def read_all_prompts(config: MediatorConfig) -> Prompts:
-    """Read the prompts of every expert that is tuned.
+class Tuning:
+    """The tuning of all experts that have prompts. They answer them once, however often they are stored."""
 
-    Raises:
-        ConfigError: a file of prompts cannot be read.
-    """
-    return {model: read_prompts_of(model, path) for model, path in config.prompts.items()}
+    def __init__(
+        self,
+        inputs: OpenInputs,
+        weights: Sequence[PlannedWeight],
+        lessons: Lessons,
+        workers: Workers,
+        out: Path,
+    ) -> None:
+        """Prepare the tuning; nothing is read.
 
+        Args:
+            inputs: the models.
+            weights: all weights of the merge.
+            lessons: the prompts of each expert that is tuned.
+            workers: of the passes; they are idle meanwhile.
+            out: the directory of the dense expert, complete with its configuration.
+        """
+        self._inputs, self._weights, self._lessons = inputs, weights, lessons
+        self._workers, self._out = workers, out
+        self._answers: dict[ModelReference, list[Answered]] = {}
 
-def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False) -> Lessons:
-    """Turn prompts into token ids, and refuse experts that could not be tuned, before any weight is read.
+    def divergences(self, files: Mapping[ModelReference, Path]) -> dict[ModelReference, float]:
+        """Measure what is stored of the experts that have prompts, before it is tuned.
 
-    Args:
-        prompts: the prompts of each expert that is tuned.
-        out: a directory with the configuration and the tokenizer of the dense expert.
-        trust_remote_code: let the model's own code run.
+        Args:
+            files: the file of each expert.
 
-    Raises:
-        ConfigError: there is no tokenizer, the model is no causal language model, or a prompt leaves no room
-            for an answer.
-    """
-    if not prompts:
-        return {}
-    config = stock_config(out, trust_remote_code)
-    if config is None:
-        raise ConfigError(
-            "prompts: tuning requires a causal language model that transformers knows, or whose own code may "
-            "run: leave out the prompts, or give --trust-remote-code"
-        )
-    tokenizer: Any = load_tokenizer(out, trust_remote_code)
-    if tokenizer is None:
-        raise ConfigError(
-            "prompts: a tokenizer required, but the base model has none: add one, or leave out the prompts"
-        )
-    lessons = {}
-    for model, conversations in prompts.items():
-        try:
-            ids = [render(tokenizer, prompt) for prompt in conversations]
-            room(config, max(map(len, ids)))
-        except PromptError as error:
-            raise ConfigError(f"model {model}: prompts: {error}") from error
-        lessons[model] = Lesson(ids, data_digest(conversations))
-    return lessons
+        Returns:
+            KL(expert ‖ stored) of each of them in nats per answer, the mean of all prompts.
 
+        Raises:
+            ArtifactError: see `ModelInMemory`.
+            MixtureError: see `ModelInMemory`.
+        """
+        if not self._lessons:
+            return {}
+        with self._workers.idle():
+            return self._measured({expert: ExpertFile(path) for expert, path in files.items()})
 
-def read_prompts_of(model: ModelReference, path: str) -> Sequence[Prompt]:
-    """Read the prompts of one expert.
+    def tune(self, files: Mapping[ModelReference, Path]) -> dict[str, TunedExpert]:
+        """Tune the experts that have prompts, and replace their files.
 
-    Raises:
-        ConfigError: the file cannot be read, or holds too few prompts.
-    """
-    try:
-        return read_prompts(Path(path))
-    except PromptError as error:
-        raise ConfigError(f"model {model}: prompts: {error}") from error
+        Args:
+            files: the file of each expert.
 
+        Returns:
+            The outcome of each tuned expert by name.
 
-def tune(
-    inputs: OpenInputs,
-    weights: Sequence[PlannedWeight],
-    lessons: Lessons,
-    files: Mapping[ModelReference, Path],
-    out: Path,
-) -> dict[str, TunedExpert]:
-    """Tune the experts that have prompts, and replace their files.
+        Raises:
+            ArtifactError: see `ModelInMemory`.
+            MixtureError: see `ModelInMemory`.
+        """
+        if not self._lessons:
+            return {}
+        with self._workers.idle():
+            return self._tuned(files)
 
-    Args:
-        inputs: the models.
-        weights: all weights of the merge.
-        lessons: the prompts of each expert that is tuned.
-        files: the file of each expert.
-        out: the directory of the dense expert, complete with its configuration.
+    def _measured(
+        self, readers: Mapping[ModelReference, ExpertFile]
+    ) -> dict[ModelReference, float]:
+        memory = ModelInMemory(self._inputs, self._weights, self._out)
+        measured = {}
+        for expert in self._lessons:
+            with self._bar("measure", expert, self._unanswered(expert)) as step:
+                answers = self._answered(memory, expert, step)
+                memory.become_stored(expert, readers)
+                measured[expert] = divergence(memory.model, answers)
+        return measured
 
-    Returns:
-        The outcome of each tuned expert by name.
+    def _tuned(self, files: Mapping[ModelReference, Path]) -> dict[str, TunedExpert]:
+        memory = ModelInMemory(self._inputs, self._weights, self._out)
+        readers = {expert: ExpertFile(path) for expert, path in files.items()}
+        results = {}
+        for expert, lesson in self._lessons.items():
+            count = len(lesson.prompts)
+            with self._bar("tune", expert, self._unanswered(expert) + seen(count)) as step:
+                answers = self._answered(memory, expert, step)
+                memory.become_dense()
+                without = divergence(memory.model, answers[::HELD_OUT])
+                memory.become_stored(expert, readers)
+                forms = {name: readers[expert].read(name) for name in readers[expert].weights}
+                parts = {
+                    name: part
+                    for name, place, change in memory.changes(expert, forms)
+                    if (part := tunable(place, forms[name], change)) is not None
+                }
+                result = distil(memory.model, parts, answers, step)
+            name = self._inputs.config.experts[expert]
+            _rewrite(files[expert], name, {**forms, **result.stored})
+            readers[expert] = ExpertFile(files[expert])
+            figures = Tuned(
+                prompts=count,
+                data=lesson.data,
+                divergence_before=result.before,
+                divergence_after=result.after,
+            )
+            kept = 1 - result.after / without if without > 0 else 1.0
+            results[name] = TunedExpert(figures, kept)
+        return results
 
-    Raises:
-        ArtifactError: the dense expert cannot be loaded as a causal language model.
-        MixtureError: the loader of transformers converted the weights.
-    """
-    if not lessons:
-        return {}
-    model: Any = load_plain(out, "float32", inputs.options.trust_remote_code)
-    model.to(inputs.options.device or "cpu")
-    read_dense = inputs.reader(out)
-    shapes, floating = {}, []
-    for weight in weights:
-        dense = read_dense(weight.info.name)
-        if dense.is_floating_point():
-            shapes[weight.info.name] = tuple(dense.shape)
-            floating.append(weight)
-    places = locate_weights(model, shapes, shapes)
-    readers = {expert: ExpertFile(path) for expert, path in files.items()}
-    results = {}
-    for expert, lesson in lessons.items():
-        name, count = inputs.config.experts[expert], len(lesson.prompts)
-        total = count + seen(count)
-        with tqdm(
-            total=total, desc=f"tune {name}", unit="prompt", disable=inputs.options.quiet
-        ) as bar:
-            for weight in floating:
-                places[weight.info.name].copy_(inputs.load(weight, expert))
-            answers = answer(model, lesson.prompts, pad_token(model), bar.update)
-            _warn_of_equal_answers(expert, answers)
-            for weight in floating:
-                places[weight.info.name].copy_(read_dense(weight.info.name))
-            without = divergence(model, answers[::HELD_OUT])
-            forms, parts = {}, {}
-            for weight in floating:
-                place = places[weight.info.name]
-                versions = _versions(readers, weight.info.name)
-                if expert in versions:
-                    stored = forms[weight.info.name] = versions[expert]
-                    place.copy_(inputs.load(weight, expert))
-                    change = place - inputs.load(weight, inputs.base).to(place)
-                    part = tunable(place, stored, change)
-                    if part is not None:
-                        parts[weight.info.name] = part
-                place.copy_(read_dense(weight.info.name))
-                _mix(place, expert, versions)
-            result = distil(model, parts, answers, bar.update)
-        _rewrite(files[expert], name, {**forms, **result.stored})
-        readers[expert] = ExpertFile(files[expert])
-        figures = Tuned(
-            prompts=count,
-            data=lesson.data,
-            divergence_before=result.before,
-            divergence_after=result.after,
-        )
-        kept = 1 - result.after / without if without > 0 else 1.0
-        results[name] = TunedExpert(figures, kept)
-    return results
+    def _answered(
+        self, memory: ModelInMemory, expert: ModelReference, step: Callable[[int], Any]
+    ) -> list[Answered]:
+        """Let the expert answer its prompts, unless it has; the model may be the expert afterwards."""
+        if expert not in self._answers:
+            memory.become(expert)
+            prompts = self._lessons[expert].prompts
+            self._answers[expert] = answer(memory.model, prompts, pad_token(memory.model), step)
+            _warn_of_equal_answers(expert, self._answers[expert])
+        return self._answers[expert]
+
+    def _unanswered(self, expert: ModelReference) -> int:
+        """Count the prompts that the expert has yet to answer."""
+        return 0 if expert in self._answers else len(self._lessons[expert].prompts)
+
+    @contextmanager
+    def _bar(self, task: str, expert: ModelReference, total: int) -> Iterator[Callable[[int], Any]]:
+        """Show the progress of a task of one expert, in prompts."""
+        description = f"{task} {self._inputs.config.experts[expert]}"
+        quiet = self._inputs.options.quiet
+        with tqdm(total=total, desc=description, unit="prompt", disable=quiet) as bar:
+            yield bar.update
 
 
 def _warn_of_equal_answers(expert: ModelReference, answers: Sequence[Answered]) -> None:
@@ -207,25 +180,6 @@ def _warn_of_equal_answers(expert: ModelReference, answers: Sequence[Answered]) 
         f"warning: model {expert}: prompts: it gives {which} to all {len(answers)} prompts, from which tuning learns "
         "nothing of its task: give prompts of the task, worded as in its training"
     )
-
-
-def _versions(
-    files: Mapping[ModelReference, ExpertFile], weight: str
-) -> dict[ModelReference, StoredWeight]:
-    """Read the stored form of a weight in each expert that stores it."""
-    return {expert: file.read(weight) for expert, file in files.items() if weight in file.weights}
-
-
-def _mix(
-    weight: Tensor, expert: ModelReference, versions: Mapping[ModelReference, StoredWeight]
-) -> None:
-    """Turn the dense expert's weight in place into the weight that is served as one expert."""
-    parts = [
-        (stored.coefficient(float(other == expert), 1.0), stored.to(weight.device))
-        for other, stored in versions.items()
-    ]
-    if parts:
-        mix_(weight, parts)
 
 
 def _rewrite(path: Path, name: str, stored: Mapping[str, StoredWeight]) -> None:

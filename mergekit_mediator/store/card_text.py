@@ -1,6 +1,7 @@
 """The text of the generated part of a model card."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mergekit_mediator.store.calibration import Calibration, calibration_of
 from mergekit_mediator.store.evaluation import Evaluation, SystemRecord
@@ -184,15 +185,26 @@ def _results(evaluation: Evaluation | None, has_picture: bool) -> str:
 
 def _kept(manifest: Manifest) -> list[str]:
     """The section of the part of its gain that each expert keeps; none without `keep`."""
-    parts: Mapping[str, Mapping[str, float | None]] = manifest.parameters.get("kept") or {}
+    parts: Mapping[str, Mapping[str, Any]] = manifest.parameters.get("kept") or {}
     lines = []
     for name, part in parts.items():
         if part["measured"] is not None:
             lines.append(f"- {name}: {part['measured']:.4f}, measured on held-out prompts")
         else:
             lines.append(f"- {name}: {part['predicted']:.4f}, predicted")
+    if not lines:
+        return []
     head = "## Kept\n\nThe part of its gain over the dense expert that each expert keeps:\n\n"
-    return [head + "\n".join(lines)] if lines else []
+    tried = [f"{name} {_nats(part)}" for name, part in parts.items() if part.get("divergences")]
+    divided = (
+        "\n\nThe budget was divided so that the experts' answers to prompts diverge least. Measured at each division "
+        f"that was tried, before tuning, in nats per answer: {'; '.join(tried)}."
+    )
+    return [head + "\n".join(lines) + (divided if tried else "")]
+
+
+def _nats(part: Mapping[str, Any]) -> str:
+    return ", ".join(f"{nats:.2g}" for nats in part["divergences"])
 
 
 def _changes(manifest: Manifest) -> list[str]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mergekit_mediator.delta.allocation import LOSS_POWER, Allocation
+from mergekit_mediator.delta.divergence import DIVERGENCE_POWER
 from mergekit_mediator.delta.tradeoff import SLOPES, tradeoff
 from mergekit_mediator.errors import ConfigError
 
@@ -103,3 +104,16 @@ def test_fewer_bits_than_the_least_are_refused():
         ConfigError, match=r"budget: 163 bytes for experts required at least, 12 are"
     ):
         Allocation([vectors, vectors]).slopes(100)
+
+
+def test_the_expert_whose_answers_diverge_more_gets_the_bits():
+    curves = [exponential(10, 4)] * 2
+    equal = Allocation(curves).slopes(800)[0]
+    shared = Allocation(curves, [{equal: 0.16}, {equal: 0.01}])
+    first, second = shared.slopes(800)
+    assert first < equal < second
+    # the divergence is a power of the slope, so equal prices mean equal divergences
+    power = DIVERGENCE_POWER / 2
+    assert 0.16 * (first / equal) ** power == pytest.approx(
+        0.01 * (second / equal) ** power, rel=0.05
+    )

@@ -95,13 +95,13 @@ def test_prompts_measure_what_is_kept_and_correct_the_rate(
     config = wide.config(keep=0.9)
     config["models"][0]["parameters"]["prompts"] = str(prompts)
     rounds = []
-    original = tuning.tune
+    original = tuning.Tuning.tune
 
     def counting(*arguments):
         rounds.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr("mergekit_mediator.merge.expert_pass.tune", counting)
+    monkeypatch.setattr(tuning.Tuning, "tune", counting)
     out = merged(config)
     assert 1 <= len(rounds) <= 1 + CORRECTIONS
     math_part, code_part, _ = kept(out).values()
