@@ -17,8 +17,9 @@ from mergekit_mediator.delta.approximate import (
     quantise_steps,
     remainder_step,
 )
+from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factor_steps import BITS, KEPT
-from mergekit_mediator.delta.factors import Components, decompose
+from mergekit_mediator.delta.factors import Components
 from mergekit_mediator.errors import ConfigError
 
 # Half octaves: squared errors from 1 down to less than float32 resolves.
