@@ -14,6 +14,13 @@ CHUNK = 1 << 17
 # The sample for the bracket has one of so many values, within the two limits.
 _SAMPLED = 256
 _LEAST_SAMPLE, _MOST_SAMPLE = 1 << 11, 1 << 16
+_COMPARISONS = {
+    np.greater: torch.gt,
+    np.greater_equal: torch.ge,
+    np.less: torch.lt,
+    np.less_equal: torch.le,
+    np.equal: torch.eq,
+}
 # If so much of a bracket is one value, that value is likely the answer.
 _TIED = 0.25
 
@@ -65,15 +72,22 @@ def compare(values: Tensor, limit: float, how: np.ufunc) -> NDArray[np.bool_]:
     """Compare float32 values `[n]` with a limit; numpy is faster at this than torch on a CPU.
 
     Args:
-        values: on any device.
-        limit: of the comparison.
+        values: on any device. Of another device than the CPU, the answers are copied and not the values.
+        limit: of the comparison, a value of float32.
         how: the comparison, such as `np.greater`.
 
     Returns:
         `[n]`, whether the comparison holds.
     """
-    mask: NDArray[np.bool_] = how(values.cpu().numpy(), np.float32(limit))
+    if values.device.type != "cpu":
+        return on_device(values, limit, how).cpu().numpy()
+    mask: NDArray[np.bool_] = how(values.numpy(), np.float32(limit))
     return mask
+
+
+def on_device(values: Tensor, limit: float, how: np.ufunc) -> Tensor:
+    """Compare as `compare` does, where the values are; the answers `[n]` stay there."""
+    return _COMPARISONS[how](values, limit)
 
 
 def nonzero(mask: Tensor) -> Tensor:
@@ -125,8 +139,12 @@ def _count(value: float, magnitudes: Callable[[slice], Tensor], numel: int) -> t
     larger = ties = 0
     for part in chunks(numel):
         chunk = magnitudes(part)
-        larger += int(np.count_nonzero(compare(chunk, value, np.greater)))
-        ties += int(np.count_nonzero(compare(chunk, value, np.equal)))
+        if chunk.device.type != "cpu":
+            larger += int(on_device(chunk, value, np.greater).sum())
+            ties += int(on_device(chunk, value, np.equal).sum())
+        else:
+            larger += int(np.count_nonzero(compare(chunk, value, np.greater)))
+            ties += int(np.count_nonzero(compare(chunk, value, np.equal)))
     return larger, ties
 
 

@@ -98,7 +98,7 @@ class StoredWeight:
             dense: the dense expert's weight, of the same shape.
         """
         flat = dense.reshape(-1)
-        total = torch.zeros(flat.numel())
+        total = torch.zeros(flat.numel(), device=flat.device)
         if self.positions.numel():
             part = self.difference(flat.index_select(0, self.positions))
             total.index_add_(0, self.positions, part)
