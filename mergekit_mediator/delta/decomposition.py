@@ -54,7 +54,7 @@ def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
 
 def _of_gram(matrix: Tensor, count: int) -> Tensor:
     """The leading right singular vectors `[in, count]` of a matrix, most important first."""
-    _, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    vectors: Tensor = torch.linalg.eigh(matrix.T @ matrix).eigenvectors
     return vectors.flip(1)[:, :count]
 
 
@@ -66,4 +66,5 @@ def _projected(matrix: Tensor, count: int) -> Tensor:
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
-    return torch.linalg.svd(basis.T @ matrix, full_matrices=False).Vh.T
+    right: Tensor = torch.linalg.svd(basis.T @ matrix, full_matrices=False).Vh.T
+    return right

@@ -14,7 +14,7 @@ CHUNK = 1 << 17
 # The sample for the bracket has one of so many values, within the two limits.
 _SAMPLED = 256
 _LEAST_SAMPLE, _MOST_SAMPLE = 1 << 11, 1 << 16
-_COMPARISONS = {
+_COMPARISONS: dict[np.ufunc, Callable[[Tensor, float], Tensor]] = {
     np.greater: torch.gt,
     np.greater_equal: torch.ge,
     np.less: torch.lt,
@@ -79,9 +79,11 @@ def compare(values: Tensor, limit: float, how: np.ufunc) -> NDArray[np.bool_]:
     Returns:
         `[n]`, whether the comparison holds.
     """
+    mask: NDArray[np.bool_]
     if values.device.type != "cpu":
-        return on_device(values, limit, how).cpu().numpy()
-    mask: NDArray[np.bool_] = how(values.numpy(), np.float32(limit))
+        mask = on_device(values, limit, how).cpu().numpy()
+    else:
+        mask = how(values.numpy(), np.float32(limit))
     return mask
 
 
