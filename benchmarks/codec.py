@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_mediator.delta import stored_weight as sparse
 from mergekit_mediator.delta import tradeoff as budget
 from mergekit_mediator.delta.approximate import approximate, as_matrix, is_vector
-from mergekit_mediator.delta.factors import Components, Factors, decompose
+from mergekit_mediator.delta.decomposition import decompose
+from mergekit_mediator.delta.factors import Components, Factors
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.evaluate.results import Score
 from mergekit_mediator.evaluate.scorer import score

@@ -9,14 +9,15 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_mediator.delta.factors import Components, Factors, decompose, squared_norm
+from mergekit_mediator.delta.decomposition import decompose
+from mergekit_mediator.delta.factors import Components, Factors, squared_norm
 from mergekit_mediator.delta.kth_largest import chunks, nonzero
 from mergekit_mediator.delta.stored_weight import StoredWeight
 
 # The step of the remainder is this times √slope. A number below 0.65 steps is dropped. Both were tuned on full
 # fine-tunes; no results file holds that search.
 _REMAINDER_STEP = 2.0
-_DEAD_ZONE = 0.65
+DEAD_ZONE = 0.65
 _LARGEST_CODE = 32767
 # An approximation is smaller than the change, which makes its expert less sure. So the approximation is
 # multiplied by this power of the ratio of the two norms. The power was tuned on prompts that no table reports;
@@ -70,7 +71,7 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 def is_dropped(largest: float, step: float) -> bool:
     """Whether every number of a remainder is dropped, given the largest magnitude in it."""
-    return largest < _DEAD_ZONE * step
+    return largest < DEAD_ZONE * step
 
 
 def quantise_steps(remainder: Tensor, step: float) -> Tensor:
@@ -79,7 +80,7 @@ def quantise_steps(remainder: Tensor, step: float) -> Tensor:
     codes = torch.empty(flat.shape, dtype=torch.int16, device=flat.device)
     for part in chunks(flat.numel()):
         scaled = flat[part] / step
-        whole = (scaled.abs() + (1 - _DEAD_ZONE)).floor_().clamp_(max=_LARGEST_CODE)
+        whole = (scaled.abs() + (1 - DEAD_ZONE)).floor_().clamp_(max=_LARGEST_CODE)
         codes[part] = whole.mul_(scaled.sign_())
     return codes.view(remainder.shape)
 

@@ -25,19 +25,19 @@ _SAVED_PER_BIT = float(KEPT[2] / BITS[2])
 LEAST_SLOPES = float(_SAVED_PER_BIT / (KEPT / BITS).max())
 
 
-def fineness(squares: Tensor, numbers: int, slope: float) -> Tensor:
+def fineness(squares: Tensor, numbers: int, slopes: Tensor) -> Tensor:
     """Choose the fineness at which each component saves most squared error beyond the price of its bits.
 
     Args:
         squares: `[r]` float64, the squared norms of the components.
         numbers: of each component, out + in.
-        slope: the squared error that a number must save when its step is the root mean square.
+        slopes: `[n, 1]` float64, the squared error that a number must save when its step is the root mean square.
 
     Returns:
-        `[r]` int64, indices into `BITS` and `KEPT`.
+        `[n, r]` int64, indices into `BITS` and `KEPT`.
     """
-    price = slope * _SAVED_PER_BIT * numbers
-    saved = KEPT[:, None] * squares - price * BITS[:, None]
+    price = slopes * _SAVED_PER_BIT * numbers
+    saved = KEPT[:, None, None] * squares - price * BITS[:, None, None]
     return saved.argmax(dim=0)
 
 

@@ -12,10 +12,6 @@ from mergekit_mediator.delta.factor_steps import LEAST_SLOPES, codes, fineness
 # A component of energy σ² takes 2.1 (out + in) bits. Stored to five sixths, it saves 0.6 σ²/s² bits in coding a
 # remainder of variance s². The ratio is 2.1 / 0.6, about.
 _REMAINDER_RATIO = 3.4
-# A matrix with more rows and columns than this is decomposed by random projection. The eigenvalues of its Gram
-# matrix would take time that grows with the third power of the width.
-_LARGEST_GRAM = 1536
-_SMALL = 128  # all components of a matrix up to this width are looked at
 _ROWS = 4096  # of a matrix that is copied to float64, at once
 # Two rounds reduce the remaining squared error by about 1%, a third one by 0.1% more.
 _REFITS = 2
@@ -122,14 +118,30 @@ class Components:
         Returns:
             `[rank]` int64, on the CPU.
         """
+        ranks, chosen = self.finenesses(torch.tensor([slope], dtype=torch.float64))
+        return chosen[0, : int(ranks)]
+
+    def finenesses(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the fineness of each component at each of many slopes, see `fineness`.
+
+        Args:
+            slopes: `[n]` float64.
+
+        Returns:
+            The rank at each slope `[n]`, and the fineness of each component `[n, k]`, which counts for the
+            components up to that rank. Both are int64, on the CPU.
+        """
         out, width = self.left.shape[0], self.right.shape[0]
+        if not self.values.numel():
+            return slopes.new_zeros(len(slopes), dtype=torch.int64), torch.empty(
+                len(slopes), 0, dtype=torch.int64
+            )
         least = _REMAINDER_RATIO / (out * width) * self._remaining
-        least = least.clamp(min=slope) * (out + width)
+        least = torch.maximum(least, slopes[:, None]) * (out + width)
         stored = self.squares >= LEAST_SLOPES * least
-        rank = int(stored.to(torch.int64).cumprod(0).sum())
-        if rank == 0:
-            return torch.empty(0, dtype=torch.int64)
-        return fineness(self.squares[:rank], out + width, float(least[rank - 1]) / (out + width))
+        ranks = stored.to(torch.int64).cumprod(1).sum(1)
+        last = least.gather(1, (ranks - 1).clamp(min=0)[:, None])
+        return ranks, fineness(self.squares, out + width, last / (out + width))
 
     def quantise(self, slope: float, matrix: Tensor) -> Factors | None:
         """Round the components to int8 codes whose scales bring their product nearest to a matrix.
@@ -196,48 +208,6 @@ def _towards(codes: Tensor, vectors: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(vectors * units, codes - _WITHIN), codes + _WITHIN)
 
 
-def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
-    """Compute the leading components of a matrix: an eighth of them, and at least 128. A matrix of zeros has none.
-
-    Small matrices are decomposed by the eigenvalues of their Gram matrix in float64, large ones by random
-    projection (Halko, Martinsson and Tropp, arXiv 0909.4061).
-
-    Args:
-        matrix: `[out, in]` float32.
-        largest_gram: a matrix with more rows and columns than this is projected.
-    """
-    out, width = matrix.shape
-    if not matrix.any():  # such as a frozen embedding, often the largest matrix of a model
-        return Components(
-            matrix.new_empty(out, 0), matrix.new_empty(0), matrix.new_empty(width, 0), 0.0
-        )
-    if min(out, width) > largest_gram:
-        devices = [matrix.device] if matrix.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            # svd_lowrank takes no generator, and equal inputs must give equal files
-            torch.manual_seed(0)
-            left, values, right = torch.svd_lowrank(matrix, q=_limit(min(out, width)), niter=3)
-        return Components(left, values, right, squared_norm(matrix))
-    if out < width:
-        other = decompose(matrix.T, largest_gram)
-        return Components(other.right, other.values, other.left, other.energy)
-    gram = torch.zeros(width, width, dtype=torch.float64, device=matrix.device)
-    for start in range(0, len(matrix), _ROWS):
-        rows = matrix[start : start + _ROWS]
-        gram.addmm_(rows.T.to(torch.float64), rows.to(torch.float64))
-    squares, vectors = torch.linalg.eigh(gram)
-    values = squares.flip(0)[: _limit(width)].clamp_(min=0).sqrt()
-    # A value below the rounding error of the Gram matrix has no accurate left vector.
-    values = values[values > 1e-6 * values[:1]].float()
-    right = vectors.flip(1)[:, : values.numel()].float()
-    return Components((matrix @ right) / values, values, right, float(gram.trace()))
-
-
 def squared_norm(numbers: Tensor) -> float:
     """Sum the squares of float32 numbers of any shape, in float64."""
     return float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2
-
-
-def _limit(width: int) -> int:
-    """The number of components to compute: more of them would take as many bits as coding every weight."""
-    return width if width <= _SMALL else max(_SMALL, width // 8)

@@ -14,8 +14,15 @@ CHUNK = 1 << 17
 # The sample for the bracket has one of so many values, within the two limits.
 _SAMPLED = 256
 _LEAST_SAMPLE, _MOST_SAMPLE = 1 << 11, 1 << 16
-# A bracket of at most so many values is searched by counting.
-_FEW = 4
+_COMPARISONS: dict[np.ufunc, Callable[[Tensor, float], Tensor]] = {
+    np.greater: torch.gt,
+    np.greater_equal: torch.ge,
+    np.less: torch.lt,
+    np.less_equal: torch.le,
+    np.equal: torch.eq,
+}
+# If so much of a bracket is one value, that value is likely the answer.
+_TIED = 0.25
 
 
 def chunks(numel: int) -> Iterator[slice]:
@@ -44,15 +51,14 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
         The k-th largest value, and the number of values that are larger.
     """
     if numel > 8 * _LEAST_SAMPLE:
-        bracket = bracket_of(magnitudes, numel, k)
-        if len(bracket) <= _FEW:
-            answer = _among(bracket, magnitudes, numel, k)
-            if answer is not None:
-                return answer
-        low, high = bracket[0], bracket[-1]
+        bracket, middle = _bracket(magnitudes, numel, k)
+        if np.count_nonzero(bracket == middle) >= _TIED * bracket.size:
+            larger, ties = _count(middle, magnitudes, numel)
+            if larger < k <= larger + ties:
+                return middle, larger
         above, inside = 0, []
         for part in chunks(numel):
-            larger, between = _split(magnitudes(part), low, high)
+            larger, between = _split(magnitudes(part), float(bracket[0]), float(bracket[-1]))
             above += larger
             inside.append(between)
         candidates = torch.cat(inside)
@@ -66,15 +72,24 @@ def compare(values: Tensor, limit: float, how: np.ufunc) -> NDArray[np.bool_]:
     """Compare float32 values `[n]` with a limit; numpy is faster at this than torch on a CPU.
 
     Args:
-        values: on any device.
-        limit: of the comparison.
+        values: on any device. Of another device than the CPU, the answers are copied and not the values.
+        limit: of the comparison, a value of float32.
         how: the comparison, such as `np.greater`.
 
     Returns:
         `[n]`, whether the comparison holds.
     """
-    mask: NDArray[np.bool_] = how(values.cpu().numpy(), np.float32(limit))
+    mask: NDArray[np.bool_]
+    if values.device.type != "cpu":
+        mask = on_device(values, limit, how).cpu().numpy()
+    else:
+        mask = how(values.numpy(), np.float32(limit))
     return mask
+
+
+def on_device(values: Tensor, limit: float, how: np.ufunc) -> Tensor:
+    """Compare as `compare` does, where the values are; the answers `[n]` stay there."""
+    return _COMPARISONS[how](values, limit)
 
 
 def nonzero(mask: Tensor) -> Tensor:
@@ -87,16 +102,24 @@ def nonzero(mask: Tensor) -> Tensor:
     return mask.nonzero().reshape(-1)
 
 
-def bracket_of(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> list[float]:
-    """Bracket the k-th largest value by a sample.
+def lower_bound(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> float:
+    """Find a value by a sample that the k-th largest is most likely not below.
 
     Args:
         magnitudes: as for `kth_largest`; slices may have a step.
         numel: the number of values, at least 1.
         k: from 1 to `numel`.
+    """
+    bracket, _ = _bracket(magnitudes, numel, k)
+    return float(bracket[0])
 
-    Returns:
-        Ascending values without duplicates. The k-th largest is most likely between the first and the last.
+
+def _bracket(
+    magnitudes: Callable[[slice], Tensor], numel: int, k: int
+) -> tuple[NDArray[np.float32], float]:
+    """Ascending values of a sample, with the k-th largest of all most likely between the first and the last.
+
+    The second result is the value at the place of the k-th largest.
     """
     size = min(max(numel // _SAMPLED, _LEAST_SAMPLE), _MOST_SAMPLE)
     # An even stride might walk down a single column of a matrix.
@@ -104,29 +127,27 @@ def bracket_of(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> lis
     share = k / numel
     rank = share * sample.size
     slack = 3 * math.sqrt(rank * (1 - share)) + 4
-    first = max(0, math.floor(sample.size - 1 - rank - slack))
-    last = min(sample.size - 1, math.ceil(sample.size - 1 - rank + slack))
-    bracket: list[float] = np.unique(sample[first : last + 1]).tolist()
-    return bracket
+    place = sample.size - 1 - rank
+    first = max(0, math.floor(place - slack))
+    last = min(sample.size - 1, math.ceil(place + slack))
+    return sample[first : last + 1], float(sample[max(0, round(place))])
 
 
-def _among(
-    values: list[float], magnitudes: Callable[[slice], Tensor], numel: int, k: int
-) -> tuple[float, int] | None:
-    """The k-th largest value and the count of larger ones, if it is one of a few values; else None.
+def _count(value: float, magnitudes: Callable[[slice], Tensor], numel: int) -> tuple[int, int]:
+    """The numbers of larger and of equal values.
 
-    Differences of 16-bit weights take few values. Counting them is far faster than extracting all ties.
+    Differences of 16-bit weights take few values. Counting one is far faster than extracting all its ties.
     """
-    above, equal = [0] * len(values), [0] * len(values)
+    larger = ties = 0
     for part in chunks(numel):
         chunk = magnitudes(part)
-        for index, value in enumerate(values):
-            above[index] += int(np.count_nonzero(compare(chunk, value, np.greater)))
-            equal[index] += int(np.count_nonzero(compare(chunk, value, np.equal)))
-    for value, larger, ties in zip(values, above, equal, strict=True):
-        if larger < k <= larger + ties:
-            return value, larger
-    return None
+        if chunk.device.type != "cpu":
+            larger += int(on_device(chunk, value, np.greater).sum())
+            ties += int(on_device(chunk, value, np.equal).sum())
+        else:
+            larger += int(np.count_nonzero(compare(chunk, value, np.greater)))
+            ties += int(np.count_nonzero(compare(chunk, value, np.equal)))
+    return larger, ties
 
 
 def _split(values: Tensor, low: float, high: float) -> tuple[int, Tensor]:

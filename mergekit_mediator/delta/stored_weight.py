@@ -15,7 +15,13 @@ from torch import Tensor
 
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import bit_patterns
-from mergekit_mediator.delta.kth_largest import bracket_of, chunks, compare, count_kept, kth_largest
+from mergekit_mediator.delta.kth_largest import (
+    chunks,
+    compare,
+    count_kept,
+    kth_largest,
+    lower_bound,
+)
 from mergekit_mediator.delta.value_forms import Form, Values
 from mergekit_mediator.errors import InputError
 
@@ -92,7 +98,7 @@ class StoredWeight:
             dense: the dense expert's weight, of the same shape.
         """
         flat = dense.reshape(-1)
-        total = torch.zeros(flat.numel())
+        total = torch.zeros(flat.numel(), device=flat.device)
         if self.positions.numel():
             part = self.difference(flat.index_select(0, self.positions))
             total.index_add_(0, self.positions, part)
@@ -299,7 +305,7 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
     # A bound from a sample leaves few candidates that are not stored.
     bound = 0.0
     if count < numel:
-        bound, *_ = bracket_of(lambda part: magnitudes(part).nan_to_num_(torch.inf), numel, count)
+        bound = lower_bound(lambda part: magnitudes(part).nan_to_num_(torch.inf), numel, count)
     positions, values = candidates(bound)
     if bound and len(positions) < count:
         positions, values = candidates(0.0)

@@ -6,7 +6,6 @@ The sums over weights tell the slope that meets a budget. No weight is encoded t
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +13,12 @@ from mergekit_mediator.delta.approximate import (
     as_matrix,
     is_dropped,
     is_vector,
-    quantise_steps,
     remainder_step,
 )
+from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factor_steps import BITS, KEPT
-from mergekit_mediator.delta.factors import Components, decompose
+from mergekit_mediator.delta.factors import Components
+from mergekit_mediator.delta.rounding import Sample
 from mergekit_mediator.errors import ConfigError
 
 # Half octaves: squared errors from 1 down to less than float32 resolves.
@@ -57,36 +57,41 @@ def tradeoff(
         return torch.stack([stored, torch.zeros_like(stored)])
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
+    slopes = torch.tensor(SLOPES, dtype=torch.float64) / importance
+    ranks, fineness = components.finenesses(slopes)
+    factor_bits, missed = (
+        _factor_bits(components, ranks, fineness),
+        _missed(components, ranks, fineness),
+    )
     sampled = min(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
     rows = torch.linspace(0, len(matrix) - 1, sampled).long()
-    left, right = components.left[rows] * components.values, components.right
-    remainder, subtracted = matrix[rows], 0
-    largest = float(remainder.abs().max())
+    # one copy from the device, and none for each slope
+    left, right = (components.left[rows] * components.values).cpu(), components.right.cpu()
+    remainder, subtracted = matrix[rows].cpu(), 0
+    sample = Sample(remainder)
     bits: list[float] = []
     errors: list[float] = []
-    for slope in (slope / importance for slope in SLOPES):
-        fineness, step = components.fineness(slope), remainder_step(slope)
-        rank = fineness.numel()
+    for slope, rank, of_factors, more in zip(
+        slopes.tolist(), ranks.tolist(), factor_bits.tolist(), (1 + missed).tolist(), strict=True
+    ):
         if rank > subtracted:
-            remainder = remainder - left[:, subtracted:rank] @ right[:, subtracted:rank].T
-            subtracted, largest = rank, float(remainder.abs().max())
+            remainder -= left[:, subtracted:rank] @ right[:, subtracted:rank].T
+            subtracted, sample = rank, Sample(remainder)
         # The remainder also holds the error of the quantised factors.
-        missed = 1 + _missed(components, fineness)
-        step /= math.sqrt(missed)
-        if step * _FINE < largest:
+        step = remainder_step(slope) / math.sqrt(more)
+        if step * _FINE < sample.largest:
             # Each half octave of the slope takes a quarter of a bit more when steps are fine.
             bits.append(bits[-1] + numel / 4)
-            errors.append(missed * step**2 / 12 * numel)
-        elif is_dropped(largest, step):
-            bits.append(_factor_bits(components, fineness))
-            errors.append(missed * _mean_square(remainder) * numel)
+            errors.append(more * step**2 / 12 * numel)
+        elif is_dropped(sample.largest, step):
+            bits.append(of_factors)
+            errors.append(more * sample.mean_square * numel)
         else:
-            codes = quantise_steps(remainder, step)
-            entropy = _entropy(codes)
+            entropy, error = sample.rounded(step)
             loss = min(_MOST_CODING_LOSS, _CODING_LOSS + _CODING_LOSS_PER_BIT * entropy)
             coded = loss * entropy * numel + (_CODES_BITS if entropy else 0)
-            bits.append(_factor_bits(components, fineness) + coded)
-            errors.append(missed * _mean_square(remainder - codes * step) * numel)
+            bits.append(of_factors + coded)
+            errors.append(more * error * numel)
     return torch.tensor([bits, [importance * e for e in errors]], dtype=torch.float64)
 
 
@@ -115,30 +120,21 @@ def slope_for(costs: Tensor, numel: int, bits: float) -> float:
     return math.pow(2.0, -(first - 1 + part) / 2)
 
 
-def _missed(components: Components, fineness: Tensor) -> float:
-    """The squared error of quantising the factors, over that of leaving out the other components."""
-    squares = components.squares[: fineness.numel()]
-    remaining = max(components.energy - float(squares.sum()), 1e-9 * components.energy)
-    return float((squares * (1 - KEPT[fineness])).sum()) / remaining if remaining else 0.0
+def _missed(components: Components, ranks: Tensor, fineness: Tensor) -> Tensor:
+    """The squared error of quantising the factors, over that of leaving out the other components, `[n_slopes]`."""
+    squares = _first(ranks, components.squares.expand_as(fineness))
+    remaining = (components.energy - squares.sum(1)).clamp(min=1e-9 * components.energy)
+    lost = (squares * (1 - KEPT[fineness])).sum(1)
+    return torch.where(remaining > 0, lost / remaining, 0.0)
 
 
-def _factor_bits(components: Components, fineness: Tensor) -> float:
+def _factor_bits(components: Components, ranks: Tensor, fineness: Tensor) -> Tensor:
+    """The bits of the factors, `[n_slopes]`."""
     length = components.left.shape[0] + components.right.shape[0]
-    if not fineness.numel():
-        return 0.0
-    codes = _FACTOR_CODING_LOSS * length * float(BITS[fineness].sum())
-    return codes + fineness.numel() * _SCALE_BITS + _CODES_BITS
+    codes = _FACTOR_CODING_LOSS * length * _first(ranks, BITS[fineness]).sum(1)
+    return torch.where(ranks > 0, codes + ranks * _SCALE_BITS + _CODES_BITS, 0.0)
 
 
-def _mean_square(values: Tensor) -> float:
-    return float(values.square().mean(dtype=torch.float64))
-
-
-def _entropy(codes: Tensor) -> float:
-    """The entropy of integer codes of any shape, in bits per code."""
-    integers = codes.cpu().numpy().reshape(-1)
-    if not np.count_nonzero(integers):
-        return 0.0
-    counts = np.bincount(integers - integers.min())
-    p = counts[counts > 0] / integers.size
-    return -math.fsum(share * math.log2(share) for share in p.tolist())
+def _first(ranks: Tensor, numbers: Tensor) -> Tensor:
+    """Numbers of components `[n_slopes, k]`, with zeros for all but the first `ranks` `[n_slopes]`."""
+    return numbers * (torch.arange(numbers.shape[1]) < ranks[:, None])

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_mediator.delta.approximate import as_matrix, is_vector
-from mergekit_mediator.delta.factors import Components, decompose
+from mergekit_mediator.delta.decomposition import decompose
+from mergekit_mediator.delta.factors import Components
 
 # The name of their directory inside the staging directory; it is gone before the artifact is described.
 SPECTRA = ".spectra"

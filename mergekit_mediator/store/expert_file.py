@@ -19,6 +19,7 @@ from mergekit_mediator.store.manifest import ExpertEntry
 # The bytes of a weight in the header and the descriptions besides its name, with `bits`, `budget` or `keep`, about.
 _ENTRY_BYTES = 120
 _COPY_BYTES = 1 << 24
+_LEVEL = 15  # of the descriptions: 19 takes four times as long for 0.4% of their bytes
 
 
 def header_bytes(weights: Sequence[str]) -> int:
@@ -82,7 +83,7 @@ class ExpertWriter:
             name: d.model_dump(exclude_defaults=True) for name, (_, _, d) in self._entries.items()
         }
         plain = json.dumps(descriptions, separators=(",", ":")).encode()
-        stored = min(plain, zstandard.ZstdCompressor(level=19).compress(plain), key=len)
+        stored = min(plain, zstandard.ZstdCompressor(level=_LEVEL).compress(plain), key=len)
         self._data.write(stored)
         metadata = {
             "format": FORMAT,

@@ -25,7 +25,7 @@ def test_bits_and_kept_energy_are_those_of_rounded_gaussian_vectors(fine):
 
 def test_no_other_fineness_saves_more_for_its_bits():
     squares = torch.logspace(-1, 3, 50, dtype=torch.float64)
-    chosen = fineness(squares, 100, 0.01)
+    (chosen,) = fineness(squares, 100, torch.tensor([[0.01]], dtype=torch.float64))
     price = 0.01 * 100 * float(KEPT[2] / BITS[2])
     for square, found in zip(squares.tolist(), chosen.tolist(), strict=True):
         best = max(range(len(BITS)), key=lambda k, s=square: s * KEPT[k] - price * BITS[k])

@@ -1,10 +1,19 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_mediator.delta import kth_largest as threshold
-from mergekit_mediator.delta.kth_largest import CHUNK, chunks, count_kept, kth_largest, nonzero
+from mergekit_mediator.delta.kth_largest import (
+    CHUNK,
+    chunks,
+    compare,
+    count_kept,
+    kth_largest,
+    nonzero,
+    on_device,
+)
 
 
 def oracle(values: torch.Tensor, k: int) -> tuple[float, int]:
@@ -37,7 +46,7 @@ def test_kth_largest_of_many_values_equals_sorting(kind, share):
 
 def test_kth_largest_is_exact_when_the_sample_misleads(monkeypatch):
     values = torch.arange(200_000, dtype=torch.float32)
-    monkeypatch.setattr(threshold, "bracket_of", lambda *_: (5.0, 6.0))
+    monkeypatch.setattr(threshold, "_bracket", lambda *_: (np.array([5.0, 6.0]), 5.5))
     assert kth_largest(values.__getitem__, values.numel(), 10) == (199_990.0, 9)
 
 
@@ -63,3 +72,14 @@ def test_nonzero_gives_the_ascending_positions_of_true(flags):
     assert nonzero(torch.tensor(flags, dtype=torch.bool)).tolist() == [
         i for i, flag in enumerate(flags) if flag
     ]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [np.greater, np.greater_equal, np.less, np.less_equal, np.equal],
+    ids=lambda h: h.__name__,
+)
+def test_a_device_compares_as_the_cpu_does(how):
+    values = torch.tensor([0.0, -0.0, 0.1, 0.3, torch.nan, torch.inf, -torch.inf, -0.1])
+    for limit in (0.0, float(values[2]), float(values[3]), torch.inf):
+        assert on_device(values, limit, how).tolist() == compare(values, limit, how).tolist()

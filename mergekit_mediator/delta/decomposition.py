@@ -1,0 +1,70 @@
+"""The leading components of a matrix, in float32 throughout."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mergekit_mediator.delta.factors import Components, squared_norm
+
+# A matrix with more rows and columns than this is decomposed by random projection. The eigenvalues of its Gram
+# matrix would take time that grows with the third power of the width.
+_LARGEST_GRAM = 1536
+_SMALL = 128  # all components of a matrix up to this width are looked at
+_ROUNDS = 3  # of the random projection
+_LEAST = 1e-5  # of the largest singular value: below it, a component is the rounding of larger ones
+_SQUARED = (
+    1e-30,
+    1e30,
+)  # float32 holds the Gram matrix of a matrix whose squared norm is between these
+
+
+def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
+    """Compute the leading components of a matrix: an eighth of them, and at least 128. A matrix of zeros has none.
+
+    Small matrices are decomposed by the eigenvectors of their Gram matrix, large ones by random projection
+    (Halko, Martinsson and Tropp, arXiv 0909.4061). Equal matrices have equal components.
+
+    Args:
+        matrix: `[out, in]` float32.
+        largest_gram: a matrix with more rows and columns than this is projected.
+    """
+    out, width = matrix.shape
+    energy = squared_norm(matrix)
+    if not energy:  # such as a frozen embedding, often the largest matrix of a model
+        return Components(
+            matrix.new_empty(out, 0), matrix.new_empty(0), matrix.new_empty(width, 0), 0.0
+        )
+    if not _SQUARED[0] < energy < _SQUARED[1]:
+        unit = 2.0 ** round(math.log2(energy) / 2)
+        scaled = decompose(matrix / unit, largest_gram)
+        return Components(scaled.left, scaled.values * unit, scaled.right, energy)
+    if out < width:
+        other = decompose(matrix.T, largest_gram)
+        return Components(other.right, other.values, other.left, other.energy)
+    count = width if width <= _SMALL else max(_SMALL, width // 8)
+    vectors = _projected if width > largest_gram else _of_gram
+    right = vectors(matrix, count)
+    # The eigenvalues of the Gram matrix lose small singular values; the products with its eigenvectors do not.
+    left = matrix @ right
+    values = left.norm(dim=0)
+    values = values[values > _LEAST * values.max()]
+    return Components(left[:, : len(values)] / values, values, right[:, : len(values)], energy)
+
+
+def _of_gram(matrix: Tensor, count: int) -> Tensor:
+    """The leading right singular vectors `[in, count]` of a matrix, most important first."""
+    vectors: Tensor = torch.linalg.eigh(matrix.T @ matrix).eigenvectors
+    return vectors.flip(1)[:, :count]
+
+
+def _projected(matrix: Tensor, count: int) -> Tensor:
+    """The same by random projection, about."""
+    generator = torch.Generator().manual_seed(0)  # of its own: workers share that of torch
+    start = torch.randn(matrix.shape[1], count, generator=generator)
+    basis = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    right: Tensor = torch.linalg.svd(basis.T @ matrix, full_matrices=False).Vh.T
+    return right
