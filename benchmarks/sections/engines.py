@@ -56,6 +56,17 @@ def exported() -> str:
     return table([*head, *(later[n] for n in extracted)], rows)
 
 
+def rank_errors() -> str:
+    """What the stored form, adapters of it and the best adapters leave out of a fine-tune."""
+    keys = ["stored", "adapter_16", "best_16", "adapter_64", "best_64"]
+    rows = [
+        [row["expert"], f"{row['bits']:g}", *(f"{100 * row[key]:.1f}" for key in keys)]
+        for row in load("serving")["rank_errors"]
+    ]
+    head = ["expert", "bits per parameter", "stored", "rank 16 of it", "rank 16 of the fine-tune"]
+    return table([*head, "rank 64 of it", "rank 64 of the fine-tune"], rows)
+
+
 def replicas() -> str:
     """Caches and tails of simulated clusters."""
     figures = load("replicas")

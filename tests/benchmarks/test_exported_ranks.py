@@ -2,10 +2,14 @@
 
 import exported_ranks
 import pytest
+import rank_errors
+import record
 import torch
 from transformers import AutoModelForCausalLM
 
+from mergekit_mediator.delta.kept import predicted_kept
 from mergekit_mediator.evaluate.rivals import Rivals
+from mergekit_mediator.export.rank import AUTO_KEEP
 
 PROMPTS = {"math": [[1, 5, 6, 7], [1, 5, 9]], "code": [[1, 9, 4], [1, 9, 3, 3]]}
 
@@ -56,3 +60,28 @@ def test_auto_never_takes_less_for_more(rows):
     ranks = [row["rank"] for row in rows if row["auto"] and row["norms"] == "own"]
     assert ranks[:3] == sorted(ranks[:3])
     assert all(set(row["ranks"]) == set(PROMPTS) for row in rows)
+
+
+def test_the_default_part_is_the_least_that_kept_every_right_answer():
+    def answers_kept(part):
+        rows = record.read("serving")["exported"]
+        return min(
+            row["answers_kept"]
+            for row in rows
+            if predicted_kept(row["worst_squared_error"]) >= part and row.get("norms") != "own"
+        )
+
+    assert [answers_kept(part) == 1 for part in (0.999, AUTO_KEEP)] == [False, True]
+
+
+def test_no_adapter_of_what_is_stored_is_nearer_than_the_best_of_its_rank():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(96, 80), (80, 120)]
+    base = {f"m{i}": torch.randn(*s, generator=generator).bfloat16() for i, s in enumerate(shapes)}
+    taus = {n: 0.01 * torch.randn(*w.shape, generator=generator) for n, w in base.items()}
+    rows = rank_errors.rows(base, taus)
+    assert [row["bits"] for row in rows] == list(rank_errors.BITS)
+    for row in rows:
+        for rank in rank_errors.RANKS:
+            assert 0 < row[f"best_{rank}"] <= row[f"adapter_{rank}"] < 1
+    assert rows[0]["stored"] > rows[-1]["stored"]
