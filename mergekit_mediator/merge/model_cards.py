@@ -16,6 +16,8 @@ from mergekit_mediator.errors import first_line
 from mergekit_mediator.store.manifest import BaseEntry, ExpertEntry, Manifest
 
 _SECONDS = 2  # for the Hub to answer
+# The HTTP library of huggingface_hub has changed twice; its errors are the first base of the Hub's own.
+_UNREACHABLE: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 def license_of(source: str, revision: str | None = None) -> str | None:
@@ -67,11 +69,10 @@ def _metadata(source: str, revision: str | None) -> dict[str, Any]:
     try:
         path = Path(source) / "README.md"
         if not Path(source).is_dir():
-            options = {
-                "revision": revision,
-                "local_files_only": not _hub_answers(constants.ENDPOINT),
-            }
-            path = Path(hf_hub_download(source, "README.md", **options))
+            is_offline = not _hub_answers(constants.ENDPOINT)
+            path = Path(
+                hf_hub_download(source, "README.md", revision=revision, local_files_only=is_offline)
+            )
         return dict(metadata_load(path) or {})
     except (OSError, HfHubHTTPError, HFValidationError):
         return {}
@@ -86,7 +87,7 @@ def _hub_answers(endpoint: str) -> bool:
         return False
     try:
         get_session().head(endpoint, timeout=_SECONDS)
-    except (OSError, *HfHubHTTPError.__bases__):
+    except _UNREACHABLE:
         tqdm.write("warning: the Hub does not answer: licences are those of cached model cards")
         return False
     return True

@@ -241,7 +241,8 @@ def _held_out_auroc(
     """
     if len(router.background) < 4:
         return None
-    inside, outside = [], []
+    inside: list[Tensor] = []
+    outside: list[Tensor] = []
     for part in range(4):
         is_held_out = torch.arange(len(router.background)) % 4 == part
         part_router = _without(router, parts, part, router.background[~is_held_out])
