@@ -228,7 +228,7 @@ def main() -> None:
     exported = exported_ranks.rows(
         made,
         exported_ranks.answers_of(model.tokenizer, tasks),
-        dict.fromkeys(exported_ranks.SERVED, exported_ranks.RANKS),
+        dict.fromkeys(exported_ranks.NORMS, exported_ranks.RANKS),
         exported_ranks.numbers(arguments.extract_ranks),
         arguments.family,
         storage,

@@ -59,6 +59,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "runtime": serving.runtime,
     "serving": engines.serving,
     "exported": engines.exported,
+    "rank_errors": engines.rank_errors,
     "replicas": engines.replicas,
     "router": routing.router,
     "router-many": routing.router_many,

@@ -29,24 +29,42 @@ def serving() -> str:
     return table(["", ""], rows)
 
 
+# What stands in the table of ranks for the norms of a row that is not served with the dense expert's.
+_NORMS = {"mean": ", the mean baked in", "own": ", with its own norms"}
+
+
 def exported() -> str:
     """What adapters of each rank keep."""
+    shown = load("serving")["exported"]
+    # Later runs measured more than the first.
+    later = {
+        "worst_gain_kept": "worst gain kept, %",
+        "extract_lora_no_norms_gain_kept": "the same without norms, %",
+    }
+    worst, extracted = ([n] if any(n in row for row in shown) else [] for n in later)
+    keys = ["gain_kept", *worst, "answers_kept", "extract_lora_gain_kept", *extracted]
     rows = []
-    for row in load("serving")["exported"]:
-        extracted = row["extract_lora_gain_kept"]
-        baked = ", the mean baked in" if row.get("baked") else ""
-        rows.append(
-            [
-                f"{row['family']}, `reference: {row['reference']}`{baked}",
-                str(row["rank"]),
-                str(row["largest_rank"]),
-                f"{100 * row['gain_kept']:.1f}",
-                f"{100 * row['answers_kept']:.1f}",
-                "not run" if extracted is None else f"{100 * extracted:.1f}",
-            ]
-        )
-    head = ["experts", "rank", "largest used", "gain kept, %", "answers kept, %"]
-    return table([*head, "`mergekit-extract-lora`, gain kept, %"], rows)
+    for row in shown:
+        norms = row.get("norms") or ("mean" if row.get("baked") else "dense")
+        name = f"{row['family']}, `reference: {row['reference']}`{_NORMS.get(norms, '')}"
+        rank = f"auto, {100 * row['auto']:g}%" if row.get("auto") else str(row["rank"])
+        values = [row.get(key) for key in keys]
+        cells = ["not run" if value is None else f"{100 * value:.1f}" for value in values]
+        rows.append([name, rank, str(row["largest_rank"]), *cells])
+    head = ["experts", "rank", "largest used", "gain kept, %", *(later[n] for n in worst)]
+    head += ["answers kept, %", "`mergekit-extract-lora`, gain kept, %"]
+    return table([*head, *(later[n] for n in extracted)], rows)
+
+
+def rank_errors() -> str:
+    """What the stored form, adapters of it and the best adapters leave out of a fine-tune."""
+    keys = ["stored", "adapter_16", "best_16", "adapter_64", "best_64"]
+    rows = [
+        [row["expert"], f"{row['bits']:g}", *(f"{100 * row[key]:.1f}" for key in keys)]
+        for row in load("serving")["rank_errors"]
+    ]
+    head = ["expert", "bits per parameter", "stored", "rank 16 of it", "rank 16 of the fine-tune"]
+    return table([*head, "rank 64 of it", "rank 64 of the fine-tune"], rows)
 
 
 def replicas() -> str:

@@ -39,10 +39,11 @@ def calibrate(
 ) -> None:
     """Fit the router of the artifact in OUT to example prompts: 20 per expert are enough to work.
 
-    A line of FILE is {"prompt": "..."} or {"messages": [...]}.
+    The generated part of the artifact's card is brought up to date. A line of FILE is {"prompt": "..."} or {"messages": [...]}.
 
     Example: mergekit-mediator calibrate OUT --data math=math.jsonl --data code=code.jsonl
     """
+    from mergekit_mediator.cli.publish import refresh
     from mergekit_mediator.cli.tables import calibration_report
     from mergekit_mediator.models.loading import load_plain, load_tokenizer
     from mergekit_mediator.route.calibrate import calibrate_artifact
@@ -75,6 +76,7 @@ def calibrate(
         seed=seed,
         manifest=manifest,
     )
+    refresh(out)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
     figures = result.figures

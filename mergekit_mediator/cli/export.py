@@ -1,19 +1,20 @@
 """The command `export`: write an artifact's experts in forms that other tools load."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mergekit_mediator.cli import options, tables
+from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.baked import BAKED
 from mergekit_mediator.export.card import said_of_weights
 from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import Reference, StoredExperts
-from mergekit_mediator.export.figures import COLUMNS, ExportedExpert
+from mergekit_mediator.export.figures import COLUMNS, ExportedExpert, said_of_ranks
 from mergekit_mediator.export.folder import export_adapters, export_shira
+from mergekit_mediator.export.rank import Rank
 from mergekit_mediator.export.start_commands import (
     llama_cpp_commands,
     sglang_command,
@@ -26,25 +27,17 @@ _COMMANDS = {"vllm": vllm_command, "sglang": sglang_command, "llama.cpp": llama_
 _OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all modules of an adapter
 
 
-class _Rank(click.ParamType[int | float]):
-    """A rank as an integer, or the part of the squared change to keep as a fraction."""
+class _Rank(click.ParamType[Rank]):
+    """The rank of adapters, see `Rank.parse`."""
 
-    name = "rank|energy"
+    name = "rank|energy|auto"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | float:
-        """Read a number; refuse all but a rank from 1 and a fraction between 0 and 1."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rank:
+        """Read a rank, a part of the squared change, or `auto`; refuse all else."""
         try:
-            number = int(value) if str(value).isdigit() else float(value)
-        except ValueError:
-            number = 0
-        if number < 1 if isinstance(number, int) else not 0 < number < 1:
-            self.fail(
-                f"a rank such as 64 or a part of the squared change such as 0.99 is required, got {value!r}",
-                *(param, ctx),
-            )
-        return number
+            return Rank.parse(str(value))
+        except ExportError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command()
@@ -64,8 +57,9 @@ class _Rank(click.ParamType[int | float]):
     type=_Rank(),
     default="64",
     show_default=True,
-    help="The largest rank of a module, such as 64, or the part of its squared change to keep, such as 0.99. An "
-    "expert of a smaller rank keeps its own rank.",
+    help="The largest rank of a module, such as 64; or the part of its squared change to keep, such as 0.99; or "
+    "`auto`, for each expert the least of 8, 16, 32, 64, 128, 256 that is predicted to keep 99.99% of its gain "
+    "(`auto:0.99` for 99%); --prompts measure it instead. An expert of a smaller rank keeps its own rank.",
 )
 @click.option(
     "--relative-to",
@@ -109,7 +103,7 @@ def export(
     out: Path,
     folder: Path,
     engine: str,
-    rank: int | float,
+    rank: Rank,
     reference: Reference,
     names: tuple[str, ...],
     bake_mean: bool,
@@ -126,7 +120,7 @@ def export(
 
     Example: mergekit-mediator export OUT adapters --format vllm --rank 64 --drop
 
-    Example: mergekit-mediator export OUT adapters --rank 0.99
+    Example: mergekit-mediator export OUT adapters --rank auto
 
     Example: mergekit-mediator export OUT math --format checkpoint --expert math
     """
@@ -145,11 +139,10 @@ def export(
             raise click.UsageError("--bake-mean and --no-embeddings belong to LoRA: leave them out")
         exported = export_shira(experts, folder, names or None, drop=drop, prompts=prompts)
     else:
-        # a part of the squared change bounds the rank by itself
-        largest, energy = (rank, 1.0) if isinstance(rank, int) else (sys.maxsize, rank)
         exported = export_adapters(
-            *(experts, folder, largest, names or None, engine in _OF_ONE_RANK),
-            energy=energy,
+            *(experts, folder, rank.largest, names or None, engine in _OF_ONE_RANK),
+            energy=rank.energy,
+            keep=rank.keep,
             embeddings=not no_embeddings,
             drop=drop,
             bake_mean=bake_mean,
@@ -164,6 +157,8 @@ def export(
         click.echo(json.dumps({**figures, "model": model, "command": command}, indent=1))
         return
     click.echo(_report(exported))
+    if chosen := said_of_ranks(exported):
+        click.echo(f"\n{chosen}")
     click.echo(f"\n{said_of_weights(exported, bake_mean)}")
     if command:
         click.echo(f"\n{command}")

@@ -107,9 +107,26 @@ def inspect_report(figures: dict[str, Any]) -> str:
             "",
             f"{routed} of {len(layers)} layers routed: {_reason(settings)}",
             *_division(figures["experts"]),
+            *_router(figures["router"]),
             *_changes(figures),
         ]
     )
+
+
+def _router(router: Any) -> list[str]:
+    """Write the figures of the calibrated router; nothing without one."""
+    figures = _figures(router)
+    names = {
+        "accuracy": "accuracy",
+        "ece": "expected calibration error",
+        "ood_auroc": "AUROC of the out-of-distribution score",
+    }
+    texts = [
+        f"{text} {figures[name]:.3f}"
+        for name, text in names.items()
+        if isinstance(figures.get(name), float)
+    ]
+    return ["", f"the calibrated router on held-out prompts: {', '.join(texts)}"] if texts else []
 
 
 def _changes(figures: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,13 @@ from mergekit_mediator.cli.report_style import STYLE
 from mergekit_mediator.cli.tables import size
 from mergekit_mediator.models.sources import public_name
 from mergekit_mediator.store.calibration import Calibration, calibration_of
-from mergekit_mediator.store.card_text import LEGEND, example_counts, limits, results_table
+from mergekit_mediator.store.card_text import (
+    LEGEND,
+    example_counts,
+    limits,
+    results_table,
+    said_of_routing,
+)
 from mergekit_mediator.store.evaluation import Evaluation
 from mergekit_mediator.store.manifest import Manifest
 
@@ -136,9 +142,11 @@ def _router(calibration: Calibration | None) -> str:
     text = (
         f"Calibrated with {sum(calibration.prompts.values())} prompts. Of held-out prompts, it gives "
         f"{100 * calibration.accuracy:.1f}% to their own expert; the expected calibration error is "
-        f"{calibration.ece:.3f}."
+        f"{calibration.ece:.3f}. {calibration.said_of_ood}"
     )
-    return _paragraph(text) + router_figures(router_panels(calibration.model_dump()), "router")
+    return _paragraph(text.rstrip()) + router_figures(
+        router_panels(calibration.model_dump()), "router"
+    )
 
 
 def _evaluation(evaluation: Evaluation | None) -> str:
@@ -155,7 +163,8 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     return (
         quality_figure(figures["systems"])
         + _paragraph(
-            f"Exact match in percent; what is kept is relative to each task's expert. {LEGEND}"
+            f"Exact match in percent; what is kept is relative to each task's expert. {LEGEND} "
+            f"{said_of_routing(evaluation)}".rstrip()
         )
         + _table(*results_table(evaluation))
         + _details("Nats per answer token", _table(["system", *tasks], likelihoods))

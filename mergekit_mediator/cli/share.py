@@ -30,17 +30,18 @@ def push(
 ) -> None:
     """Send the artifact in OUT to the repository REPO on the Hub, in one commit.
 
-    The generated part of its card is brought up to date first. An artifact is refused if it does not verify, or if its texts hold a token or a home directory. Run an
-    interrupted push again: it sends only the rest.
+    The generated part of its card is brought up to date first, and the examples of the card that is sent load REPO.
+    An artifact is refused if it does not verify, or if its texts hold a token or a home directory. Run an interrupted
+    push again: it sends only the rest.
 
     Example: mergekit-mediator push OUT user/name --private
     """
     from mergekit_mediator.cli.publish import refresh
-    from mergekit_mediator.share.push import prepare
+    from mergekit_mediator.share.push import missing_sources, prepare
     from mergekit_mediator.share.push import push as send
 
     refresh(out)
-    upload = prepare(out)
+    upload = prepare(out, repo)
     sizes = upload.sizes
     if not as_json:
         rows = [[name, size(count)] for name, count in sizes.items()]
@@ -48,6 +49,12 @@ def push(
         click.echo(f"\n{len(sizes)} files, {size(sum(sizes.values()))}, to {repo}")
     address = None
     if not dry_run:
+        for name in missing_sources(upload.manifest):
+            click.echo(
+                f"note: {name}: no such directory here, and no such repository on the Hub, or it is private: it is "
+                "sent as the name of a repository; push from where the directory is to send its last part alone",
+                err=True,
+            )
         address = send(
             upload,
             repo,

@@ -61,8 +61,18 @@ def calibration_report(figures: dict[str, Any]) -> str:
             f"{figures['ece']:.3f}, temperature {figures['temperature']:.3g}",
             f"one expert below a normalised entropy of {figures['entropy_threshold']:.2f}, "
             f"out of distribution above {figures['ood_threshold']:.2f}",
+            *_auroc(figures),
             "",
             "held-out prompts of each expert (rows) routed to each expert",
             table(["", *names], rows),
         ]
     )
+
+
+def _auroc(figures: dict[str, Any]) -> list[str]:
+    """Write how well a router knows general requests; nothing if it was not measured."""
+    if figures.get("ood_auroc") is None:
+        return []
+    return [
+        f"AUROC {figures['ood_auroc']:.3f} between held-out prompts and {figures['ood_requests']} general requests"
+    ]

@@ -18,6 +18,7 @@ from mergekit_mediator.engines.names import check_names, name_of
 from mergekit_mediator.engines.settings import ServiceSettings
 from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.adapter import Adapter, Factors, blend, read_peft, write_peft
+from mergekit_mediator.export.auto_rank import predicted_part
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.low_rank import LowRank
 from mergekit_mediator.export.peft_lora import Holdable, to_adapter
@@ -112,7 +113,8 @@ class AdapterStore:
         parts = []
         if adapter.squared_error:
             parts.append(
-                f"rank {self._rank} leaves out {adapter.squared_error:.2%} of its squared change"
+                f"rank {self._rank} leaves out {adapter.squared_error:.2%} of its squared change, and is predicted "
+                f"to keep {predicted_part(adapter):.2%} of its gain"
             )
         if adapter.dropped:
             parts.append(f"{len(adapter.dropped)} norms, biases and other weights stay dense")

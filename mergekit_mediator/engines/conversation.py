@@ -10,8 +10,8 @@ from typing import Any
 from mergekit_mediator.errors import PromptError
 from mergekit_mediator.models.prompts import Prompt
 
-# The fields that hold the prompts of a request: of chat, of completions and of responses.
-PROMPT_FIELDS = ("messages", "prompt", "input")
+# The fields that hold the prompts of a request: of chat, of completions, of responses, and of vLLM's own tokens.
+PROMPT_FIELDS = ("messages", "prompt", "input", "token_ids")
 # A prompt as text, as turns or as token ids.
 Routable = Prompt | tuple[int, ...]
 
@@ -20,8 +20,8 @@ def routables(body: Mapping[str, Any]) -> list[Routable]:
     """Return the prompts of a request: one, or several for a batch of completions.
 
     Args:
-        body: the request's JSON object, with `messages` (chat), `prompt` (completions) or `input`
-            (responses).
+        body: the request's JSON object, with `messages` (chat), `prompt` (completions), `input` (responses) or
+            `token_ids` (vLLM's `/inference/v1/generate`).
 
     Raises:
         PromptError: the request has none of these fields, or a prompt has no text.
@@ -35,7 +35,11 @@ def routables(body: Mapping[str, Any]) -> list[Routable]:
         if isinstance(turns, str):
             return [_text(turns, "input")]
         return [_opening(turns, "input")]
-    raise PromptError("no prompt to route by: `messages`, `prompt` or `input` is required")
+    if "token_ids" in body:
+        return _prompts(body["token_ids"], "token_ids")
+    raise PromptError(
+        "no prompt to route by: `messages`, `prompt`, `input` or `token_ids` is required"
+    )
 
 
 def _opening(messages: Any, where: str) -> Routable:
@@ -58,24 +62,24 @@ def _content(content: Any) -> str:
     return ""
 
 
-def _prompts(prompt: Any) -> list[Routable]:
+def _prompts(prompt: Any, where: str = "prompt") -> list[Routable]:
     """Return the prompts of a request for completions: a text, token ids, or a list of these."""
     if isinstance(prompt, str):
-        return [_text(prompt, "prompt")]
+        return [_text(prompt, where)]
     if isinstance(prompt, list) and prompt:
         if all(isinstance(token, int) for token in prompt):
             return [tuple(prompt)]
         rows: list[Routable] = []
         for row in prompt:
             if isinstance(row, str):
-                rows.append(_text(row, "prompt"))
+                rows.append(_text(row, where))
             elif isinstance(row, list) and row and all(isinstance(token, int) for token in row):
                 rows.append(tuple(row))
             else:
-                raise PromptError("prompt: a list of texts or of lists of token ids is required")
+                raise PromptError(f"{where}: a list of texts or of lists of token ids is required")
         return rows
     raise PromptError(
-        f"prompt: a text or a list with an entry is required, got {type(prompt).__name__}"
+        f"{where}: a text or a list with an entry is required, got {type(prompt).__name__}"
     )
 
 

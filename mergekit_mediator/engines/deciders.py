@@ -192,7 +192,7 @@ def choose_decider(root: Path, manifest: Manifest, router: RouterName) -> Decide
     """
     kind = (manifest.router or {}).get("features")
     if router == "embedding" or (router == "auto" and kind == "embedding"):
-        return EmbeddingDecider(root, manifest, root / ROUTER)
+        return EmbeddingDecider(root, manifest, root / (manifest.router_file or ROUTER))
     return ProcessDecider(root, manifest, router)
 
 

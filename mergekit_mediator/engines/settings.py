@@ -39,7 +39,8 @@ class ServiceSettings(BaseModel):
         blends: the most blends that are alive at once; 0 allows no blend, and the likeliest expert answers.
         say: the places of a response that tell the decision: `header`, `body`, both or none.
         cache: the folder for exported adapters.
-        rank: the rank of exported adapters; None is the largest rank that the engine allows.
+        rank: the rank of exported adapters; None or `auto` is the largest rank that the engine allows. The engine
+            pads every adapter to that, so a smaller one saves no memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +65,11 @@ class ServiceSettings(BaseModel):
         if isinstance(value, str):
             return () if value == "none" else tuple(part.strip() for part in value.split(","))
         return value
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return None if value == "auto" else value
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ServiceSettings":

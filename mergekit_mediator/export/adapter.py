@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_mediator.errors import ExportError, first_line
 from mergekit_mediator.export.low_rank import LowRank, side_by_side, squared_norm
+from mergekit_mediator.export.rank import RankChoice
 from mergekit_mediator.models.modules import Kind
 
 _PREFIX = "base_model.model."
@@ -44,12 +45,14 @@ class Adapter:
             belong to no module.
         dropped_energy: the squared norm of the dropped weights' changes.
         lacks: what no LoRA adapter holds, in words.
+        choice: why the rank is what it is, if it was chosen.
     """
 
     modules: Mapping[str, Factors]
     dropped: tuple[str, ...] = ()
     dropped_energy: float = 0.0
     lacks: str = "are no matrices of linear layers or embeddings, which alone a LoRA adapter holds"
+    choice: RankChoice | None = None
 
     @property
     def rank(self) -> int:

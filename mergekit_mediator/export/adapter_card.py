@@ -25,7 +25,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 | figure | value |
 | --- | --- |
 | rank | {rank} |
-| changed modules | {modules} |
+{choice}| changed modules | {modules} |
 | squared change that the rank leaves out | {error:.4%} |
 | changed weights that the adapter lacks | {dropped} |
 | their part of the whole squared change | {part:.4%} |
@@ -54,6 +54,7 @@ def adapter_card(figures: ExportedExpert, form: str, base: str) -> str:
         form=form,
         base=public_name(base),
         rank=figures.rank,
+        choice=f"| chosen by `--rank auto` | {figures.choice} |\n" if figures.choice else "",
         modules=", ".join(figures.modules),
         error=figures.error,
         dropped=len(figures.dropped),

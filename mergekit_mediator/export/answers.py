@@ -55,6 +55,7 @@ class AnswerProbe:
         tokenizer = load_tokenizer(experts.root)
         self._prompts = [render(tokenizer, prompt) for prompt in prompts]
         self._places = locate_weights(self._model, experts.weights, experts.dense.shapes)
+        self._last: dict[str, tuple[list[Pair], Tensor]] = {}
 
     @torch.no_grad()
     def error(self, name: str, adapter: Adapter | SparseAdapter) -> AnswerError:
@@ -67,14 +68,42 @@ class AnswerProbe:
         Raises:
             ExportError: the expert is unknown.
         """
-        with self._in_place(self._expert(name)):
-            pairs = [(prompt, self._answer(prompt)) for prompt in self._prompts]
-            expected = self._log_probabilities(pairs)
+        pairs, expected = self._answered(name)
         with self._in_place(self._adapted(adapter)):
             got = self._log_probabilities(pairs)
-        divergence = (expected.exp() * (expected - got)).sum(dim=-1).mean()
         same = (expected.argmax(dim=-1) == got.argmax(dim=-1)).double().mean()
-        return AnswerError(max(0.0, float(divergence)), float(same))
+        return AnswerError(_divergence(expected, got), float(same))
+
+    @torch.no_grad()
+    def kept(self, name: str, adapter: Adapter) -> float:
+        """Measure the part of an expert's gain over the dense expert that an adapter's matrices keep.
+
+        It is 1 − KL(expert ‖ adapter) / KL(expert ‖ dense), where the weights that the adapter cannot hold are the
+        expert's: no rank brings them back.
+
+        Args:
+            name: the expert.
+            adapter: the expert's adapter, relative to the dense expert.
+
+        Returns:
+            The part, at most 1.
+
+        Raises:
+            ExportError: the expert is unknown.
+        """
+        pairs, expected = self._answered(name)
+        gain = _divergence(expected, self._log_probabilities(pairs))
+        with self._in_place({**self._adapted(adapter), **self._expert(name, adapter.dropped)}):
+            lost = _divergence(expected, self._log_probabilities(pairs))
+        return 1 - lost / gain if gain else 1.0
+
+    def _answered(self, name: str) -> tuple[list[Pair], Tensor]:
+        """Let an expert answer the prompts; its answers and its predictions of them, kept for the last expert."""
+        if name not in self._last:
+            with self._in_place(self._expert(name)):
+                pairs = [(prompt, self._answer(prompt)) for prompt in self._prompts]
+                self._last = {name: (pairs, self._log_probabilities(pairs))}
+        return self._last[name]
 
     def _answer(self, prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt])
@@ -93,10 +122,10 @@ class AnswerProbe:
         logits = [rows for pair in pairs for rows in answer_logits(self._model, [pair])]
         return torch.cat(logits).double().log_softmax(dim=-1)
 
-    def _expert(self, name: str) -> dict[str, Tensor]:
-        """Return the weights of an expert that differ from the dense expert's."""
+    def _expert(self, name: str, among: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the weights of an expert that differ from the dense expert's, of all weights or among some."""
         weights = {}
-        for change in self._experts.changes({name: 1.0}):
+        for change in self._experts.changes({name: 1.0}, among):
             weight = self._experts.dense.weight(change.weight).clone()
             mix_(weight, change.parts)
             weights[change.weight] = weight
@@ -121,3 +150,8 @@ class AnswerProbe:
         finally:
             for name, weight in before.items():
                 self._places[name].copy_(weight)
+
+
+def _divergence(expected: Tensor, got: Tensor) -> float:
+    """Compute the mean KL divergence in nats of log-probabilities `[tokens, vocabulary]`."""
+    return max(0.0, float((expected.exp() * (expected - got)).sum(dim=-1).mean()))

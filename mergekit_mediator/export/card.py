@@ -5,7 +5,13 @@ from pathlib import Path
 
 from mergekit_mediator.export.baked import BAKED
 from mergekit_mediator.export.experts import StoredExperts
-from mergekit_mediator.export.figures import COLUMNS, ExportedExpert, counted, left_out
+from mergekit_mediator.export.figures import (
+    COLUMNS,
+    ExportedExpert,
+    counted,
+    left_out,
+    said_of_ranks,
+)
 from mergekit_mediator.store.manifest import CARD
 
 _CARD = """# Adapters of {name}
@@ -14,7 +20,7 @@ Exported by mergekit-mediator. Each folder is an adapter of one expert, to be ad
 
 {table}
 
-{weights}
+{ranks}{weights}
 """
 
 
@@ -34,10 +40,12 @@ def write_card(
     model = f"the checkpoint in `{BAKED}`" if bakes_mean else f"the dense expert of `{name}`"
     if experts.reference == "base":
         model = f"the base model, `{Path(experts.manifest.base.source).name}`"
+    ranks = said_of_ranks(exported)
     text = _CARD.format(
         name=f"`{name}`",
         model=model,
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        ranks=f"{ranks}\n\n" if ranks else "",
         weights=said_of_weights(exported, bakes_mean),
     )
     (folder / CARD).write_text(text, encoding="utf-8")

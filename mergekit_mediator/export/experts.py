@@ -1,6 +1,6 @@
 """The change that a mixture makes to each weight of the checkpoint that is served."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -99,11 +99,14 @@ class StoredExperts:
         ordered = (weight for layer in self.manifest.layers for weight in layer.weights)
         return tuple(dict.fromkeys(weight for weight in ordered if weight in stored))
 
-    def changes(self, mixture: Mapping[str, float]) -> Iterator[Change]:
+    def changes(
+        self, mixture: Mapping[str, float], among: Sequence[str] | None = None
+    ) -> Iterator[Change]:
         """Read the change that a mixture makes, weight by weight.
 
         Args:
             mixture: a weight above 0 by expert.
+            among: the names of the weights that are read; None for all.
 
         Yields:
             The change of each weight that the mixture changes.
@@ -112,7 +115,7 @@ class StoredExperts:
             ExportError: an expert is unknown.
         """
         self.check_names(mixture)
-        for weight in self.weights:
+        for weight in self.weights if among is None else among:
             change = self.change(weight, mixture)
             if change.parts:
                 yield change

@@ -11,6 +11,7 @@ from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter
 from mergekit_mediator.export.answers import AnswerError
 from mergekit_mediator.export.peft_shira import SparseAdapter
+from mergekit_mediator.export.rank import AUTO_RANKS, RankChoice
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ExportedExpert:
             weights. With the mean of the experts baked in, it is the squared distance from the mean.
         bytes: the bytes of the adapter's settings and weights.
         answers: how far the adapter's answers are from the expert's; None without prompts.
+        choice: why the rank is what it is, if it was chosen.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ExportedExpert:
     dropped_part: float
     bytes: int
     answers: AnswerError | None = None
+    choice: RankChoice | None = None
 
     @classmethod
     def of(
@@ -66,6 +69,7 @@ class ExportedExpert:
             lacking / whole if whole else 0.0,
             sum(path.stat().st_size for path in folder.iterdir()),
             answers,
+            adapter.choice if isinstance(adapter, Adapter) else None,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -85,6 +89,19 @@ class ExportedExpert:
 
 # The columns of a table of adapters.
 COLUMNS = ("adapter", "rank", "left out by the rank, %", "weights left out", "of the change, %")
+
+
+def said_of_ranks(exported: Sequence[ExportedExpert]) -> str:
+    """Say which ranks were chosen and why; an empty text if none was chosen."""
+    choices = [(expert.name, expert.choice) for expert in exported if expert.choice]
+    if not choices:
+        return ""
+    keep = choices[0][1].keep
+    ranks = ", ".join(map(str, AUTO_RANKS))
+    return (
+        f"Each rank is the least of {ranks} at which the matrices keep {keep:.2%} of what the expert gains over the "
+        f"model that the adapter is added to: {', '.join(f'{name} {choice}' for name, choice in choices)}."
+    )
 
 
 def left_out(exported: Sequence[ExportedExpert]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """A folder of adapters, one for each expert, with cards and, if wanted, a dense checkpoint made for them."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mergekit_mediator.errors import ExportError
@@ -25,6 +26,7 @@ def export_adapters(
     one_rank: bool = False,
     *,
     energy: float = 1.0,
+    keep: float | None = None,
     embeddings: bool = True,
     drop: bool = False,
     bake_mean: bool = False,
@@ -39,6 +41,8 @@ def export_adapters(
         names: the experts to export; None for all.
         one_rank: give every module of an adapter the same rank.
         energy: the part in (0, 1] of each module's squared change that is enough, see `to_adapter`.
+        keep: the part of its expert's gain that each adapter keeps; its rank is the least of a few that is enough,
+            by what the prompts measure, or else by prediction, see `least_rank`.
         embeddings: let adapters change the embedding and the head.
         drop: leave out what an adapter cannot hold, such as norms and biases.
         bake_mean: leave that out, too, and write the checkpoint that the adapters are added to, `dense`: the dense
@@ -68,7 +72,8 @@ def export_adapters(
             base = str(out / BAKED)
             distances = write_baked(experts, chosen, holdable.unheld(experts), folder)
         for name in chosen:
-            adapter = to_adapter(experts, {name: 1.0}, rank, holdable, energy)
+            measure = partial(probe.kept, name) if probe else None
+            adapter = to_adapter(experts, {name: 1.0}, rank, holdable, energy, keep, measure)
             if not (drop or bake_mean):
                 refuse_dropped(name, adapter)
             written = adapter.of_one_rank() if one_rank else adapter

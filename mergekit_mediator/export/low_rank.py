@@ -42,6 +42,18 @@ class LowRank:
             return self
         return _nearest(self, rank, energy)
 
+    def squared_errors(self, ranks: Sequence[int]) -> list[float]:
+        """Compute the squared errors of the cuts to these ranks, without making them."""
+        # The eigenvalues of RᵀR, seen through a root of LᵀL, are the squared singular values of L Rᵀ.
+        left, right = self.left.double(), self.right.double()
+        values, vectors = torch.linalg.eigh(left.T @ left)
+        root = vectors * values.clamp(min=0).sqrt()
+        squares = torch.linalg.eigvalsh(root.T @ (right.T @ right) @ root).clamp(min=0).flip(0)
+        return [
+            self.squared_error + (float(squares[rank:].sum()) if rank < self.rank else 0.0)
+            for rank in ranks
+        ]
+
     def padded(self, rank: int) -> "LowRank":
         """Return the same product, with components of zeros up to this rank."""
         more = (0, max(0, rank - self.rank))

@@ -1,11 +1,12 @@
 """Experts as LoRA adapters: thin factors of every changed matrix, and the names of all other changed weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter, Factors
+from mergekit_mediator.export.auto_rank import least_rank
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.low_rank import low_rank
 from mergekit_mediator.models.modules import Kind, is_tied, weight_kinds
@@ -66,6 +67,8 @@ def to_adapter(
     rank: int,
     holdable: Holdable,
     energy: float = 1.0,
+    keep: float | None = None,
+    measure: Callable[[Adapter], float] | None = None,
 ) -> Adapter:
     """Make the adapter that is nearest to a mixture.
 
@@ -76,6 +79,8 @@ def to_adapter(
         holdable: the modules that an adapter can change.
         energy: the part in (0, 1] of each module's squared change that is enough; the rank of a module is the
             least that keeps it.
+        keep: the part of the gain to keep; the rank is the least that is enough, see `least_rank`.
+        measure: measures the part of the gain that an adapter keeps; without it, it is predicted.
 
     Raises:
         ExportError: an expert is unknown, or the rank is below 1, or the energy is not in (0, 1].
@@ -97,4 +102,5 @@ def to_adapter(
         for module in holdable.users[change.weight]:
             module_kind: Kind = "linear" if module == "lm_head" else kind
             modules[module] = Factors(module_kind, factors)
-    return Adapter(modules, tuple(dropped), lost)
+    adapter = Adapter(modules, tuple(dropped), lost)
+    return adapter if keep is None else least_rank(adapter, keep, measure)

@@ -1,18 +1,23 @@
 """Read the cards of the merged models: licence, languages and datasets."""
 
+import functools
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.repocard import metadata_load
 from tqdm import tqdm
 
 from mergekit_mediator.errors import first_line
 from mergekit_mediator.store.manifest import BaseEntry, ExpertEntry, Manifest
+
+_SECONDS = 2  # for the Hub to answer
+# The HTTP library of huggingface_hub has changed twice; its errors are the first base of the Hub's own.
+_UNREACHABLE: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 def license_of(source: str, revision: str | None = None) -> str | None:
@@ -64,12 +69,28 @@ def _metadata(source: str, revision: str | None) -> dict[str, Any]:
     try:
         path = Path(source) / "README.md"
         if not Path(source).is_dir():
-            path = Path(hf_hub_download(source, "README.md", revision=revision))
+            is_offline = not _hub_answers(constants.ENDPOINT)
+            path = Path(
+                hf_hub_download(source, "README.md", revision=revision, local_files_only=is_offline)
+            )
         return dict(metadata_load(path) or {})
     except (OSError, HfHubHTTPError, HFValidationError):
         return {}
     except yaml.YAMLError as error:
         raise ValueError(first_line(error)) from error
+
+
+@functools.cache
+def _hub_answers(endpoint: str) -> bool:
+    """Ask the Hub once, because a download without network would try again for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(endpoint, timeout=_SECONDS)
+    except _UNREACHABLE:
+        tqdm.write("warning: the Hub does not answer: licences are those of cached model cards")
+        return False
+    return True
 
 
 def disagreement(licenses: Iterable[str | None]) -> str | None:

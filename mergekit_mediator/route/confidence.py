@@ -68,6 +68,20 @@ def expected_calibration_error(probabilities: Tensor, truth: Tensor, bins: int =
     return sum(n * abs(accuracy - mean) for n, mean, accuracy in rows) / len(truth)
 
 
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Compute how often an outsider's score is above an insider's: the area under the ROC curve.
+
+    Args:
+        inside: `[n]`, the scores of requests inside the distribution.
+        outside: `[m]`, those of requests outside it.
+
+    Returns:
+        A fraction from 0 to 1, in which ties count half; 0.5 is chance.
+    """
+    above = (outside[:, None] > inside).double() + (outside[:, None] == inside).double() / 2
+    return float(above.mean())
+
+
 def fit_entropy_threshold(probabilities: Tensor, truth: Tensor) -> float:
     """Find the largest normalised entropy below which the router errs on at most 1% of held-out prompts.
 

@@ -23,6 +23,7 @@ from mergekit_mediator.route.calibrated import (
 )
 from mergekit_mediator.route.calibrated_file import MOST_PROMPTS
 from mergekit_mediator.route.confidence import (
+    auroc,
     expected_calibration_error,
     fit_entropy_threshold,
     fit_temperature,
@@ -45,8 +46,10 @@ class Calibration:
         router: the router, fitted to all prompts.
         figures: JSON values for the manifest. On held-out prompts: `accuracy` (0 to 1), `ece` (expected
             calibration error in 15 bins of confidence), `reliability` (prompts, mean confidence and accuracy
-            of each bin) and `confusion` (prompts by true expert, then by chosen expert). Also `temperature`, `entropy_threshold`, `ood_threshold`, `prompts` (their number
-            by expert) and the arguments of the fit.
+            of each bin) and `confusion` (prompts by true expert, then by chosen expert). On these and on the
+            `ood_requests` requests of the background, held out too: `ood_auroc`, how well the out-of-distribution
+            score tells the two apart (0 to 1; None without background). Also `temperature`, `entropy_threshold`,
+            `ood_threshold`, `prompts` (their number by expert) and the arguments of the fit.
         warnings: one readable line for each.
     """
 
@@ -102,7 +105,8 @@ def fit(
     if background is None:
         background = torch.zeros(0, *widths)
     router = fit_heads(features, kind, head, layers, seed, background)
-    scores, fits, distances, truth = _measure_held_out(router)
+    parts = _quartered(router)
+    scores, fits, distances, truth = _measure_held_out(router, parts)
     numbers = dict(router.numbers)
     for key, values in (("fit", fits), ("distance", distances)):
         numbers[f"{key}_mean"] = float(values.mean())
@@ -126,6 +130,8 @@ def fit(
         "reliability": [list(row) for row in reliability(confidence, choice == truth)],
         "experts": names,
         "confusion": confusion.tolist(),
+        "ood_auroc": _held_out_auroc(router, parts, numbers),
+        "ood_requests": len(background),
         "prompts": {name: len(x) for name, x in features.items()},
         **{k: numbers[k] for k in ("temperature", "entropy_threshold", "ood_threshold")},
     }
@@ -192,26 +198,59 @@ def _check_features(name: str, features: Tensor) -> Tensor:
     return features.detach().to("cpu", torch.float32).contiguous()
 
 
-def _measure_held_out(router: CalibratedRouter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute scores `[n, n_experts]`, both misfits `[n]` and true experts `[n]` of all prompts, held out in turn."""
+def _quartered(router: CalibratedRouter) -> dict[str, list[Tensor]]:
+    """Split the features of each expert's prompts into four parts of similar prompts."""
     blocks = len(router.layers) or 1
-    parts = {
+    return {
         name: _quarters(
             x, standardized(x, router.center, router.scale, blocks).double(), router.seed
         )
         for name, x in router.features.items()
     }
+
+
+def _without(
+    router: CalibratedRouter, parts: Mapping[str, list[Tensor]], part: int, background: Tensor
+) -> CalibratedRouter:
+    """Fit a router like this one to all parts but one."""
+    rest = {n: torch.cat([*p[:part], *p[part + 1 :]]) for n, p in parts.items()}
+    return fit_heads(rest, router.kind, router.head, router.layers, router.seed, background)
+
+
+def _measure_held_out(
+    router: CalibratedRouter, parts: Mapping[str, list[Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute scores `[n, n_experts]`, both misfits `[n]` and true experts `[n]` of all prompts, held out in turn."""
     measures, truth = [], []
     for part in range(4):
-        rest = {n: torch.cat([*p[:part], *p[part + 1 :]]) for n, p in parts.items()}
-        part_router = fit_heads(
-            rest, router.kind, router.head, router.layers, router.seed, router.background
-        )
+        part_router = _without(router, parts, part, router.background)
         for index, name in enumerate(parts):
             measures.append(part_router.measure(parts[name][part]))
             truth.append(torch.full((len(parts[name][part]),), index))
     scores, fits, distances = (torch.cat(values) for values in zip(*measures, strict=True))
     return scores, fits, distances, torch.cat(truth)
+
+
+def _held_out_auroc(
+    router: CalibratedRouter, parts: Mapping[str, list[Tensor]], numbers: Mapping[str, float]
+) -> float | None:
+    """Compute how well the out-of-distribution score tells prompts from general requests, both held out in turn.
+
+    Every fourth request of the background is left out of a fit, so that none that is judged has taught it. None
+    without at least four of them.
+    """
+    if len(router.background) < 4:
+        return None
+    inside: list[Tensor] = []
+    outside: list[Tensor] = []
+    for part in range(4):
+        is_held_out = torch.arange(len(router.background)) % 4 == part
+        part_router = _without(router, parts, part, router.background[~is_held_out])
+        prompts = torch.cat([quarters[part] for quarters in parts.values()])
+        for features, scores in ((prompts, inside), (router.background[is_held_out], outside)):
+            _, fit_misfit, distance = part_router.measure(features)
+            scores.append(out_of_distribution(fit_misfit, distance, numbers))
+    return auroc(torch.cat(inside), torch.cat(outside))
 
 
 def _quarters(features: Tensor, x: Tensor, seed: int) -> list[Tensor]:

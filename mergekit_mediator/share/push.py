@@ -7,11 +7,14 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from mergekit_mediator.errors import ArtifactError, ShareError
+from mergekit_mediator.models.sources import is_hub_id
+from mergekit_mediator.share.card_examples import loading_from
 from mergekit_mediator.share.failures import failures
 from mergekit_mediator.share.public import public_files
 from mergekit_mediator.share.pull import Repository
 from mergekit_mediator.store.loaded_files import is_loaded, is_of_a_model
 from mergekit_mediator.store.manifest import (
+    CARD,
     EVALUATION,
     MANIFEST,
     PICTURES,
@@ -42,8 +45,12 @@ class Upload:
         }
 
 
-def prepare(root: Path) -> Upload:
+def prepare(root: Path, repo: str | None = None) -> Upload:
     """Collect the content of a push; this needs no network.
+
+    Args:
+        root: the artifact's directory.
+        repo: the repository, which the examples of the card that is sent load; None leaves them as they are.
 
     Raises:
         ArtifactError: the artifact does not verify.
@@ -51,7 +58,23 @@ def prepare(root: Path) -> Upload:
     """
     manifest = read_manifest(root)
     verify_files(root, manifest)
-    return Upload(manifest, public_files(root, manifest))
+    files = public_files(root, manifest)
+    if repo is not None and CARD in files:
+        card = (root / CARD).read_bytes().decode(errors="surrogateescape")
+        files[CARD] = loading_from(card, repo).encode(errors="surrogateescape")
+    return Upload(manifest, files)
+
+
+def missing_sources(manifest: Manifest) -> list[str]:
+    """List the models of a manifest that are named as repositories, and are none that the user can read.
+
+    Raises:
+        ShareError: the Hub cannot be reached.
+    """
+    sources = [manifest.base.source, *(expert.source for expert in manifest.experts)]
+    names = dict.fromkeys(part for source in sources for part in source.split("+"))
+    with failures(", ".join(names)):
+        return [name for name in names if is_hub_id(name) and not HfApi().repo_exists(name)]
 
 
 def push(

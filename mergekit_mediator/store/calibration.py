@@ -22,6 +22,9 @@ class Calibration(BaseModel):
         confusion: the number of held-out prompts by true expert, then by chosen expert.
         reliability: for bins of confidence, the number of prompts, their mean confidence and their accuracy;
             empty if version 0.1.0 calibrated the router.
+        ood_auroc: how often the out-of-distribution score of a general request is above that of a held-out prompt,
+            0 to 1; None if that was not measured.
+        ood_requests: the number of these general requests.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -32,6 +35,18 @@ class Calibration(BaseModel):
     ece: _Share
     confusion: list[list[_Count]]
     reliability: list[tuple[_Count, _Share, _Share]] = []
+    ood_auroc: _Share | None = None
+    ood_requests: _Count = 0
+
+    @property
+    def said_of_ood(self) -> str:
+        """Say how well the router knows requests that belong to no expert; an empty text if it was not measured."""
+        if self.ood_auroc is None:
+            return ""
+        return (
+            f"Its out-of-distribution score tells these prompts from {self.ood_requests} general requests, which it "
+            f"had not seen either, with an AUROC of {self.ood_auroc:.3f}."
+        )
 
 
 def calibration_of(manifest: Manifest) -> Calibration | None:

@@ -74,6 +74,14 @@ def results_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     return head, [_row(name, system, tasks) for name, system in evaluation.systems.items()]
 
 
+def said_of_routing(evaluation: Evaluation) -> str:
+    """Say how many examples the router gives to the expert of their task; an empty text if it was not measured."""
+    routed = evaluation.systems.get("mediator")
+    if routed is None or routed.routing_accuracy is None:
+        return ""
+    return f"The router gives {routed.routing_accuracy:.1%} of the examples to the expert of their task."
+
+
 def example_counts(evaluation: Evaluation) -> dict[str, int]:
     """The number of examples of each task."""
     scores = next(iter(evaluation.systems.values())).tasks
@@ -154,8 +162,8 @@ def _routing(manifest: Manifest, router: Calibration | None, has_picture: bool) 
     text = (
         f"## Routing\n\nThe router was calibrated with {prompts} prompts of each expert. Of the prompts that were held "
         f"out, which are worded otherwise, it gives {router.accuracy:.1%} to their own expert; its expected "
-        f"calibration error is {router.ece:.3f}."
-    )
+        f"calibration error is {router.ece:.3f}. {router.said_of_ood}"
+    ).rstrip()
     if has_picture:
         alt = "Held-out prompts of each expert by chosen expert, and accuracy against confidence"
         return f"{text}\n\n![{alt}]({_ROUTER})"
@@ -175,7 +183,8 @@ def _results(evaluation: Evaluation | None, has_picture: bool) -> str:
     rows = [[f"`{name}`", *cells] for name, *cells in rows]
     text = (
         f"## Evaluation\n\nExact match in percent on {sources}, the number of examples in brackets. *Kept* is "
-        f"relative to each task's expert. {LEGEND}\n\n{_table(head, rows)}"
+        f"relative to each task's expert. {LEGEND} {said_of_routing(evaluation)}".rstrip()
+        + f"\n\n{_table(head, rows)}"
     )
     if has_picture:
         alt = "Quality against bytes, and where the router sent the prompts of each task"

@@ -8,6 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from mergekit_mediator import MediatorModel
+from mergekit_mediator.delta.kept import predicted_kept
+from mergekit_mediator.export.rank import AUTO_RANKS
 
 IDS = torch.arange(4, 24)[None]
 
@@ -74,6 +76,60 @@ def test_what_an_adapter_cannot_hold_is_counted(out, tmp_path):
     said = f"leave out 7 weights, and the dense model's answer for every expert: {named}, model.norm.weight."
     assert said in text
     assert said in (tmp_path / "again/README.md").read_text()
+
+
+def test_the_rank_of_each_expert_is_the_least_that_keeps_enough(out, tmp_path):
+    folder = tmp_path / "adapters"
+    part = 0.9999
+    told = figures("export", out, folder, "--rank", f"auto:{part}", "--drop")["experts"]
+    text = call("export", out, tmp_path / "again", "--rank", f"auto:{part}", "--drop").output
+    for expert in told:
+        choice = expert["choice"]
+        assert choice["keep"] == part
+        assert choice["kept"] == pytest.approx(float(predicted_kept(expert["error"])), abs=1e-4)
+        assert choice["kept"] >= part
+        assert not choice["is_measured"]
+        less = AUTO_RANKS[: AUTO_RANKS.index(choice["rank"])]
+        for rank in less:
+            arguments = ("--rank", str(rank), "--drop", "--expert", expert["name"])
+            (fixed,) = figures("export", out, tmp_path / f"{rank}-{expert['name']}", *arguments)[
+                "experts"
+            ]
+            assert predicted_kept(fixed["error"]) < part
+        said = f"{choice['rank']} (predicted to keep {choice['kept']:.2%})"
+        assert f"{expert['name']} {said}" in text
+        assert f"{expert['name']} {said}" in (folder / "README.md").read_text()
+        card = (folder / expert["name"] / "README.md").read_text()
+        assert f"| chosen by `--rank auto` | {said} |" in card
+    assert any(expert["choice"]["rank"] > AUTO_RANKS[0] for expert in told)
+
+
+def test_prompts_measure_what_a_rank_keeps(out, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 9}"}) for i in range(6)))
+    arguments = ("--drop", "--prompts", prompts, "--expert", "math")
+    kept = {}
+    for keep in (0.5, 0.9999):
+        folder = tmp_path / f"{keep}"
+        (expert,) = figures("export", out, folder, "--rank", f"auto:{keep}", *arguments)["experts"]
+        assert expert["choice"]["is_measured"]
+        assert expert["choice"]["kept"] >= keep
+        kept[expert["choice"]["rank"]] = expert["choice"]["kept"]
+    assert sorted(kept) == list(kept)
+    assert len(kept) == 2
+    assert (
+        f"(measured to keep {expert['choice']['kept']:.2%})" in (folder / "README.md").read_text()
+    )
+
+
+def test_an_adapter_that_is_small_already_stays_exact(adapters, merged, tmp_path):
+    out = merged({**adapters, "parameters": {"reference": "base"}})
+    told = figures("export", out, tmp_path / "exported", "--rank", "auto", "--format", "vllm")
+    assert [(e["rank"], e["error"], e["choice"]["rank"]) for e in told["experts"]] == [
+        (2, 0.0, 8),
+        (3, 0.0, 8),
+    ]
+    assert "--max-lora-rank 8 " in told["command"]
 
 
 def test_the_mean_of_what_adapters_cannot_hold_is_baked_into_the_model_to_serve(
@@ -253,10 +309,11 @@ def test_engines_that_know_one_rank_get_the_same_adapters_of_one_rank(
         (["--expert", "law"], "unknown expert 'law'; this artifact has math, code, chat"),
         (
             ["--rank", "0"],
-            "a rank such as 64 or a part of the squared change such as 0.99 is required, got",
+            "a rank such as 64, a part of the squared change such as 0.99, or `auto` (or `auto:0.99`, with the part",
         ),
-        (["--rank", "1.5"], "such as 0.99 is required, got '1.5'"),
-        (["--rank", "much"], "such as 0.99 is required, got 'much'"),
+        (["--rank", "1.5"], "of the gain to keep) is required, got '1.5'"),
+        (["--rank", "much"], "of the gain to keep) is required, got 'much'"),
+        (["--rank", "auto:2"], "of the gain to keep) is required, got 'auto:2'"),
         (
             [],
             "'math': it changes 7 weights that are no matrices of linear layers or embeddings, which alone a",

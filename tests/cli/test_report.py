@@ -43,6 +43,13 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def test_the_router_s_figures_are_said():
+    router = {**records.ROUTER, "ood_auroc": 0.9871, "ood_requests": 40}
+    texts = " ".join(Page(page(router=router)).texts)
+    assert "with an AUROC of 0.987." in texts
+    assert "The router gives 93.8% of the examples to the expert of their task." in texts
+
+
 def page(evaluation=EVALUATION, router=records.ROUTER, name="merged", **changes):
     manifest = records.manifest(router=router, **changes)
     return report_page(name, manifest, records.inspected(router), evaluation)

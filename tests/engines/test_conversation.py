@@ -22,6 +22,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"prompt": [1, 2, 3]}, [(1, 2, 3)]),
         ({"prompt": [[1, 2], [3]]}, [(1, 2), (3,)]),
         ({"input": "hello"}, ["hello"]),
+        ({"token_ids": [1, 2, 3], "sampling_params": {}}, [(1, 2, 3)]),
         ({"input": [user("hello")], "instructions": "Be brief."}, ["hello"]),
     ],
 )
@@ -39,7 +40,8 @@ def test_every_turn_of_a_conversation_is_routed_by_the_same_opening():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({}, "`messages`, `prompt` or `input` is required"),
+        ({}, "`messages`, `prompt`, `input` or `token_ids` is required"),
+        ({"token_ids": []}, "token_ids: a text or a list with an entry is required"),
         ({"messages": "hi"}, "messages: a list of messages is required, got str"),
         ({"messages": [SYSTEM]}, "messages: a message of role `user` is required"),
         ({"messages": [user(" ")]}, "the first user's turn: no text to route by: name a model"),

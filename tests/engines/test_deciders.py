@@ -9,7 +9,7 @@ from mergekit_mediator import MediatorModel
 from mergekit_mediator.engines import deciders
 from mergekit_mediator.engines.deciders import EmbeddingDecider, choose_decider
 from mergekit_mediator.errors import ArtifactError, EngineError, RoutingError
-from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.manifest import ROUTER, read_manifest, write_manifest
 
 TEXTS = [text for name in served_pico.WORDS for text in served_pico.prompts(name, 3, seed=1)]
 
@@ -47,6 +47,17 @@ def test_auto_takes_the_router_that_needs_no_second_model(artifact):
     chosen = choose_decider(artifact, read_manifest(artifact), "auto")
     assert isinstance(chosen, EmbeddingDecider)
     assert "% of held-out prompts right" in chosen.name
+
+
+def test_the_router_is_read_from_where_the_manifest_says_it_is(artifact, tmp_path):
+    moved = shutil.copytree(artifact, tmp_path / "moved")
+    manifest = read_manifest(moved)
+    name = "mediator/router-0123456789ab.safetensors"  # as while another process calibrates
+    (moved / ROUTER).rename(moved / name)
+    files = {name if n == ROUTER else n: d for n, d in manifest.files.items()}
+    write_manifest(moved, manifest.model_copy(update={"files": files}))
+    chosen = choose_decider(moved, read_manifest(moved), "auto")
+    assert isinstance(chosen, EmbeddingDecider)
 
 
 def test_a_router_that_the_artifact_does_not_have_is_refused_at_the_start(artifact):

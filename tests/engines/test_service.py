@@ -226,6 +226,8 @@ def test_settings_come_from_the_environment():
     )
     assert (settings.policy, settings.grid, settings.say) == ("soft", 4, ())
     assert settings.answering().policy == "soft"
+    for text, rank in (("auto", None), ("32", 32)):
+        assert ServiceSettings.from_environment({"MEDIATOR_RANK": text}).rank == rank
 
 
 @pytest.mark.parametrize(

@@ -33,3 +33,12 @@ def test_a_cut_is_the_nearest_product_also_of_matrices_narrower_than_the_factors
     error = float((matrix - cut.left.double() @ cut.right.double().T).square().sum())
     assert error == pytest.approx(rest, abs=1e-6 * norm)
     assert cut.squared_error == pytest.approx(rest, abs=1e-6 * norm)
+
+
+@pytest.mark.parametrize(("out", "width"), [(40, 30), (6, 30), (6, 6)], ids=lambda size: str(size))
+def test_the_errors_of_cuts_are_known_before_they_are_made(out, width):
+    whole = product(out, width, 8)
+    ranks = (1, 3, 6, 8, 16, 32)
+    for rank, error in zip(ranks, whole.squared_errors(ranks), strict=True):
+        expected = whole.cut(rank).squared_error
+        assert error == pytest.approx(expected, abs=1e-9 * whole.squared_norm)

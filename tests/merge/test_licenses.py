@@ -1,6 +1,8 @@
 import json
+import time
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mergekit_mediator.merge import model_cards as licenses
@@ -38,7 +40,7 @@ def test_the_card_of_a_model_on_the_hub_is_that_of_its_revision(tmp_path, monkey
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     asked = []
 
-    def download(repo, name, revision):
+    def download(repo, name, revision, local_files_only):
         asked.append((repo, name, revision))
         return str(tmp_path / name)
 
@@ -53,6 +55,16 @@ def test_a_hub_that_cannot_be_reached_does_not_stop_a_merge(monkeypatch):
 
     monkeypatch.setattr(licenses, "hf_hub_download", unreachable)
     assert license_of("org/math") is None
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_fast(monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    for model in ("org/math", "org/code", "org/chat"):
+        assert license_of(model) is None
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().out.count("the Hub does not answer") == 1
 
 
 def test_a_merge_notes_the_licence_of_every_model(family, merged):

@@ -162,6 +162,10 @@ def test_the_command_calibrates_and_shows_the_confusion(out, data):
     result = command(out, *options("--data", data), "--features", "embedding")
     assert result.exit_code == 0, result.output
     assert "held-out prompts of each expert (rows) routed to each expert" in result.output
+    assert " between held-out prompts and 40 general requests" in result.output
+    assert "calibrated with 10 prompts of each expert" in (out / "README.md").read_text()
+    shown = CliRunner().invoke(main, ["inspect", str(out)]).output
+    assert "AUROC of the out-of-distribution score" in shown
     result = command(out, *options("--add", {"code": data["code"]}), "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["prompts"] == {"math": 10, "code": 10, "chat": 10}

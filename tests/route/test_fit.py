@@ -15,6 +15,7 @@ from torch import Tensor
 from mergekit_mediator.errors import ArtifactError, OutputError, RoutingError
 from mergekit_mediator.route.calibrated import CalibratedRouter, Head, standardized
 from mergekit_mediator.route.confidence import (
+    auroc,
     expected_calibration_error,
     fit_temperature,
     reliability,
@@ -325,6 +326,22 @@ def test_requests_like_the_background_are_farther_than_without_it() -> None:
         misfit = {k: fitted.measure(x)[1].mean() for k, x in requests.items()}
         gaps.append(float(misfit["general"] - misfit["task"]))
     assert gaps[1] > 1.3 * gaps[0]
+
+
+def test_requests_far_from_all_experts_are_told_from_held_out_prompts() -> None:
+    features = {name: cloud(center) for center, name in enumerate(("math", "code"))}
+    elsewhere = torch.cat([cloud(center, count=2) for center in range(10, 30)])
+    figures = fit(features, "embedding", background=elsewhere).figures
+    assert figures["ood_auroc"] > 0.95
+    assert figures["ood_requests"] == 40
+    same = torch.cat([cloud(center, seed=2) for center in (0, 1)])
+    assert fit(features, "embedding", background=same).figures["ood_auroc"] < 0.8
+    assert fit(features, "embedding").figures["ood_auroc"] is None
+
+
+def test_auroc_counts_pairs_and_halves_ties() -> None:
+    inside, outside = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 3.0])
+    assert auroc(inside, outside) == pytest.approx((1.5 + 3) / 6)
 
 
 def test_background_that_an_expert_claims_is_left_out() -> None:

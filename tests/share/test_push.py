@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from routed_pico import build
 
 from mergekit_mediator.errors import ArtifactError, ShareError
+from mergekit_mediator.share.card_examples import loading_from
 from mergekit_mediator.share.push import prepare, push
 from mergekit_mediator.store.evaluation import Evaluation, loaded_digest, write_evaluation
 from mergekit_mediator.store.manifest import (
@@ -57,6 +58,31 @@ def test_no_directory_of_this_machine_is_sent(hub, artifact, family):
     manifest = json.loads(files[MANIFEST])
     assert manifest["base"]["source"] == "base"
     assert [e["source"] for e in manifest["experts"]] == ["math", "code", "chat"]
+
+
+def test_the_card_that_is_sent_loads_from_the_repository(hub, copy):
+    before = (copy / "README.md").read_text()
+    assert call("push", copy, "me/merged").exit_code == 0
+    card = hub.repositories["me/merged"].files()["README.md"].decode()
+    assert 'model = MediatorModel.from_pretrained("me/merged")' in card
+    assert (
+        'model = AutoModelForCausalLM.from_pretrained("me/merged", trust_remote_code=True)' in card
+    )
+    assert "vllm serve me/merged --enable-lora" in card
+    assert 'from_pretrained("out")' in before
+    assert 'from_pretrained("out")' in (copy / "README.md").read_text()
+
+
+def test_a_relative_directory_that_is_gone_is_said_before_it_is_sent_as_a_repository(hub, copy):
+    manifest = read_manifest(copy)
+    base = manifest.base.model_copy(update={"source": "models/base"})
+    write_manifest(copy, manifest.model_copy(update={"base": base}))
+    result = call("push", copy, "me/merged")
+    assert result.exit_code == 0
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: models/base")]
+    assert "no such directory here, and no such repository on the Hub, or it is private" in note
+    hub.repositories["models/base"] = fake_hub.Repository()
+    assert "note: models/base" not in call("push", copy, "me/merged").stderr
 
 
 def test_files_of_prompts_are_sent_by_their_names(hub, copy, tmp_path):
@@ -240,7 +266,8 @@ def test_a_card_that_cannot_be_brought_up_to_date_does_not_stop_a_push(hub, copy
     result = call("push", copy, "me/merged")
     assert result.exit_code == 0
     assert "warning: the card stays as it is: " in result.stderr
-    assert hub.repositories["me/merged"].files()["README.md"] == card
+    sent = hub.repositories["me/merged"].files()["README.md"]
+    assert sent.decode() == loading_from(card.decode(), "me/merged")
 
 
 def test_a_directory_in_the_results_is_not_sent(copy):

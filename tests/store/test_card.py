@@ -153,6 +153,17 @@ def test_the_router_is_described_by_its_held_out_prompts(root):
     )
 
 
+def test_the_router_s_auroc_and_its_accuracy_in_the_evaluation_are_said(root):
+    refresh(root, EVALUATION, router={**records.ROUTER, "ood_auroc": 0.9871, "ood_requests": 40})
+    assert (
+        "from 40 general requests, which it had not seen either, with an AUROC of 0.987."
+        in card(root)
+    )
+    assert "The router gives 93.8% of the examples to the expert of their task." in card(root)
+    refresh(root, router=records.ROUTER)
+    assert "AUROC" not in card(root)
+
+
 def test_line_ends_of_windows_stay(root):
     path = root / "README.md"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))

@@ -142,7 +142,7 @@ def _slope(work: Workspace, threads: Workers, name: str, bits: float) -> float:
     if not work.is_relative_to_base:
         raise EditError(
             f"expert {name!r} is stored relative to the dense expert, and bits are for experts relative to the "
-            "base: give --values, or merge again with `bits`"
+            "base: give --values int8, int4 or sign instead, or merge again with `bits`"
         )
     present = work.bits_per_parameter(name)
     if not 0 < bits < present:
