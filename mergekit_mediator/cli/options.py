@@ -17,6 +17,27 @@ trust_remote_code = click.option(
 )
 
 
+class Rank(click.ParamType[int | float]):
+    """A rank as an integer, or the part of the squared change to keep as a fraction."""
+
+    name = "rank|energy"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        """Read a number; refuse all but a rank from 1 and a fraction between 0 and 1."""
+        try:
+            number = int(value) if str(value).isdigit() else float(value)
+        except ValueError:
+            number = 0
+        if number < 1 if isinstance(number, int) else not 0 < number < 1:
+            self.fail(
+                f"a rank such as 64 or a part of the squared change such as 0.99 is required, got {value!r}",
+                *(param, ctx),
+            )
+        return number
+
+
 def plot(content: str) -> Callable[[Any], Any]:
     """The option `--plot FILE`; it is checked before the command does what takes long.
 
