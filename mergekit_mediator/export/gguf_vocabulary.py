@@ -64,7 +64,8 @@ class Vocabulary:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             split = _split(content)
-            merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+            pairs = content["model"].get("merges", ())
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise NotInGgufError(
                 f"{path}: a byte-level BPE tokenizer is required: {first_line(error)}"
@@ -102,7 +103,7 @@ class Vocabulary:
 def _split(content: Mapping[str, Any]) -> str | None:
     """Return llama.cpp's name of the way in which a tokenizer.json splits text; None if it has none."""
     model = content["model"]
-    affixes = [model.get(f"{x}") for x in ("continuing_subword_prefix", "end_of_word_suffix")]
+    affixes = [model.get(x) for x in ("continuing_subword_prefix", "end_of_word_suffix")]
     if model["type"] != "BPE" or model.get("byte_fallback") or any(affixes) or model.get("dropout"):
         return None
     steps = [content.get("normalizer"), content["pre_tokenizer"]]
@@ -163,5 +164,5 @@ def _added(tokenizer: Any, path: Path) -> dict[str, bool]:
             if whole == [*first, *plain, *last]:
                 return {"bos": bos, "eos": eos}
     raise NotInGgufError(
-        f"{path}: a text of {len(plain)} tokens becomes {whole}: bos and eos alone may be added"
+        f"{path}: the text {plain} becomes {whole}, and bos and eos alone may be added"
     )

@@ -182,7 +182,9 @@ def test_an_adapter_turns_the_dense_file_into_that_of_the_expert(adapted, tmp_pa
     assert [expert.rank for expert in exported] == ({"dense": [5, 5], "base": [2, 3]}[reference])
     dense, _ = tensors(export_gguf_model(StoredExperts(adapted), None, tmp_path / "dense"))
     for name in "ab":
-        whole, _ = tensors(export_gguf_model(StoredExperts(adapted), {name: 1.0}, tmp_path / name))
+        whole, _ = tensors(
+            export_gguf_model(StoredExperts(adapted), {name: 1.0}, tmp_path / f"whole-{name}")
+        )
         factors, fields = tensors(tmp_path / f"lora/{name}.gguf")
         kind = [fields[f"general.{x}"] for x in ("type", "architecture")] + [fields["adapter.type"]]
         assert kind in (["adapter", "llama", "lora"], ["adapter", "qwen3", "lora"])
