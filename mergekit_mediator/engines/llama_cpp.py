@@ -64,8 +64,11 @@ def _weights(model: str, experts: Sequence[str]) -> dict[str, float]:
     except MixtureError as error:
         raise RequestError(str(error), 404, "NotFoundError", "model") from error
     if mixture is None:
-        has = ", ".join(experts)
+        has = ", ".join(experts) or "none"
         raise RequestError(
-            f"{model}: the engine has the adapters {has}", 404, "NotFoundError", "model"
+            f"{model}: an adapter of the engine is required, which has {has}",
+            404,
+            "NotFoundError",
+            "model",
         )
     return dict(mixture.weights)

@@ -35,7 +35,7 @@ class Replica:
         alive: whether it answered the last time it was asked.
         models: the model names that it lists.
         base: the name of its own model, or None while that is unknown.
-        adapters: the numbers of its adapters by expert, if it is llama.cpp's server.
+        adapters: the numbers of its adapters by expert if it is llama.cpp's server, else None.
         in_flight: the number of requests that it answers now.
     """
 
@@ -53,7 +53,7 @@ class Replica:
         self.alive, self.in_flight = True, 0
         self.models: tuple[str, ...] = ()
         self.base: str | None = None
-        self.adapters: dict[str, int] = {}
+        self.adapters: dict[str, int] | None = None
 
     @property
     def blends(self) -> bool:
@@ -66,7 +66,7 @@ class Replica:
         Raises:
             RequestError: the engine is llama.cpp's server and lacks an adapter.
         """
-        return with_scales(body, self.adapters, self.base) if self.adapters else body
+        return body if self.adapters is None else with_scales(body, self.adapters, self.base)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -148,13 +148,14 @@ class Replicas:
             cards = (await self._list(f"{replica.url}/v1/models"))["data"]
             names = [str(card["id"]) for card in cards]
             bases = [str(card["id"]) for card in cards if not card.get("parent")]
-            adapters = {}
+            adapters = None
             if any(card.get("owned_by") == OWNER for card in cards):
                 adapters = adapter_numbers(await self._list(f"{replica.url}/lora-adapters"))
         except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
             replica.alive = False
             return
-        replica.alive, replica.models, replica.adapters = True, (*names, *adapters), adapters
+        replica.alive, replica.models = True, (*names, *(adapters or ()))
+        replica.adapters = adapters
         replica.base = next((name for name in bases if name != AUTO), None)
 
     async def _list(self, url: str) -> Any:

@@ -109,7 +109,7 @@ def export_gguf_adapters(
     model = GgufModel(experts.root) if with_model else None
     if model and BAKED in chosen:
         raise ExportError(
-            f"expert {BAKED!r}: the file of this name is for the dense expert: rename the expert"
+            f"expert {BAKED!r}: the file of this name is for the dense expert: run `mergekit-mediator rename-expert`"
         )
     holdable = holdable_in_gguf(experts.root, embeddings)
     dtype = experts.dense.weight(experts.weights[0]).dtype
@@ -130,7 +130,8 @@ def export_gguf_adapters(
         if model:
             mean = mean_of(chosen) if bake_mean else {}
             _write_model(model, experts, mean, unheld, folder / DENSE_FILE)
-        write_card(folder, experts, exported, bake_mean, DENSE_FILE, "GGUF file of its name")
+        kind = f"GGUF file but `{DENSE_FILE}`" if model else "GGUF file"
+        write_card(folder, experts, exported, bake_mean, DENSE_FILE, kind)
     return exported
 
 

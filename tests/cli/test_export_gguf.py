@@ -66,7 +66,7 @@ def test_adapters_are_one_file_each_with_a_card_of_all(out, tmp_path, reference)
         assert about["general.name"] == expert["name"]
         assert len(expert["dropped"]) == 7
     card = (folder / "README.md").read_text()
-    assert "Each GGUF file of its name is an adapter of one expert" in card
+    assert "Each GGUF file is an adapter of one expert" in card
     assert "leave out 7 weights" in card
     assert str(tmp_path) not in card
 

@@ -78,10 +78,19 @@ def test_models_are_the_servers_own_and_its_adapters(front):
 @pytest.mark.parametrize("model", ["math", "math=0.5,code=0.5", "gpt-4"])
 def test_an_adapter_that_the_server_lacks_is_refused_and_the_next_request_works(front, model):
     client, upstream, _ = front
-    with pytest.raises(openai.NotFoundError, match=r"adapters code|unknown expert 'math'"):
+    with pytest.raises(openai.NotFoundError, match=r"which has code|unknown expert 'math'"):
         client.chat.completions.create(model=model, **CHAT)
     assert upstream.asked == []
     assert client.chat.completions.create(model="code", **CHAT).choices
+
+
+@pytest.mark.parametrize("front", [()], indirect=True)
+def test_a_server_without_adapters_answers_as_the_dense_expert_alone(front):
+    client, upstream, _ = front
+    with pytest.raises(openai.NotFoundError, match="math: an adapter of the engine is required"):
+        client.chat.completions.create(model="math", **CHAT)
+    assert client.chat.completions.create(model="dense", **CHAT).choices
+    assert upstream.asked[-1][0]["lora"] == []
 
 
 def test_streams_pass(front):
