@@ -44,14 +44,17 @@ def predicted(address, ids, scales, count=8):
 
 
 @torch.no_grad()
-def distance(model, ids, answer):
-    """How far the log-probabilities of a server's likeliest tokens are from a model's."""
-    tokens, said = answer["tokens"], answer["completion_probabilities"]
-    assert len(tokens) == len(said) > 0
-    logits = model(torch.tensor([[*ids, *tokens[:-1]]])).logits[0, len(ids) - 1 :]
-    rows = logits.double().log_softmax(-1)
-    return max(
-        abs(entry["logprob"] - float(row[entry["id"]]))
-        for row, place in zip(rows, said, strict=True)
-        for entry in place["top_logprobs"]
-    )
+def distance(model, ids, address, scales):
+    """How far the log-probabilities of a server's likeliest tokens are from a model's, after each token of its answer.
+
+    The server says none for a token that ends inside a character.
+    """
+    tokens = predicted(address, ids, scales)["tokens"]
+    rows = model(torch.tensor([[*ids, *tokens]])).logits[0, len(ids) - 1 :].double().log_softmax(-1)
+    far = []
+    for n, row in enumerate(rows):
+        answer = predicted(address, [*ids, *tokens[:n]], scales, 1)
+        for said in answer.get("completion_probabilities", ()):
+            far += [abs(x["logprob"] - float(row[x["id"]])) for x in said["top_logprobs"]]
+    assert far
+    return max(far)

@@ -14,6 +14,8 @@ options = options.parse_args()
 settings = xllamacpp.CommonParams()
 settings.model.path, settings.port = options.model, 0
 settings.n_ctx, settings.n_parallel, settings.warmup = 2048, 2, False
+# threads that wait for each other spin, which takes minutes on a busy machine
+settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
 settings.lora_adapters = [
     xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in filter(None, options.lora.split(","))
 ]
