@@ -7,13 +7,18 @@ from typing import Any
 import click
 
 from mergekit_mediator.cli import options, tables
-from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.baked import BAKED
 from mergekit_mediator.export.card import said_of_weights
 from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import Reference, StoredExperts
 from mergekit_mediator.export.figures import COLUMNS, ExportedExpert, said_of_ranks
 from mergekit_mediator.export.folder import export_adapters, export_shira
+from mergekit_mediator.export.gguf_folder import (
+    DENSE_FILE,
+    export_gguf_adapters,
+    export_gguf_model,
+    is_written,
+)
 from mergekit_mediator.export.rank import Rank
 from mergekit_mediator.export.start_commands import (
     llama_cpp_commands,
@@ -23,21 +28,8 @@ from mergekit_mediator.export.start_commands import (
 from mergekit_mediator.models.prompt_files import read_prompts
 from mergekit_mediator.store.manifest import read_manifest, verify_files
 
-_COMMANDS = {"vllm": vllm_command, "sglang": sglang_command, "llama.cpp": llama_cpp_commands}
-_OF_ONE_RANK = {"sglang", "llama.cpp"}  # engines that need one rank for all modules of an adapter
-
-
-class _Rank(click.ParamType[Rank]):
-    """The rank of adapters, see `Rank.parse`."""
-
-    name = "rank|energy|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rank:
-        """Read a rank, a part of the squared change, or `auto`; refuse all else."""
-        try:
-            return Rank.parse(str(value))
-        except ExportError as error:
-            self.fail(str(error), param, ctx)
+_MODELS = ("checkpoint", "gguf")  # one plain model instead of adapters
+_FORMATS = ("peft", "peft-shira", "vllm", "sglang", "gguf-lora", "llama.cpp", *_MODELS)
 
 
 @click.command()
@@ -46,15 +38,16 @@ class _Rank(click.ParamType[Rank]):
 @click.option(
     "--format",
     "engine",
-    type=click.Choice(["peft", "peft-shira", "vllm", "sglang", "llama.cpp", "checkpoint"]),
+    type=click.Choice(_FORMATS),
     default="peft",
     show_default=True,
     help="The tool that loads the adapters; for an engine, its commands are printed too. `peft-shira` writes the "
-    "changed values of linear layers instead of factors. `checkpoint` writes one plain model.",
+    "changed values of linear layers instead of factors. `gguf-lora` writes adapters for llama.cpp, and `llama.cpp` "
+    "the dense expert, too. `checkpoint` and `gguf` write one plain model.",
 )
 @click.option(
     "--rank",
-    type=_Rank(),
+    type=options.RankType(),
     default="64",
     show_default=True,
     help="The largest rank of a module, such as 64; or the part of its squared change to keep, such as 0.99; or "
@@ -73,7 +66,8 @@ class _Rank(click.ParamType[Rank]):
     "--expert",
     "names",
     multiple=True,
-    help="Export this expert only; may be repeated. A checkpoint blends NAME=WEIGHT.",
+    help="Export this expert only; may be repeated. `checkpoint` and `gguf` blend NAME=WEIGHT; without it, `gguf` "
+    "writes the dense expert.",
 )
 @click.option(
     "--bake-mean",
@@ -126,57 +120,96 @@ def export(
     """
     verify_files(out, read_manifest(out))
     experts = StoredExperts(out, reference)
-    if engine == "checkpoint":
+    if engine in _MODELS:
         if bake_mean:
             raise click.UsageError(
-                "--bake-mean belongs to adapters: leave it out, a checkpoint holds every weight"
+                f"--bake-mean belongs to adapters: leave it out, a {engine} holds every weight"
             )
-        _export_checkpoint(experts, folder, options.mixture(names), as_json)
+        _export_model(experts, folder, engine, options.mixture(names), as_json)
         return
+    _check(engine, bake_mean, no_embeddings)
     prompts = read_prompts(prompts_file) if prompts_file else ()
+    common: dict[str, Any] = {"drop": drop, "prompts": prompts}
+    lora: dict[str, Any] = {
+        **{"energy": rank.energy, "keep": rank.keep},
+        **{"embeddings": not no_embeddings, "bake_mean": bake_mean},
+        **common,
+    }
+    is_gguf = engine == "gguf-lora" or (engine == "llama.cpp" and is_written(out))
+    has_model = is_gguf and engine == "llama.cpp" and reference == "dense"
+    chosen = names or None
     if engine == "peft-shira":
-        if bake_mean or no_embeddings:
-            raise click.UsageError("--bake-mean and --no-embeddings belong to LoRA: leave them out")
-        exported = export_shira(experts, folder, names or None, drop=drop, prompts=prompts)
-    else:
-        exported = export_adapters(
-            *(experts, folder, rank.largest, names or None, engine in _OF_ONE_RANK),
-            energy=rank.energy,
-            keep=rank.keep,
-            embeddings=not no_embeddings,
-            drop=drop,
-            bake_mean=bake_mean,
-            prompts=prompts,
+        exported = export_shira(experts, folder, chosen, **common)
+    elif is_gguf:
+        exported = export_gguf_adapters(
+            experts, folder, rank.largest, chosen, with_model=has_model, **lora
         )
+    else:
+        one_rank = engine in ("sglang", "llama.cpp")
+        exported = export_adapters(experts, folder, rank.largest, chosen, one_rank, **lora)
     model = experts.manifest.base.source if reference == "base" else str(out)
-    if bake_mean:
+    if has_model:
+        model = str(folder / DENSE_FILE)
+    elif bake_mean:
         model = str(folder / BAKED)
-    command = _COMMANDS[engine](model, folder, exported) if engine in _COMMANDS else None
+    command = _command(engine, model, folder, exported)
     if as_json:
         figures: dict[str, Any] = {"experts": [expert.as_json() for expert in exported]}
         click.echo(json.dumps({**figures, "model": model, "command": command}, indent=1))
         return
     click.echo(_report(exported))
-    if chosen := said_of_ranks(exported):
-        click.echo(f"\n{chosen}")
+    if ranks := said_of_ranks(exported):
+        click.echo(f"\n{ranks}")
     click.echo(f"\n{said_of_weights(exported, bake_mean)}")
     if command:
         click.echo(f"\n{command}")
 
 
-def _export_checkpoint(
-    experts: StoredExperts, folder: Path, mixture: dict[str, float] | None, as_json: bool
+def _check(engine: str, bake_mean: bool, no_embeddings: bool) -> None:
+    """Refuse options that the format has not."""
+    if engine == "peft-shira" and (bake_mean or no_embeddings):
+        raise click.UsageError("--bake-mean and --no-embeddings belong to LoRA: leave them out")
+    if engine == "gguf-lora" and bake_mean:
+        raise click.UsageError(
+            "--bake-mean writes a model, and gguf-lora writes none: use --format llama.cpp"
+        )
+
+
+def _command(engine: str, model: str, folder: Path, exported: list[ExportedExpert]) -> str | None:
+    """Make the commands that start an engine; None for other formats."""
+    if engine == "vllm":
+        return vllm_command(model, folder, exported)
+    if engine == "sglang":
+        return sglang_command(model, folder, exported)
+    if engine == "llama.cpp":
+        return llama_cpp_commands(model, folder, exported)
+    return None
+
+
+def _export_model(
+    experts: StoredExperts,
+    folder: Path,
+    engine: str,
+    mixture: dict[str, float] | None,
+    as_json: bool,
 ) -> None:
     """Write one plain model, and show its size."""
-    if mixture is None:
+    if engine == "gguf":
+        place = export_gguf_model(experts, mixture, folder)
+        size, readers = place.stat().st_size, "llama.cpp"
+    elif mixture is None:
         raise click.UsageError(
             f"--format checkpoint needs --expert NAME: one of {', '.join(experts.names)}"
         )
-    size = export_checkpoint(experts, mixture, folder)
-    if as_json:
-        click.echo(json.dumps({"mixture": mixture, "bytes": size}, indent=1))
     else:
-        click.echo(f"{folder}: a plain model of {tables.size(size)}, for any tool")
+        place, readers = folder, "any tool"
+        size = export_checkpoint(experts, mixture, folder)
+    if as_json:
+        click.echo(
+            json.dumps({"mixture": mixture or {}, "path": str(place), "bytes": size}, indent=1)
+        )
+    else:
+        click.echo(f"{place}: a plain model of {tables.size(size)}, for {readers}")
 
 
 def _report(exported: list[ExportedExpert]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from mergekit_mediator.cli.canvas import has_matplotlib
+from mergekit_mediator.errors import ExportError
+from mergekit_mediator.export.rank import Rank
 
 directory = click.Path(exists=True, file_okay=False, path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
@@ -15,6 +17,19 @@ trust_remote_code = click.option(
     is_flag=True,
     help="Let the models' own code run; read it first.",
 )
+
+
+class RankType(click.ParamType[Rank]):
+    """The rank of adapters, see `Rank.parse`."""
+
+    name = "rank|energy|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Rank:
+        """Read a rank, a part of the squared change, or `auto`; refuse all else."""
+        try:
+            return Rank.parse(str(value))
+        except ExportError as error:
+            self.fail(str(error), param, ctx)
 
 
 def plot(content: str) -> Callable[[Any], Any]:

@@ -36,7 +36,7 @@ async def forward_request(
         retries: counts every engine after the first.
 
     Raises:
-        RequestError: no engine answers.
+        RequestError: no engine answers, or the engine lacks the adapter.
     """
     headers = _passed(request.headers)
     query = request.scope["query_string"].decode(
@@ -48,7 +48,8 @@ async def forward_request(
         if attempt:
             retries.inc()
         url = f"{replica.url}{target}"
-        forwarded = client.build_request("POST", url, headers=headers, content=body)
+        content = replica.body(body)
+        forwarded = client.build_request("POST", url, headers=headers, content=content)
         with replica.answering():  # until its answer begins; a stream counts itself
             try:
                 answer = await client.send(forwarded, stream=True)

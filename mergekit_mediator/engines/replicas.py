@@ -4,9 +4,11 @@ import asyncio
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 
+from mergekit_mediator.engines.llama_cpp import OWNER, adapter_numbers, with_scales
 from mergekit_mediator.engines.names import AUTO
 from mergekit_mediator.errors import EngineError
 
@@ -33,6 +35,7 @@ class Replica:
         alive: whether it answered the last time it was asked.
         models: the model names that it lists.
         base: the name of its own model, or None while that is unknown.
+        adapters: the numbers of its adapters by expert if it is llama.cpp's server, else None.
         in_flight: the number of requests that it answers now.
     """
 
@@ -50,11 +53,20 @@ class Replica:
         self.alive, self.in_flight = True, 0
         self.models: tuple[str, ...] = ()
         self.base: str | None = None
+        self.adapters: dict[str, int] | None = None
 
     @property
     def blends(self) -> bool:
-        """Whether the engine makes blends itself, as engines with the vLLM plugin do."""
-        return AUTO in self.models
+        """Whether the engine makes blends itself, as llama.cpp does, and vLLM with the plugin."""
+        return AUTO in self.models or bool(self.adapters)
+
+    def body(self, body: bytes) -> bytes:
+        """Return a routed request's body in this engine's terms.
+
+        Raises:
+            RequestError: the engine is llama.cpp's server and lacks an adapter.
+        """
+        return body if self.adapters is None else with_scales(body, self.adapters, self.base)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -132,19 +144,25 @@ class Replicas:
             await self.ask()
 
     async def _ask(self, replica: Replica) -> None:
-        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         try:
-            response = await self._client.get(
-                f"{replica.url}/v1/models", headers=headers, timeout=5.0
-            )
-            cards = response.raise_for_status().json()["data"]
-            names = tuple(str(card["id"]) for card in cards)
+            cards = (await self._list(f"{replica.url}/v1/models"))["data"]
+            names = [str(card["id"]) for card in cards]
             bases = [str(card["id"]) for card in cards if not card.get("parent")]
+            adapters = None
+            if any(card.get("owned_by") == OWNER for card in cards):
+                adapters = adapter_numbers(await self._list(f"{replica.url}/lora-adapters"))
         except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
             replica.alive = False
             return
-        replica.alive, replica.models = True, names
+        replica.alive, replica.models = True, (*names, *(adapters or ()))
+        replica.adapters = adapters
         replica.base = next((name for name in bases if name != AUTO), None)
+
+    async def _list(self, url: str) -> Any:
+        """Return the JSON value at an address."""
+        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        response = await self._client.get(url, headers=headers, timeout=5.0)
+        return response.raise_for_status().json()
 
 
 def _check_address(url: str) -> None:

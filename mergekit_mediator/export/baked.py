@@ -15,6 +15,33 @@ from mergekit_mediator.export.experts import StoredExperts
 BAKED = "dense"
 
 
+def check_baked(experts: StoredExperts, names: Sequence[str]) -> None:
+    """Refuse experts whose mean cannot be baked.
+
+    Args:
+        experts: the artifact's experts.
+        names: the experts whose mean is taken.
+
+    Raises:
+        ExportError: the experts are relative to the base, or one is called `dense`.
+    """
+    if experts.reference != "dense":
+        raise ExportError(
+            "--bake-mean changes the dense expert: adapters relative to dense are required, got relative to "
+            f"{experts.reference}: leave one of the two options out"
+        )
+    if BAKED in names:
+        raise ExportError(
+            f"expert {BAKED!r}: the folder of this name is for the dense checkpoint: merge again with another "
+            "name for this expert, or export without --bake-mean"
+        )
+
+
+def mean_of(names: Sequence[str]) -> dict[str, float]:
+    """Return the mixture in which all experts have the same weight."""
+    return {name: 1 / len(names) for name in names}
+
+
 def write_baked(
     experts: StoredExperts, names: Sequence[str], weights: Sequence[str], folder: Path
 ) -> dict[str, float]:
@@ -29,17 +56,16 @@ def write_baked(
 
     Returns:
         By expert, the squared distance of its weights from their mean.
-
-    Raises:
-        ExportError: the experts are relative to the base, or an expert is called `dense`.
     """
-    if BAKED in names:
-        raise ExportError(
-            f"expert {BAKED!r}: the folder of this name is for the dense checkpoint: merge again with another "
-            "name for this expert, or export without --bake-mean"
-        )
-    mean = {name: 1 / len(names) for name in names}
-    export_checkpoint(experts, mean, folder / BAKED, weights)
+    export_checkpoint(experts, mean_of(names), folder / BAKED, weights)
+    return distances_from_mean(experts, names, weights)
+
+
+def distances_from_mean(
+    experts: StoredExperts, names: Sequence[str], weights: Sequence[str]
+) -> dict[str, float]:
+    """Compute by expert the squared distance of its weights from the mean of all; see `write_baked`."""
+    mean = mean_of(names)
     return {name: _distance(experts, name, mean, weights) for name in names}
 
 

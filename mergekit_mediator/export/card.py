@@ -16,7 +16,7 @@ from mergekit_mediator.store.manifest import CARD
 
 _CARD = """# Adapters of {name}
 
-Exported by mergekit-mediator. Each folder is an adapter of one expert, to be added to {model}.
+Exported by mergekit-mediator. Each {kind} is an adapter of one expert, to be added to {model}.
 
 {table}
 
@@ -25,7 +25,12 @@ Exported by mergekit-mediator. Each folder is an adapter of one expert, to be ad
 
 
 def write_card(
-    folder: Path, experts: StoredExperts, exported: Sequence[ExportedExpert], bakes_mean: bool
+    folder: Path,
+    experts: StoredExperts,
+    exported: Sequence[ExportedExpert],
+    bakes_mean: bool,
+    baked: str = BAKED,
+    kind: str = "folder",
 ) -> None:
     """Write `README.md` without naming a directory of this machine.
 
@@ -34,15 +39,18 @@ def write_card(
         experts: the artifact's experts.
         exported: the figures of the adapters.
         bakes_mean: whether the folder holds the dense checkpoint with the mean of the experts.
+        baked: the name of that checkpoint.
+        kind: the form of an adapter, a `folder` or a file.
     """
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(expert.cells() for expert in exported)]
     name = experts.root.resolve().name
-    model = f"the checkpoint in `{BAKED}`" if bakes_mean else f"the dense expert of `{name}`"
+    model = f"the checkpoint in `{baked}`" if bakes_mean else f"the dense expert of `{name}`"
     if experts.reference == "base":
         model = f"the base model, `{Path(experts.manifest.base.source).name}`"
     ranks = said_of_ranks(exported)
     text = _CARD.format(
         name=f"`{name}`",
+        kind=kind,
         model=model,
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
         ranks=f"{ranks}\n\n" if ranks else "",

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.delta.stored_weight import StoredWeight, mix_
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.models.loading import DenseCheckpoint
 from mergekit_mediator.store.expert_file import open_expert
@@ -130,6 +130,29 @@ class StoredExperts:
             if name not in self._files:
                 experts = ", ".join(self._files)
                 raise ExportError(f"unknown expert {name!r}; this artifact has {experts}")
+
+    def chosen(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        """List experts by name, each once; None stands for all.
+
+        Raises:
+            ExportError: an expert is unknown.
+        """
+        if names is None:
+            return self.names
+        self.check_names(names)
+        return tuple(dict.fromkeys(names))
+
+    def mixed(self, weight: str, mixture: Mapping[str, float]) -> Tensor:
+        """Return a weight of the checkpoint under a mixture, in its stored dtype, as it is served.
+
+        The experts are relative to the dense expert.
+        """
+        dense = self.dense.weight(weight)
+        parts = self.change(weight, mixture).parts
+        if parts:
+            dense = dense.clone()
+            mix_(dense, parts)
+        return dense
 
     def change(self, weight: str, mixture: Mapping[str, float]) -> Change:
         """Read the change of one weight; it has no parts if the mixture does not change the weight."""

@@ -19,7 +19,7 @@ class ExportedExpert:
     """The figures of an expert's adapter.
 
     Attributes:
-        name: the name of the expert and of the adapter's folder.
+        name: the name of the expert and of the adapter's file or folder.
         rank: the largest rank of a module.
         modules: the last parts of the changed modules' names, such as `q_proj`.
         error: the part of the modules' squared change that the rank leaves out, in [0, 1].
@@ -47,7 +47,7 @@ class ExportedExpert:
         name: str,
         adapter: Adapter | SparseAdapter,
         lacking: float,
-        folder: Path,
+        path: Path,
         answers: AnswerError | None = None,
     ) -> "ExportedExpert":
         """Collect the figures of an adapter.
@@ -56,7 +56,7 @@ class ExportedExpert:
             name: the expert's name.
             adapter: the adapter.
             lacking: the squared distance of the expert's dropped weights from those of the served model.
-            folder: the folder of the adapter's files.
+            path: the adapter's file, or the folder of its files.
             answers: how far the adapter's answers are from the expert's.
         """
         whole = adapter.squared_norm + adapter.dropped_energy
@@ -67,7 +67,7 @@ class ExportedExpert:
             adapter.squared_error,
             adapter.dropped,
             lacking / whole if whole else 0.0,
-            sum(path.stat().st_size for path in folder.iterdir()),
+            sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])),
             answers,
             adapter.choice if isinstance(adapter, Adapter) else None,
         )

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter, write_peft
 from mergekit_mediator.export.adapter_card import adapter_card
 from mergekit_mediator.export.answers import AnswerProbe
-from mergekit_mediator.export.baked import BAKED, write_baked
+from mergekit_mediator.export.baked import BAKED, check_baked, write_baked
 from mergekit_mediator.export.card import write_card
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.figures import ExportedExpert, refuse_dropped
@@ -57,12 +56,9 @@ def export_adapters(
             the rank is below 1, an expert changes what an adapter cannot hold and neither `drop` nor `bake_mean`
             is given, or the mean is to be baked and the experts are relative to the base or one is called `dense`.
     """
-    if bake_mean and experts.reference != "dense":
-        raise ExportError(
-            "--bake-mean changes the dense expert: adapters relative to dense are required, got relative to "
-            f"{experts.reference}: leave one of the two options out"
-        )
-    holdable, chosen = Holdable.of(experts.root, embeddings), _chosen(experts, names)
+    holdable, chosen = Holdable.of(experts.root, embeddings), experts.chosen(names)
+    if bake_mean:
+        check_baked(experts, chosen)
     base = experts.manifest.base.source if experts.reference == "base" else str(experts.root)
     dtype = experts.dense.weight(experts.weights[0]).dtype
     probe = AnswerProbe(experts, prompts) if prompts else None
@@ -112,7 +108,7 @@ def export_shira(
     probe = AnswerProbe(experts, prompts) if prompts else None
     exported = []
     with new_folder(out) as folder:
-        for name in _chosen(experts, names):
+        for name in experts.chosen(names):
             adapter = to_sparse(experts, name, holdable)
             if not drop:
                 refuse_dropped(name, adapter)
@@ -121,14 +117,6 @@ def export_shira(
             exported.append(_with_card(folder / name, adapter, lacking, "SHiRA", base, probe))
         write_card(folder, experts, exported, bakes_mean=False)
     return exported
-
-
-def _chosen(experts: StoredExperts, names: Sequence[str] | None) -> Sequence[str]:
-    """List the experts to export, each once; refuse an unknown one."""
-    if names is None:
-        return experts.names
-    experts.check_names(names)
-    return tuple(dict.fromkeys(names))
 
 
 def _with_card(

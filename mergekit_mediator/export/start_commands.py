@@ -57,22 +57,24 @@ def sglang_command(model: str, folder: Path, exported: Sequence[ExportedExpert])
 
 
 def llama_cpp_commands(model: str, folder: Path, exported: Sequence[ExportedExpert]) -> str:
-    """Make the commands that convert base and adapters to GGUF, and start llama.cpp with all adapters off.
+    """Make the command that starts llama.cpp with all adapters off, after those that convert what is no GGUF yet.
 
     A request then gives the weight of each adapter, as `"lora": [{"id": 0, "scale": 0.6}, ...]`, with explicit
     zeros for the others.
 
     Args:
-        model: the model that the adapters are added to.
-        folder: the folder of the adapters.
+        model: the model that the adapters are added to, a GGUF file or one that is to be converted.
+        folder: the folder of the adapters, GGUF files or PEFT's folders.
         exported: the figures of the adapters.
     """
-    base = str(folder / "base.gguf")
+    lines, base = [], model
+    if not model.endswith(".gguf"):
+        base = str(folder / "base.gguf")
+        lines.append(["python", "convert_hf_to_gguf.py", model, "--outfile", base])
     files = [str(folder / f"{expert.name}.gguf") for expert in exported]
-    lines = [["python", "convert_hf_to_gguf.py", model, "--outfile", base]]
     for expert, file in zip(exported, files, strict=True):
-        source = str(folder / expert.name)
-        convert = ["python", "convert_lora_to_gguf.py", source, "--base", model]
-        lines.append([*convert, "--outfile", file])
+        if (source := folder / expert.name).is_dir():
+            convert = ["python", "convert_lora_to_gguf.py", str(source), "--base", model]
+            lines.append([*convert, "--outfile", file])
     server = ["llama-server", "-m", base, "--lora", ",".join(files), "--lora-init-without-apply"]
     return "\n".join(shlex.join(words) for words in [*lines, server])

@@ -20,6 +20,8 @@ from transformers import (
 from mergekit_mediator.errors import ArtifactError, first_line
 from mergekit_mediator.remote_code import is_ours
 
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 class DenseCheckpoint:
     """The weights of the dense expert, memory-mapped."""
@@ -46,6 +48,13 @@ class DenseCheckpoint:
         """The shape of every weight, by name, from the files' headers."""
         files = self._shards.items()
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in files}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype | str]:
+        """The dtype of every weight, by name, from the files' headers; one without floating point by its own name."""
+        files = self._shards.items()
+        named = {name: str(file.get_slice(name).get_dtype()) for name, file in files}
+        return {name: _FLOATS.get(dtype, dtype) for name, dtype in named.items()}
 
     @cached_property
     def _shards(self) -> dict[str, Any]:

@@ -17,19 +17,30 @@ class FakeUpstream:
             `inside` after the first event; a number is the status that all requests get.
     """
 
-    def __init__(self, name, models=("base", "math", "code", "chat")):
+    def __init__(self, name, models=("base", "math", "code", "chat"), files=None):
+        """`files` are the adapters of llama.cpp's server, which lists its own model alone."""
         self.name, self.models, self.asked, self.fault = name, models, [], None
+        self.files = files
         routes = [
             Route("/v1/models", self.list),
+            Route("/lora-adapters", self.list_files),
             Route("/v1/{path:path}", self.answer, methods=["POST"]),
         ]
         self.app = Starlette(routes=routes)
 
     async def list(self, request):
+        if self.files is not None:
+            return JSONResponse({"data": [{"id": "/m/dense.gguf", "owned_by": "llamacpp"}]})
         cards = [
             {"id": n, "parent": None if n in ("base", "auto") else "base"} for n in self.models
         ]
         return JSONResponse({"data": cards})
+
+    async def list_files(self, request):
+        assert self.files is not None, "only llama.cpp's server has this address"
+        return JSONResponse(
+            [{"id": n, "path": file, "scale": 0.0} for n, file in enumerate(self.files)]
+        )
 
     async def answer(self, request):
         body = await request.json()
