@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def amend(
 def made(seeds: dict[str, int] | None = None) -> dict[str, Any]:
     """How results are made: the command (paths by their last part), versions, machine and seeds."""
     return {
-        "command": " ".join(["python", *(arg.rsplit("/", 1)[-1] for arg in sys.argv)]),
+        "command": shlex.join(["python", *(arg.rsplit("/", 1)[-1] for arg in sys.argv)]),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},

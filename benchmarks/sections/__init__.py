@@ -7,9 +7,10 @@ from sections import comparison, engines, merging, rates, routing, serving, stor
 from sections.markdown import about
 
 COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
+KEPT = "experts-4-keep"
 # Results whose page says how they were made.
 RECORDS = (
-    *COMPARISONS,
+    *(*COMPARISONS, KEPT),
     *(
         "ablations",
         "blending",
@@ -38,7 +39,8 @@ RECORDS = (
 SECTIONS: dict[str, Callable[[], str]] = {
     "systems": comparison.systems,
     "against": comparison.against,
-    **{name: partial(comparison.experts, name) for name in COMPARISONS},
+    "kept": comparison.kept,
+    **{name: partial(comparison.experts, name) for name in (*COMPARISONS, KEPT)},
     **{f"{name} findings": partial(comparison.findings, name) for name in COMPARISONS},
     "experts-4 rivals": comparison.rivals,
     "experts-4-again budget": comparison.budget_split,

@@ -16,7 +16,7 @@ def systems() -> str:
         "base": "base model",
         "best_static": f"best of mergekit's own merges (`{method}`)",
         "extract_lora 16": "extracted LoRA, rank 16",
-        "mediator": "**mergekit-mediator**",
+        "mediator": "**mergekit-mediator**, `budget: 1.06x`",
         "experts": "the four experts",
     }
     body = [
@@ -29,6 +29,18 @@ def systems() -> str:
         for name, label in names.items()
     ]
     return table(["", "kept, %", "worst task, %", "bytes / one model"], body)
+
+
+def kept() -> str:
+    """The sentences of the README on the default, `keep: 0.99`."""
+    figures = load("experts-4-keep")
+    own, routed = (figures["systems"][name] for name in ("mediator_oracle", "mediator"))
+    return (
+        f"The default, `keep: 0.99`, took {own['total_bytes_over_base']:.2f} of one model for the same four tasks, "
+        f"trained anew: with its own expert every task kept {own['normalized_worst']:.1f}% or more, and routed without "
+        f"any calibration {routed['normalized_mean']:.1f}% ({routed['normalized_worst']:.1f}% of the worst), on "
+        f"{min(figures['tasks'].values())} prompts each ([how](docs/results/keep.md#a-whole-merge))."
+    )
 
 
 def against() -> str:

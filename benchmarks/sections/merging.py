@@ -28,16 +28,22 @@ def demo() -> str:
 
 
 def merge_cost() -> str:
-    """Time and memory of a merge beside mergekit's own methods."""
+    """Processor time and memory of a merge beside mergekit's own methods and extractions."""
     figures = load("merge-cost")
-    rows = []
-    for name, row in (("`route: auto`", figures), ("`route: all`", figures["all_routed"])):
-        cells = ["wall_over_linear", "wall_over_ties", "peak_memory_over_linear"]
-        rows.append([name, *[f"{row[cell]:.2f}" for cell in cells]])
-    head = ["", "time / `linear`", "time / `ties`", "peak memory / `linear`"]
+    rows = [
+        [
+            f"`{name}`" if name != figures["extraction"] else name,
+            f"{row['cpu_seconds']:.0f}",
+            f"{row['cpu_over_linear']:.2f}",
+            f"{row['cpu_over_extraction']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+        ]
+        for name, row in figures["rows"].items()
+    ]
+    head = ["", "processor time, s", "/ `linear`", "/ extraction", "peak memory, GB"]
     return (
         f"{table(head, rows)}\n\n{figures['experts']} experts, density {figures['density']} for "
-        f"`ties` and for `mediator`, the median of {figures['runs']} runs."
+        f"`ties` and for `route`, the median of {figures['runs']} runs."
     )
 
 

@@ -33,7 +33,9 @@ def adapter_numbers(listed: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def with_scales(body: bytes, numbers: Mapping[str, int], base: str | None) -> bytes:
     """Give a request the scales of all adapters, from the mixture that it names as its model.
 
-    What is no JSON object passes as it is.
+    Without `--cache-ram 0` the server takes keys and values of a prompt from its cache that were computed with other
+    adapters. So a request that says nothing else gets `"cache_prompt": false`. What is no JSON object passes as it
+    is.
 
     Args:
         body: the body of a request that the gateway has routed.
@@ -50,7 +52,7 @@ def with_scales(body: bytes, numbers: Mapping[str, int], base: str | None) -> by
     model = str(fields.get("model") or base)
     weights = {} if model in (base, DENSE_NAME) else _weights(model, tuple(numbers))
     scales = [{"id": number, "scale": weights.get(name, 0.0)} for name, number in numbers.items()]
-    return json.dumps({**fields, "lora": scales}).encode()
+    return json.dumps({"cache_prompt": False, **fields, "lora": scales}).encode()
 
 
 def _weights(model: str, experts: Sequence[str]) -> dict[str, float]:

@@ -60,7 +60,8 @@ def llama_cpp_commands(model: str, folder: Path, exported: Sequence[ExportedExpe
     """Make the command that starts llama.cpp with all adapters off, after those that convert what is no GGUF yet.
 
     A request then gives the weight of each adapter, as `"lora": [{"id": 0, "scale": 0.6}, ...]`, with explicit
-    zeros for the others.
+    zeros for the others. The server's cache of earlier prompts is off: it returns keys and values that were
+    computed with other adapters.
 
     Args:
         model: the model that the adapters are added to, a GGUF file or one that is to be converted.
@@ -77,4 +78,5 @@ def llama_cpp_commands(model: str, folder: Path, exported: Sequence[ExportedExpe
             convert = ["python", "convert_lora_to_gguf.py", str(source), "--base", model]
             lines.append([*convert, "--outfile", file])
     server = ["llama-server", "-m", base, "--lora", ",".join(files), "--lora-init-without-apply"]
+    server += ["--cache-ram", "0"]
     return "\n".join(shlex.join(words) for words in [*lines, server])

@@ -283,7 +283,7 @@ def test_llama_cpp_is_told_to_convert_and_to_start_with_all_adapters_off(out, tm
     assert len(conversions) == 4
     assert f"convert_lora_to_gguf.py {folder}/code --base {out}" in conversions[2]
     files = ",".join(f"{folder}/{name}.gguf" for name in ("math", "code", "chat"))
-    assert f"--lora {files} --lora-init-without-apply" in server
+    assert f"--lora {files} --lora-init-without-apply --cache-ram 0" in server
 
 
 @pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])

@@ -77,7 +77,7 @@ def test_llama_cpp_gets_model_adapters_and_one_command(out, tmp_path):
     assert names(folder) == {"dense.gguf", "code.gguf", "README.md"}
     assert told["model"] == str(folder / "dense.gguf")
     assert told["command"] == (
-        f"llama-server -m {folder}/dense.gguf --lora {folder}/code.gguf --lora-init-without-apply"
+        f"llama-server -m {folder}/dense.gguf --lora {folder}/code.gguf --lora-init-without-apply --cache-ram 0"
     )
     assert fields(folder / "dense.gguf")["general.type"] == "model"
 

@@ -69,6 +69,13 @@ def test_scales_that_a_client_sends_are_replaced(front):
     assert scales(upstream) == {**dict.fromkeys(FILES, 0.0), "/m/code.gguf": 1.0}
 
 
+@pytest.mark.parametrize(("said", "expected"), [({}, False), ({"cache_prompt": True}, True)])
+def test_the_servers_cache_of_other_mixtures_is_used_only_if_a_client_asks(front, said, expected):
+    client, upstream, _ = front
+    client.chat.completions.create(model="code", **CHAT, extra_body=said)
+    assert upstream.asked[-1][0]["cache_prompt"] is expected
+
+
 def test_models_are_the_servers_own_and_its_adapters(front):
     client, _, _ = front
     assert {m.id for m in client.models.list()} == {"/m/dense.gguf", *EXPERTS, "style", "auto"}

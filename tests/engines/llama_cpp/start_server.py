@@ -9,6 +9,7 @@ options = argparse.ArgumentParser()
 options.add_argument("-m", dest="model", required=True)
 options.add_argument("--lora", default="")
 options.add_argument("--lora-init-without-apply", action="store_true")
+options.add_argument("--cache-ram", type=int, required=True)
 options = options.parse_args()
 
 settings = xllamacpp.CommonParams()
@@ -19,6 +20,7 @@ settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
 settings.lora_adapters = [
     xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in filter(None, options.lora.split(","))
 ]
+settings.cache_ram_mib = options.cache_ram
 settings.lora_init_without_apply = options.lora_init_without_apply
 server = xllamacpp.Server(settings)
 print(server.listening_address, flush=True)
