@@ -7,8 +7,9 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: test test-fast test-vllm test-llama-cpp test-browser demo serve-demo bench bench-gemma bench-heavy bench-serving \
 	docs tables fuzz quality format clean
 
+# One thread each: threads of two processes on two cores wait for each other.
 test: .venv/dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The rooms below merging and serving, but for the files that take longest.
 FAST := delta models route store test_house.py
