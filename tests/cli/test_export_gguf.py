@@ -94,7 +94,7 @@ def test_relative_to_the_base_the_base_is_converted_by_llama_cpp(out, tmp_path):
 
 def test_answers_on_prompts_are_compared(out, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "The 7 cats"}))
+    prompts.write_text("\n".join(json.dumps({"prompt": f"The {n} cats"}) for n in range(5)))
     options = ("--format", "gguf-lora", "--drop", "--rank", "2", "--expert", "math")
     (expert,) = figures("export", out, tmp_path / "x", *options, "--prompts", prompts)["experts"]
     assert expert["answers"]["divergence"] > 0
@@ -108,7 +108,7 @@ def test_answers_on_prompts_are_compared(out, tmp_path):
         (["gguf", "--bake-mean"], "--bake-mean belongs to adapters: leave it out, a gguf holds"),
         (["gguf", "--relative-to", "base"], "relative to dense required"),
         (["gguf-lora", "--expert", "law"], "unknown expert 'law'"),
-        (["gguf-lora", "--rank", "0"], "a rank such as 64 or a part of the squared change"),
+        (["gguf-lora", "--rank", "0"], "a rank such as 64, a part of the squared change"),
         (["gguf-lora"], "'math': it changes 7 weights that are no matrices of linear layers"),
         (["gguf-lora", "--bake-mean"], "gguf-lora writes none: use --format llama.cpp"),
         (
