@@ -51,7 +51,7 @@ _FORMATS = ("peft", "peft-shira", "vllm", "sglang", "gguf-lora", "llama.cpp", *_
     default="64",
     show_default=True,
     help="The largest rank of a module, such as 64; or the part of its squared change to keep, such as 0.99; or "
-    "`auto`, for each expert the least of 8, 16, 32, 64, 128, 256 that is predicted to keep 99.99% of its gain "
+    "`auto`, for each expert the least of 8, 16, 32, 64, 128, 256 that is predicted to keep 99.9% of its gain "
     "(`auto:0.99` for 99%); --prompts measure it instead. An expert of a smaller rank keeps its own rank.",
 )
 @click.option(
