@@ -14,12 +14,13 @@ from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.figures import ExportedExpert, refuse_dropped
 from mergekit_mediator.export.gguf_layout import Layout, NotInGgufError
 from mergekit_mediator.export.gguf_lora import (
+    as_gguf_adapter,
     holdable_in_gguf,
-    to_gguf_adapter,
     write_gguf_lora,
 )
 from mergekit_mediator.export.gguf_model import GgufModel
 from mergekit_mediator.export.new_folder import new_folder
+from mergekit_mediator.export.peft_lora import to_adapter
 from mergekit_mediator.models.prompts import Prompt
 
 # The name of the dense expert's file.
@@ -123,8 +124,8 @@ def export_gguf_adapters(
     with new_folder(out) as folder:
         for name in chosen:
             measure = partial(probe.kept, name) if probe else None
-            mixture = {name: 1.0}
-            adapter = to_gguf_adapter(experts, mixture, rank, holdable, energy, keep, measure)
+            nearest = to_adapter(experts, {name: 1.0}, rank, holdable, energy, keep, measure)
+            adapter = as_gguf_adapter(nearest)
             if not (drop or bake_mean):
                 refuse_dropped(name, adapter)
             path = folder / f"{name}.gguf"

@@ -1,6 +1,5 @@
 """A LoRA adapter as a GGUF file, as llama.cpp's `convert_lora_to_gguf.py` writes it."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,9 @@ import torch
 
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter, Factors
-from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.gguf_file import GgufTensor, write_gguf
 from mergekit_mediator.export.gguf_layout import Layout, gguf_package
-from mergekit_mediator.export.peft_lora import Holdable, to_adapter
+from mergekit_mediator.export.peft_lora import Holdable
 from mergekit_mediator.models.modules import is_tied
 
 _LACKS = "are no matrices of linear layers, which alone a GGUF adapter holds beside an embedding that is not also the head"
@@ -32,21 +30,8 @@ def holdable_in_gguf(root: Path, embeddings: bool = True) -> Holdable:
     return Holdable.of(root, embeddings and not is_tied(root))
 
 
-def to_gguf_adapter(
-    experts: StoredExperts,
-    mixture: Mapping[str, float],
-    rank: int,
-    holdable: Holdable,
-    energy: float = 1.0,
-    keep: float | None = None,
-    measure: Callable[[Adapter], float] | None = None,
-) -> Adapter:
-    """Make the adapter that is nearest to a mixture, as `to_adapter` does, with one rank in all modules.
-
-    Raises:
-        ExportError: see `to_adapter`.
-    """
-    adapter = to_adapter(experts, mixture, rank, holdable, energy, keep, measure)
+def as_gguf_adapter(adapter: Adapter) -> Adapter:
+    """Give every module of an adapter the same rank, and say what GGUF lacks."""
     return replace(adapter, lacks=_LACKS).of_one_rank()
 
 
