@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ADAPTERS = Path(__file__).with_name("adapters")
 # No expert was trained on this seed, and no setting was chosen by its results.
 _SEED = 7
+_DTYPE = "float32"  # of everything that is scored: many processors only emulate bfloat16
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PROMPT_WIDTH = 36
 
@@ -181,13 +182,13 @@ def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) 
         from mergekit_mediator.models.loading import load_plain
         from mergekit_mediator.serve.model import MediatorModel
 
-        model = MediatorModel.from_pretrained(out / "mediator")
-        figures = compare(model, skills, load_plain(base))
+        model = MediatorModel.from_pretrained(out / "mediator", dtype=_DTYPE)
+        figures = compare(model, skills, load_plain(base, _DTYPE))
     scores = figures["systems"]
     systems: dict[str, Any] = {BASE: scores[BASE]}
     with steps.step("score average and ties"):
         for name in ("average", "ties"):
-            plain = load_plain(out / name)
+            plain = load_plain(out / name, _DTYPE)
             systems[name] = {
                 skill: vars(score(plain, model.tokenizer, task.examples))
                 for skill, task in skills.items()
@@ -195,7 +196,7 @@ def _evaluate(out: Path, base: str, skills: "Mapping[str, Task]", steps: Steps) 
     systems[LABELS[EXPERTS]] = {}
     with steps.step("score each expert alone"):
         for skill, task in skills.items():
-            expert = load_plain(_merged_adapter(out / "merged-adapters", base, skill))
+            expert = load_plain(_merged_adapter(out / "merged-adapters", base, skill), _DTYPE)
             result = score(expert, model.tokenizer, task.examples)
             systems[LABELS[EXPERTS]][skill] = vars(result)
     for name in (OWN_EXPERT, ROUTED):

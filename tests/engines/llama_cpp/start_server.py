@@ -9,7 +9,7 @@ options = argparse.ArgumentParser()
 options.add_argument("-m", dest="model", required=True)
 options.add_argument("--lora", default="")
 options.add_argument("--lora-init-without-apply", action="store_true")
-options.add_argument("--cache-ram", type=int, required=True)
+options.add_argument("--cache-ram", type=int, default=8192)  # as the server does
 options = options.parse_args()
 
 settings = xllamacpp.CommonParams()
