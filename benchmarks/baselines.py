@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mergekit_mediator.merge.lora import read_adapter
+from mergekit_mediator.merge.adapters.lora import read_adapter
 
 State = dict[str, torch.Tensor]
 

@@ -36,7 +36,7 @@ from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.evaluate.results import Score
 from mergekit_mediator.evaluate.scorer import score
 from mergekit_mediator.evaluate.tasks import from_reasoning_gym
-from mergekit_mediator.merge.lora import read_adapter
+from mergekit_mediator.merge.adapters.lora import read_adapter
 from mergekit_mediator.store.codec import encode_bytes
 
 BITS = (4.0, 2.0, 1.0, 0.5, 0.2, 0.15, 0.08, 0.05)

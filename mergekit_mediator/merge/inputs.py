@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 
 from mergekit_mediator.errors import ConfigError, InputError, MediatorError, first_line
-from mergekit_mediator.merge.adapter_config import read_adapter_config
+from mergekit_mediator.merge.adapters.config import read_adapter_config
 from mergekit_mediator.merge.architecture import common_architecture
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.headers import TensorHeader, fetch_headers, read_headers

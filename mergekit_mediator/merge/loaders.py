@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_mediator.errors import InputError, MediatorError, first_line
-from mergekit_mediator.merge.adapter_loader import open_adapted
+from mergekit_mediator.merge.adapters.loader import open_adapted
 from mergekit_mediator.merge.headers import read_headers
 from mergekit_mediator.merge.inputs import Headers, Inputs, shape_error
 from mergekit_mediator.merge.planner import PlannedWeight
@@ -42,7 +42,7 @@ MAPPED_BYTES = 1 << 27
 class OpenInputs(Inputs):
     """The models of a merge with their weights. Entering downloads models as needed.
 
-    An adapter is merged into each weight that is read, see `adapter_loader.open_adapted`.
+    An adapter is merged into each weight that is read, see `adapters.loader.open_adapted`.
 
     Attributes:
         tokenizer: the tokenizer that the configuration asks for; None until it is built.

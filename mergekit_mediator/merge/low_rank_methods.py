@@ -23,7 +23,7 @@ def as_mediator(config: MergeConfiguration) -> MergeConfiguration:
 
     Twin-Merging (Lu et al., 2024, arXiv 2406.15479) has a shared model and, for each expert, the leading singular
     triples of its difference from it, which a router weighs for each input. Reversible model merging (Alipour and
-    Amiri, 2025, arXiv 2510.14163) has one basis for all experts, and coefficients for each; see `delta.shared_basis`.
+    Amiri, 2025, arXiv 2510.14163) has one basis for all experts, and coefficients for each; see `methods.shared_basis`.
     In both the shared model is the dense expert, the weighted mean in all layers, and the routers are those of
     `mediator`.
 

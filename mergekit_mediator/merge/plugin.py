@@ -51,11 +51,11 @@ def take_over_run_merge(merge: Any) -> None:
 
                 run(as_mediator(merge_config), out_path, options, config_source)
             elif merge_config.merge_method == LORA_LEGO:
-                from mergekit_mediator.merge.lora_lego import run as run_lora_lego
+                from mergekit_mediator.merge.adapters.lora_lego import run as run_lora_lego
 
                 run_lora_lego(merge_config, out_path)
             elif merge_config.merge_method in own:
-                from mergekit_mediator.merge.adapter_loader import adapters_by_weight
+                from mergekit_mediator.merge.adapters.loader import adapters_by_weight
 
                 with adapters_by_weight(merge_config.referenced_models(), options) as settings:
                     stock(merge_config, out_path, options=settings, config_source=config_source)

@@ -1,18 +1,21 @@
-"""The factors of plain LoRA adapters, which change a model by their factors alone."""
+"""The factors of plain LoRA adapters, which change a model by their factors alone: read, and written for PEFT."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_mediator.delta.factors import Factors
-from mergekit_mediator.errors import InputError
+from mergekit_mediator.delta.narrow import narrowed
+from mergekit_mediator.errors import InputError, OutputError
 
 # `read_adapter` reads these settings, or they matter in training alone. An adapter is plain if all other
 # settings of PEFT have their defaults: a setting that PEFT adds later may be a new kind of adapter.
@@ -73,6 +76,56 @@ def read_adapter(
             }
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def write_adapter(out: Path, base: str, weights: Mapping[str, Factors], dtype: torch.dtype) -> None:
+    """Write a plain LoRA adapter: `adapter_model.safetensors`, then `adapter_config.json`.
+
+    Args:
+        out: the directory of the adapter.
+        base: the name of the base model.
+        weights: the factors by the name of the weight `[out, in]` to which they add; they may differ in rank.
+        dtype: the dtype of the factors in the file.
+
+    Raises:
+        InputError: a finite number is infinite in `dtype`.
+        OutputError: the directory cannot be written.
+    """
+    tensors, ranks = {}, {}
+    for name, factors in weights.items():
+        module = name.removesuffix(".weight")
+        root = factors.scales.abs().sqrt()
+        halves = {
+            "lora_A": (factors.right * root).T.contiguous(),
+            "lora_B": factors.left * root * factors.scales.sign(),
+        }
+        for half, tensor in halves.items():
+            key = f"{_PREFIX}{module}.{half}.weight"
+            tensors[key] = narrowed(tensor, dtype, key)
+        ranks[module] = factors.rank
+    largest = max(ranks.values())
+    pattern = {module: rank for module, rank in ranks.items() if rank != largest}
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": largest,
+        "lora_alpha": largest,  # the scale is in the factors
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
 
 
 def changes_base(config: PeftConfig) -> bool:

@@ -6,7 +6,7 @@ from adapters import train
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.errors import InputError
-from mergekit_mediator.merge.lora import read_adapter
+from mergekit_mediator.merge.adapters.lora import read_adapter
 from mergekit_mediator.store.manifest import read_manifest
 
 

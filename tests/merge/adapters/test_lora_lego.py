@@ -127,7 +127,7 @@ def test_an_unknown_parameter_is_refused(trained, refused):
 
 def test_the_example_merges_as_it_stands(trained, merged):
     base, root, _ = trained
-    path = Path(__file__).parents[2] / "configs/lora_lego.yml"
+    path = Path(__file__).parents[3] / "configs/lora_lego.yml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert "mergekit-yaml configs/lora_lego.yml out" in path.read_text(encoding="utf-8")
     document["base_model"] = str(base)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_mediator.errors import InputError
-from mergekit_mediator.merge.adapter_config import kind_of
-from mergekit_mediator.merge.adapter_loader import ONE_BY_ONE, AdapterLoader, open_adapted
+from mergekit_mediator.merge.adapters.config import kind_of
+from mergekit_mediator.merge.adapters.loader import ONE_BY_ONE, AdapterLoader, open_adapted
 
-PAGE = Path(__file__).parents[2] / "docs/adapters.md"
+PAGE = Path(__file__).parents[3] / "docs/adapters.md"
 BASES = {
     "llama": (pico.llama, LLAMA | WHOLE),
     "tied": (pico.llama_tied, TIED),

@@ -53,16 +53,16 @@ def kind_of(config: PeftConfig) -> str:
     return str(PeftType(config.peft_type).value)
 
 
-def _local(model: ModelReference) -> Path:
-    adapter = model.lora
-    if Path(adapter.path).exists() or not is_hub_id(adapter.path):
-        return Path(adapter.path, _FILE)
-    return Path(hf_hub_download(adapter.path, _FILE, revision=adapter.revision))
-
-
 def adapter_directory(model: ModelReference) -> Path:
     """Find the files of a model's adapter on this machine; download them as needed."""
     path = Path(model.lora.path)
     if path.is_dir():
         return path
     return Path(snapshot_download(model.lora.path, revision=model.lora.revision))
+
+
+def _local(model: ModelReference) -> Path:
+    adapter = model.lora
+    if Path(adapter.path).exists() or not is_hub_id(adapter.path):
+        return Path(adapter.path, _FILE)
+    return Path(hf_hub_download(adapter.path, _FILE, revision=adapter.revision))

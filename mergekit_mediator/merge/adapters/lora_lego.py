@@ -1,23 +1,20 @@
 """`merge_method: lora_lego`: LoRA adapters of one base model become one adapter, as PEFT reads it."""
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope, ParameterSpec
 from pydantic import Field
-from safetensors.torch import save_file
 
 from mergekit_mediator.delta.factors import Factors
-from mergekit_mediator.delta.narrow import narrowed
-from mergekit_mediator.errors import ConfigError, InputError, OutputError
-from mergekit_mediator.merge.adapter_config import adapter_directory
-from mergekit_mediator.merge.lora import read_adapter
+from mergekit_mediator.errors import ConfigError, InputError
+from mergekit_mediator.merge.adapters.config import adapter_directory
+from mergekit_mediator.merge.adapters.lora import read_adapter, write_adapter
 from mergekit_mediator.merge.method_parameters import check_parameters
 from mergekit_mediator.merge.parameters import scalar, sources
 from mergekit_mediator.methods.lora_lego import METHOD, merge_factors
@@ -31,7 +28,6 @@ _SPEC = MergeMethodSpec(
         ),
     ),
 )
-_PREFIX = "base_model.model."
 
 
 def run(config: MergeConfiguration, out_path: str) -> None:
@@ -65,7 +61,10 @@ def run(config: MergeConfiguration, out_path: str) -> None:
         merged[name] = merge_factors(
             own, min(rank, common * len(own)), float(settings.get("lambda", 1.0))
         )
-    _write(Path(out_path), config, adapters, merged)
+    stored = [f.left.dtype for factors in adapters.values() for f in factors.values()]
+    widest = functools.reduce(torch.promote_types, stored)
+    dtype = dtype_from_name(config.out_dtype or config.dtype) or widest
+    write_adapter(Path(out_path), str(config.base_model), merged, dtype)
 
 
 def _read(model: ModelReference, base: ModelReference) -> dict[str, Factors]:
@@ -96,50 +95,3 @@ def _common_rank(adapters: Mapping[ModelReference, Mapping[str, Factors]]) -> in
             f"{low[2]}: adapters of one rank required, got {low[0]} in {low[1]} and {high[0]} in {high[1]}"
         )
     return low[0]
-
-
-def _write(
-    out: Path,
-    config: MergeConfiguration,
-    adapters: Mapping[ModelReference, Mapping[str, Factors]],
-    merged: Mapping[str, Factors],
-) -> None:
-    """Write `adapter_model.safetensors`, then `adapter_config.json`."""
-    stored = [f.left.dtype for factors in adapters.values() for f in factors.values()]
-    widest = functools.reduce(torch.promote_types, stored)
-    dtype = dtype_from_name(config.out_dtype or config.dtype) or widest
-    tensors, ranks = {}, {}
-    for name, factors in merged.items():
-        module = name.removesuffix(".weight")
-        root = factors.scales.abs().sqrt()
-        halves = {
-            "lora_A": (factors.right * root).T.contiguous(),
-            "lora_B": factors.left * root * factors.scales.sign(),
-        }
-        for half, tensor in halves.items():
-            key = f"{_PREFIX}{module}.{half}.weight"
-            tensors[key] = narrowed(tensor, dtype, key)
-        ranks[module] = factors.rank
-    largest = max(ranks.values())
-    pattern = {module: rank for module, rank in ranks.items() if rank != largest}
-    fields: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(config.base_model),
-        "r": largest,
-        "lora_alpha": largest,  # the scale is in the factors
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-        (out / "adapter_config.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error

@@ -12,10 +12,10 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_mediator.errors import InputError
-from mergekit_mediator.merge.adapted_model import AdaptedModel
-from mergekit_mediator.merge.adapter_config import adapter_directory, kind_of, read_adapter_config
-from mergekit_mediator.merge.adapter_whole import merge_whole
-from mergekit_mediator.merge.lora import changes_base
+from mergekit_mediator.merge.adapters.adapted_model import AdaptedModel
+from mergekit_mediator.merge.adapters.config import adapter_directory, kind_of, read_adapter_config
+from mergekit_mediator.merge.adapters.lora import changes_base
+from mergekit_mediator.merge.adapters.whole_model import merge_whole
 
 # PEFT merges these kinds one module at a time, from the module's own weights and the adapter's file. All other
 # kinds are merged as whole models: some of them decompose the base's weights when PEFT loads them.

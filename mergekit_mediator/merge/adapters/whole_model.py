@@ -12,8 +12,8 @@ from mergekit.options import MergeOptions
 from peft import PeftConfig
 
 from mergekit_mediator.errors import InputError, OutputError, first_line
-from mergekit_mediator.merge.adapted_model import adapt
-from mergekit_mediator.merge.adapter_config import adapter_directory, kind_of
+from mergekit_mediator.merge.adapters.adapted_model import adapt
+from mergekit_mediator.merge.adapters.config import adapter_directory, kind_of
 
 _LOG = logging.getLogger(__name__)
 
