@@ -30,7 +30,7 @@ from mergekit_mediator.evaluate.results import SystemResult, to_json
 from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
 from mergekit_mediator.evaluate.systems import base_system, expert_systems, route, sizes
-from mergekit_mediator.merge import encode
+from mergekit_mediator.merge.experts import encode
 from mergekit_mediator.merge.layers import nearest_middle
 
 BUDGET = {"budget": "1.0595x"}

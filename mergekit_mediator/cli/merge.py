@@ -15,15 +15,15 @@ from mergekit_mediator.cli.plots import plot_conflict, plot_curve
 from mergekit_mediator.delta.curve import KeptPoint, Point
 from mergekit_mediator.errors import ConfigError, first_line
 from mergekit_mediator.merge import plugin
-from mergekit_mediator.merge.budget import predict
 from mergekit_mediator.merge.conflict import METRICS
 from mergekit_mediator.merge.estimate import estimate
+from mergekit_mediator.merge.experts.budget import predict
 from mergekit_mediator.merge.inputs import HeaderInputs
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.low_rank_methods import ARTIFACTS, as_mediator
 from mergekit_mediator.merge.passes import Measured, Passes
 from mergekit_mediator.merge.preparation import prepared
-from mergekit_mediator.merge.prompted_plan import PROMPTED, plan_prompted
+from mergekit_mediator.merge.prompted.plan import PROMPTED, plan_prompted
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.merge.workers import workers
 

@@ -7,7 +7,7 @@ from mergekit_mediator.cli.tables import size, table
 from mergekit_mediator.delta.curve import KeptPoint, Point
 from mergekit_mediator.merge.conflict import METRICS
 from mergekit_mediator.merge.estimate import Estimate
-from mergekit_mediator.merge.prompted_plan import PromptedPlan
+from mergekit_mediator.merge.prompted.plan import PromptedPlan
 
 
 def plan_report(estimate: Estimate) -> str:

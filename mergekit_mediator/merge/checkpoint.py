@@ -16,8 +16,8 @@ from transformers.utils.hub import cached_file
 from mergekit_mediator import __version__
 from mergekit_mediator.errors import first_line
 from mergekit_mediator.merge.card import write_card
+from mergekit_mediator.merge.experts.keep import Kept
 from mergekit_mediator.merge.inputs import Inputs
-from mergekit_mediator.merge.keep import Kept
 from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.model_cards import license_of
@@ -45,7 +45,7 @@ class Merged:
         layers: the plans of the layers in order, all decided.
         parameter_count: the number of the dense expert's parameters.
         base_digests: the digest of each weight file of the base model by name.
-        slopes: the slope of each expert, see `budget.slopes_for`; empty without `bits` or `budget`.
+        slopes: the slope of each expert, see `experts.budget.slopes_for`; empty without `bits` or `budget`.
         tuned: the figures of each tuned expert by name.
         kept: the part of its gain that each expert keeps, by name; may be empty.
     """

@@ -66,7 +66,7 @@ class MediatorConfig(BaseModel):
         base_model: the model of which all experts are fine-tunes.
         experts: the name of each expert by its model, in the order of the configuration.
         prompts: by model, a file of prompts on which the stored form of this expert is tuned, see
-            `merge.tuning`. It requires `keep`, `bits` or a `budget`.
+            `merge.experts.tuning`. It requires `keep`, `bits` or a `budget`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

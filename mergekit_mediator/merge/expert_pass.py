@@ -9,17 +9,23 @@ from pathlib import Path
 from mergekit.common import ModelReference
 
 from mergekit_mediator.delta.allocation import Divergences
-from mergekit_mediator.merge.budget import bytes_over, predict_kept, slopes_for
 from mergekit_mediator.merge.dense_pass import DensePass
-from mergekit_mediator.merge.division import measure_divergences
-from mergekit_mediator.merge.encode import Encoder, adapters_for
 from mergekit_mediator.merge.estimate import dense_sizes
-from mergekit_mediator.merge.keep import CORRECTIONS, Kept, corrected, is_capped, warn_of_cap
+from mergekit_mediator.merge.experts.budget import bytes_over, predict_kept, slopes_for
+from mergekit_mediator.merge.experts.division import measure_divergences
+from mergekit_mediator.merge.experts.encode import Encoder, adapters_for
+from mergekit_mediator.merge.experts.keep import (
+    CORRECTIONS,
+    Kept,
+    corrected,
+    is_capped,
+    warn_of_cap,
+)
+from mergekit_mediator.merge.experts.spectra import SPECTRA, Spectra
+from mergekit_mediator.merge.experts.tuning import Tuning
 from mergekit_mediator.merge.lessons import Lessons
 from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
-from mergekit_mediator.merge.spectra import SPECTRA, Spectra
-from mergekit_mediator.merge.tuning import Tuning
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.store.expert_file import ExpertWriter
 from mergekit_mediator.store.manifest import EXPERTS, Tuned, files_below

@@ -25,9 +25,9 @@ from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict
+from mergekit_mediator.merge.experts.spectra import Spectra
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
-from mergekit_mediator.merge.spectra import Spectra
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
 from mergekit_mediator.route.response import is_measured, leading_directions

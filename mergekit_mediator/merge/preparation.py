@@ -10,9 +10,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_mediator.errors import ConfigError
-from mergekit_mediator.merge.budget import check_budget
 from mergekit_mediator.merge.conflict import Conflict
 from mergekit_mediator.merge.estimate import dense_sizes
+from mergekit_mediator.merge.experts.budget import check_budget
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.layers import LayerPlan, plan_layers
 from mergekit_mediator.merge.lessons import Prompts, read_all_prompts

@@ -22,13 +22,13 @@ from mergekit_mediator.errors import ConfigError, OutputError, first_line
 from mergekit_mediator.merge.checkpoint import Merged, describe, digest_base, write_model_files
 from mergekit_mediator.merge.dense_pass import DensePass, write_dense
 from mergekit_mediator.merge.expert_pass import write_experts
+from mergekit_mediator.merge.experts.spectra import spectra_in
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.lessons import prepare_lessons
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.preparation import Preparation, prepared
-from mergekit_mediator.merge.spectra import spectra_in
 from mergekit_mediator.merge.workers import workers
 from mergekit_mediator.route.response import ResponseRouter
 from mergekit_mediator.store.manifest import EXPERTS, RESPONSE, Change, Manifest

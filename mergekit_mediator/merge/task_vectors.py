@@ -49,9 +49,13 @@ def checking_and_measuring(stock: Any) -> Any:
             check_parameters(self.config, method.spec)
             if isinstance(method, PromptMethod):
                 # imports mergekit.merge, and so not before the plugin is complete
-                from mergekit_mediator.merge import prompt_figures, prompted_models
+                from mergekit_mediator.merge.prompted.figures import measure
+                from mergekit_mediator.merge.prompted.models import (
+                    PromptedModels,
+                    read_prompts_of_all,
+                )
 
-                prompts = prompted_models.read_prompts_of_all(self.config, method.spec.name)
+                prompts = read_prompts_of_all(self.config, method.spec.name)
             super()._plan()
             if is_tied(self.out_model_config):  # the same weight as the one that it is tied to
                 self._tensors = [(i, task) for i, task in self._tensors if not i.tied_names]
@@ -62,8 +66,8 @@ def checking_and_measuring(stock: Any) -> Any:
                 self._tensors = [(i, _with_figures(task, figures)) for i, task in self._tensors]
             elif isinstance(method, PromptMethod):
                 tasks = [task for _, task in self._tensors]
-                models = prompted_models.PromptedModels(tasks, self.options, prompts)
-                figures = prompt_figures.measure(method.spec.name, models)
+                models = PromptedModels(tasks, self.options, prompts)
+                figures = measure(method.spec.name, models)
                 self._tensors = [(i, _with_figures(task, figures)) for i, task in self._tensors]
 
     return Planner

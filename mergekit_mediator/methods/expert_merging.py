@@ -19,7 +19,7 @@ class ExpertMerging(PromptMethod):
     """Zhang et al. (2025), arXiv 2509.25712: τ = Σ_t c_lt τ_t with a coefficient for each layer l and expert t.
 
     The abstract names the alignment of hidden states and logits and a regulariser of coefficients. Their form is
-    ours; see `merge.coefficients`.
+    ours; see `merge.prompted.coefficients`.
 
     The figures of a weight are c, `[experts]`.
     """

@@ -268,7 +268,7 @@ def test_the_commands_take_consent(own_artifact, tmp_path, data, task):
 
 
 def test_tuning_takes_the_consent_of_the_merge(own_artifact, tmp_path, data, monkeypatch):
-    from mergekit_mediator.merge import tuning
+    from mergekit_mediator.merge.experts import tuning
     from mergekit_mediator.tune.teacher import answer
 
     monkeypatch.setattr(tuning, "answer", partial(answer, answer_tokens=4))

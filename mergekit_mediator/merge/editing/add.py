@@ -25,15 +25,15 @@ from mergekit_mediator.merge.editing.storage import (
     storage,
 )
 from mergekit_mediator.merge.editing.workspace import Edited, Workspace, change, editing
-from mergekit_mediator.merge.encode import adapters_for
 from mergekit_mediator.merge.expert_pass import write_experts
-from mergekit_mediator.merge.keep import Kept
+from mergekit_mediator.merge.experts.encode import adapters_for
+from mergekit_mediator.merge.experts.keep import Kept
+from mergekit_mediator.merge.experts.spectra import spectra_in
 from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.model_cards import license_of
 from mergekit_mediator.merge.passes import Measured, Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.preparation import Preparation, prepared
-from mergekit_mediator.merge.spectra import spectra_in
 from mergekit_mediator.merge.workers import workers
 from mergekit_mediator.models.loading import load_plain, load_tokenizer
 from mergekit_mediator.models.sources import is_hub_id
@@ -110,7 +110,7 @@ class _Added(NamedTuple):
     """The figures of the expert.
 
     Attributes:
-        slope: its slope, see `budget.slopes_for`; None without `keep`, `bits` and `budget`.
+        slope: its slope, see `experts.budget.slopes_for`; None without `keep`, `bits` and `budget`.
         kept: the part of its gain that it keeps; None without `keep`.
         averaged: the fraction of its squared change that is in averaged layers.
         directions: its leading directions by weight.

@@ -9,9 +9,9 @@ import pytest
 from commands import call
 from mergekit.common import ModelReference
 
-from mergekit_mediator.merge import division, tuning
-from mergekit_mediator.merge.division import CORRECTIONS, measure_divergences
-from mergekit_mediator.merge.spectra import Spectra
+from mergekit_mediator.merge.experts import division, tuning
+from mergekit_mediator.merge.experts.division import CORRECTIONS, measure_divergences
+from mergekit_mediator.merge.experts.spectra import Spectra
 from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.tune.teacher import answer
 

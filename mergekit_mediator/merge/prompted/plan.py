@@ -10,7 +10,7 @@ from mergekit_mediator.merge.estimate import dense_sizes, largest_activations, s
 from mergekit_mediator.merge.inputs import HeaderInputs
 from mergekit_mediator.merge.method_parameters import check_parameters
 from mergekit_mediator.merge.preparation import prepared
-from mergekit_mediator.merge.prompted_models import read_prompts_of_all
+from mergekit_mediator.merge.prompted.models import read_prompts_of_all
 from mergekit_mediator.methods.mediator import METHOD as MEDIATOR
 from mergekit_mediator.methods.with_prompts import WITH_PROMPTS
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from mergekit.common import ModelReference
 from torch import Tensor, nn
 
-from mergekit_mediator.merge.prompted_models import PromptedModels
-from mergekit_mediator.merge.stored_figures import FiguresOfWeights
+from mergekit_mediator.merge.prompted.models import PromptedModels
+from mergekit_mediator.merge.prompted.stored_figures import FiguresOfWeights
 from mergekit_mediator.methods.regmean_pp import RegressionMean
 from mergekit_mediator.models.blocks import (
     Call,

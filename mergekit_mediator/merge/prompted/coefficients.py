@@ -14,8 +14,8 @@ import torch
 from mergekit.common import ModelReference
 from torch import Tensor, nn
 
-from mergekit_mediator.merge.prompted_models import PromptedModels
-from mergekit_mediator.merge.stored_figures import FiguresOfWeights
+from mergekit_mediator.merge.prompted.models import PromptedModels
+from mergekit_mediator.merge.prompted.stored_figures import FiguresOfWeights
 from mergekit_mediator.models.blocks import decoder_blocks, weights_of
 from mergekit_mediator.tune.fit import divergences
 from mergekit_mediator.tune.gradients import gradients

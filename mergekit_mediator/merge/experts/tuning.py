@@ -15,9 +15,9 @@ from mergekit.common import ModelReference
 from tqdm import tqdm
 
 from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.merge.experts.model_in_memory import ModelInMemory
 from mergekit_mediator.merge.lessons import Lessons
 from mergekit_mediator.merge.loaders import OpenInputs
-from mergekit_mediator.merge.model_in_memory import ModelInMemory
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.models.prompts import pad_token

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_mediator.merge.coefficients import aligned_coefficients
-from mergekit_mediator.merge.prompted_models import PromptedModels
-from mergekit_mediator.merge.regression_means import regression_means
-from mergekit_mediator.merge.stored_figures import FiguresOfExperts, FiguresOfWeights
+from mergekit_mediator.merge.prompted.coefficients import aligned_coefficients
+from mergekit_mediator.merge.prompted.models import PromptedModels
+from mergekit_mediator.merge.prompted.regression_means import regression_means
+from mergekit_mediator.merge.prompted.stored_figures import FiguresOfExperts, FiguresOfWeights
 from mergekit_mediator.methods.expert_merging import ExpertMerging
 from mergekit_mediator.methods.fisher import Fisher
 from mergekit_mediator.methods.prompt_method import Figures

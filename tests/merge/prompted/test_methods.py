@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.errors import ConfigError
-from mergekit_mediator.merge import prompted_plan
+from mergekit_mediator.merge.prompted import plan as prompted_plan
 from mergekit_mediator.methods.with_prompts import WITH_PROMPTS
 from mergekit_mediator.tune.teacher import ANSWER_TOKENS
 

@@ -9,8 +9,8 @@ import pytest
 from commands import call, figures, write
 from mergekit.common import ModelReference
 
-from mergekit_mediator.merge import tuning
-from mergekit_mediator.merge.keep import CORRECTIONS, corrected
+from mergekit_mediator.merge.experts import tuning
+from mergekit_mediator.merge.experts.keep import CORRECTIONS, corrected
 from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.tune.teacher import answer
 

@@ -3,7 +3,7 @@ import pytest
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.merge import expert_pass
-from mergekit_mediator.merge.budget import slopes_for
+from mergekit_mediator.merge.experts.budget import slopes_for
 from mergekit_mediator.store.expert_file import open_expert
 from mergekit_mediator.store.manifest import read_manifest
 

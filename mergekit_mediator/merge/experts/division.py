@@ -7,7 +7,7 @@ from pathlib import Path
 from mergekit.common import ModelReference
 
 from mergekit_mediator.delta.allocation import Divergences
-from mergekit_mediator.merge.tuning import Tuning
+from mergekit_mediator.merge.experts.tuning import Tuning
 
 Slopes = Mapping[ModelReference, float]
 # Each correction writes the experts anew, and decomposes nothing.

@@ -3,8 +3,8 @@ import torch
 
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.tradeoff import tradeoff
-from mergekit_mediator.merge import spectra as module
-from mergekit_mediator.merge.spectra import SPECTRA, spectra_in
+from mergekit_mediator.merge.experts import spectra as module
+from mergekit_mediator.merge.experts.spectra import SPECTRA, spectra_in
 from mergekit_mediator.store.codec import encode_bytes
 from mergekit_mediator.store.manifest import files_below
 
