@@ -13,7 +13,7 @@ from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import Reference, StoredExperts
 from mergekit_mediator.export.figures import COLUMNS, ExportedExpert, said_of_ranks
 from mergekit_mediator.export.folder import export_adapters, export_shira
-from mergekit_mediator.export.gguf_folder import (
+from mergekit_mediator.export.gguf.folder import (
     DENSE_FILE,
     export_gguf_adapters,
     export_gguf_model,

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from mergekit_mediator.export.checkpoint import export_checkpoint
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.folder import export_adapters
-from mergekit_mediator.export.gguf_folder import export_gguf_adapters, export_gguf_model
+from mergekit_mediator.export.gguf.folder import export_gguf_adapters, export_gguf_model
 from mergekit_mediator.models.loading import load_plain
 
 TEXTS = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.errors import ExportError, first_line
-from mergekit_mediator.export.gguf_layout import gguf_package
+from mergekit_mediator.export.gguf.layout import gguf_package
 
 # The dtypes that GGUF holds as they are, by their names there.
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

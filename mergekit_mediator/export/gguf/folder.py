@@ -12,13 +12,13 @@ from mergekit_mediator.export.baked import BAKED, check_baked, distances_from_me
 from mergekit_mediator.export.card import write_card
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.figures import ExportedExpert, refuse_dropped
-from mergekit_mediator.export.gguf_layout import Layout, NotInGgufError
-from mergekit_mediator.export.gguf_lora import (
+from mergekit_mediator.export.gguf.layout import Layout, NotInGgufError
+from mergekit_mediator.export.gguf.lora import (
     as_gguf_adapter,
     holdable_in_gguf,
     write_gguf_lora,
 )
-from mergekit_mediator.export.gguf_model import GgufModel
+from mergekit_mediator.export.gguf.model import GgufModel
 from mergekit_mediator.export.new_folder import new_folder
 from mergekit_mediator.export.peft_lora import to_adapter
 from mergekit_mediator.models.prompts import Prompt

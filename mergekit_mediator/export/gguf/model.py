@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_mediator.export.gguf_file import GgufTensor, file_type, write_gguf
-from mergekit_mediator.export.gguf_layout import Layout, NotInGgufError, gguf_package
-from mergekit_mediator.export.gguf_vocabulary import Vocabulary
+from mergekit_mediator.export.gguf.file import GgufTensor, file_type, write_gguf
+from mergekit_mediator.export.gguf.layout import Layout, NotInGgufError, gguf_package
+from mergekit_mediator.export.gguf.vocabulary import Vocabulary
 from mergekit_mediator.models.loading import DenseCheckpoint
 from mergekit_mediator.models.modules import is_tied
 

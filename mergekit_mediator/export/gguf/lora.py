@@ -9,8 +9,8 @@ import torch
 
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter, Factors
-from mergekit_mediator.export.gguf_file import GgufTensor, write_gguf
-from mergekit_mediator.export.gguf_layout import Layout, gguf_package
+from mergekit_mediator.export.gguf.file import GgufTensor, write_gguf
+from mergekit_mediator.export.gguf.layout import Layout, gguf_package
 from mergekit_mediator.export.peft_lora import Holdable
 from mergekit_mediator.models.modules import is_tied
 

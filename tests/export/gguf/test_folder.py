@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.errors import ExportError
-from mergekit_mediator.export import gguf_folder
 from mergekit_mediator.export.experts import StoredExperts
-from mergekit_mediator.export.gguf_folder import export_gguf_adapters, export_gguf_model
-from mergekit_mediator.export.gguf_layout import NotInGgufError
+from mergekit_mediator.export.gguf import folder as gguf_folder
+from mergekit_mediator.export.gguf.folder import export_gguf_adapters, export_gguf_model
+from mergekit_mediator.export.gguf.layout import NotInGgufError
 
 IDS = torch.arange(3, 60)[None]
 # a model's constructor, and its tokenizer

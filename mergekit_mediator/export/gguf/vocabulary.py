@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_mediator.errors import first_line
-from mergekit_mediator.export.gguf_layout import NotInGgufError, gguf_package
+from mergekit_mediator.export.gguf.layout import NotInGgufError, gguf_package
 from mergekit_mediator.models.loading import load_tokenizer
 
 _WORDS = (
