@@ -27,12 +27,14 @@ from torch import Tensor
 from train_experts import REPORT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_mediator.delta import stored_weight as sparse
 from mergekit_mediator.delta import tradeoff as budget
 from mergekit_mediator.delta.approximate import approximate, as_matrix, is_vector
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Components, Factors
+from mergekit_mediator.delta.mixing import mix_
+from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.evaluate.results import Score
 from mergekit_mediator.evaluate.scorer import score
 from mergekit_mediator.evaluate.tasks import from_reasoning_gym
@@ -140,7 +142,7 @@ def stored_experts(
                 for other, tensor in stored.items()
                 if other == task or tensor.share
             ]
-            sparse.mix_(weight, chosen)
+            mix_(weight, chosen)
             states[task][name] = weight
     return 8 * stored_bytes / family.numel / len(family.tasks), states
 
@@ -163,15 +165,15 @@ def own_factors(family: Family) -> Callable[[str, str], StoredWeight]:
     def store(task: str, name: str) -> StoredWeight:
         weight, factors = family.base[name], family.adapters[task].get(name)
         if factors is None:
-            return sparse.encode(weight, weight, 1.0)
+            return encode(weight, weight, 1.0)
         return StoredWeight.of_factors(tuple(weight.shape), weight.dtype, factors, share)
 
     return store
 
 
-def plain(family: Family, values: sparse.Values, density: float) -> Callable[..., StoredWeight]:
+def plain(family: Family, values: Values, density: float) -> Callable[..., StoredWeight]:
     def store(task: str, name: str) -> StoredWeight:
-        return sparse.encode(family.experts[task][name], family.mean[name], density, values)
+        return encode(family.experts[task][name], family.mean[name], density, values)
 
     return store
 

@@ -22,7 +22,8 @@ from train_experts import REPORT_SEED
 from mergekit_mediator.delta.allocation import Allocation
 from mergekit_mediator.delta.approximate import approximate, as_matrix, is_vector
 from mergekit_mediator.delta.decomposition import decompose
-from mergekit_mediator.delta.stored_weight import StoredWeight, mix_
+from mergekit_mediator.delta.mixing import mix_
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.store.codec import encode_bytes

@@ -22,7 +22,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
-from mergekit_mediator.delta.stored_weight import encode
+from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.store.codec import decode_bytes, encode_bytes
 
 

@@ -17,7 +17,7 @@ from mergekit_mediator.delta import tradeoff
 from mergekit_mediator.delta.approximate import NORM_POWER, approximate, as_matrix, is_vector
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Components
-from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.store.codec import encode_bytes
 

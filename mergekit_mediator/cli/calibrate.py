@@ -47,7 +47,8 @@ def calibrate(
     from mergekit_mediator.cli.tables import calibration_report
     from mergekit_mediator.models.loading import load_plain, load_tokenizer
     from mergekit_mediator.route.calibrate import calibrate_artifact
-    from mergekit_mediator.store.manifest import read_manifest, verify_files
+    from mergekit_mediator.store.manifest import read_manifest
+    from mergekit_mediator.store.verification import verify_files
 
     if bool(data) == bool(add):
         raise click.UsageError("give --data for all experts, or --add for some")

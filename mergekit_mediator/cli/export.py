@@ -26,7 +26,8 @@ from mergekit_mediator.export.start_commands import (
     vllm_command,
 )
 from mergekit_mediator.models.prompt_files import read_prompts
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 _MODELS = ("checkpoint", "gguf")  # one plain model instead of adapters
 _FORMATS = ("peft", "peft-shira", "vllm", "sglang", "gguf-lora", "llama.cpp", *_MODELS)
@@ -120,14 +121,10 @@ def export(
     """
     verify_files(out, read_manifest(out))
     experts = StoredExperts(out, reference)
+    _check(engine, bake_mean, no_embeddings)
     if engine in _MODELS:
-        if bake_mean:
-            raise click.UsageError(
-                f"--bake-mean belongs to adapters: leave it out, a {engine} holds every weight"
-            )
         _export_model(experts, folder, engine, options.mixture(names), as_json)
         return
-    _check(engine, bake_mean, no_embeddings)
     prompts = read_prompts(prompts_file) if prompts_file else ()
     common: dict[str, Any] = {"drop": drop, "prompts": prompts}
     lora: dict[str, Any] = {
@@ -154,19 +151,19 @@ def export(
         model = str(folder / BAKED)
     command = _command(engine, model, folder, exported)
     if as_json:
-        figures: dict[str, Any] = {"experts": [expert.as_json() for expert in exported]}
-        click.echo(json.dumps({**figures, "model": model, "command": command}, indent=1))
-        return
-    click.echo(_report(exported))
-    if ranks := said_of_ranks(exported):
-        click.echo(f"\n{ranks}")
-    click.echo(f"\n{said_of_weights(exported, bake_mean)}")
-    if command:
-        click.echo(f"\n{command}")
+        figures = [expert.as_json() for expert in exported]
+        result = {"experts": figures, "model": model, "command": command}
+        click.echo(json.dumps(result, indent=1))
+    else:
+        _show(exported, bake_mean, command)
 
 
 def _check(engine: str, bake_mean: bool, no_embeddings: bool) -> None:
     """Refuse options that the format has not."""
+    if engine in _MODELS and bake_mean:
+        raise click.UsageError(
+            f"--bake-mean belongs to adapters: leave it out, a {engine} holds every weight"
+        )
     if engine == "peft-shira" and (bake_mean or no_embeddings):
         raise click.UsageError("--bake-mean and --no-embeddings belong to LoRA: leave them out")
     if engine == "gguf-lora" and bake_mean:
@@ -212,7 +209,17 @@ def _export_model(
         click.echo(f"{place}: a plain model of {tables.size(size)}, for {readers}")
 
 
-def _report(exported: list[ExportedExpert]) -> str:
+def _show(exported: list[ExportedExpert], bake_mean: bool, command: str | None) -> None:
+    """Show the figures of the adapters, and the commands that load them."""
+    click.echo(_table(exported))
+    if ranks := said_of_ranks(exported):
+        click.echo(f"\n{ranks}")
+    click.echo(f"\n{said_of_weights(exported, bake_mean)}")
+    if command:
+        click.echo(f"\n{command}")
+
+
+def _table(exported: list[ExportedExpert]) -> str:
     """Make the table of the adapters."""
     rows = [
         [

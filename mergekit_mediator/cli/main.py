@@ -69,7 +69,8 @@ def verify(out: str, base: Path | None, as_json: bool) -> None:
 
     Example: mergekit-mediator verify OUT --base models/base
     """
-    from mergekit_mediator.store.manifest import read_manifest, verify_base, verify_files
+    from mergekit_mediator.store.manifest import read_manifest
+    from mergekit_mediator.store.verification import verify_base, verify_files
 
     if Path(out).is_dir():
         manifest = read_manifest(Path(out))

@@ -24,7 +24,8 @@ from mergekit_mediator.export.low_rank import LowRank
 from mergekit_mediator.export.peft_lora import Holdable, to_adapter
 from mergekit_mediator.serve.mixture import Mixture
 from mergekit_mediator.share.pull import fetch_artifact
-from mergekit_mediator.store.manifest import MANIFEST, Manifest, digest
+from mergekit_mediator.store.digests import digest
+from mergekit_mediator.store.manifest import MANIFEST, Manifest
 
 # The disk holds the blends of this many servers that share the cache.
 _SERVERS_OF_A_MACHINE = 4

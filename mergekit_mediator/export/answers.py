@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter
 from mergekit_mediator.export.experts import StoredExperts

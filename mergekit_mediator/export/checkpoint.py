@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.new_folder import new_folder

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mergekit_mediator.delta.stored_weight import StoredWeight, mix_
+from mergekit_mediator.delta.mixing import mix_
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.models.loading import DenseCheckpoint
 from mergekit_mediator.store.expert_file import open_expert

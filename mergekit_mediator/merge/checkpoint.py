@@ -22,17 +22,16 @@ from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.model_cards import license_of
 from mergekit_mediator.remote_code import own_modules, write_remote_code
+from mergekit_mediator.store.digests import FileDigest, digests
 from mergekit_mediator.store.manifest import (
     CONFIG_SOURCE,
     FORMAT_VERSION,
     BaseEntry,
     Change,
     ExpertEntry,
-    FileDigest,
     LayerEntry,
     Manifest,
     Tuned,
-    digests,
     vouched_for,
 )
 

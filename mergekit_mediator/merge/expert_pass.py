@@ -22,6 +22,7 @@ from mergekit_mediator.merge.experts.keep import (
     warn_of_cap,
 )
 from mergekit_mediator.merge.experts.spectra import SPECTRA, Spectra
+from mergekit_mediator.merge.experts.storing import encode_experts
 from mergekit_mediator.merge.experts.tuning import Tuning
 from mergekit_mediator.merge.lessons import Lessons
 from mergekit_mediator.merge.passes import Passes
@@ -77,13 +78,13 @@ def write_experts(
     inputs = passes.inputs
     config, routed = inputs.config, dense.routed(weights)
     if not config.needs_costs:
-        _write(passes, weights, routed, spectra, out, {})
+        _write(passes, workers, weights, routed, spectra, out, {})
         return ExpertPass({}, {}, {})
     sizes = dense_sizes(inputs, weights)
     names = sorted({weight.info.name for weight in routed})
     checkpoint, others = _written(out)
     rate = partial(slopes_for, config, names, dense.measured, sizes, checkpoint)
-    write = partial(_write, passes, weights, routed, spectra, out)
+    write = partial(_write, passes, workers, weights, routed, spectra, out)
     tuning = Tuning(inputs, weights, lessons, workers, out)
     targets = dict.fromkeys(config.experts, config.keep or 0.0)
     spare, corrections = 0, CORRECTIONS if config.keep is not None else 0
@@ -129,6 +130,7 @@ def write_experts(
 
 def _write(
     passes: Passes,
+    workers: Workers,
     weights: Sequence[PlannedWeight],
     routed: Sequence[PlannedWeight],
     spectra: Spectra,
@@ -145,7 +147,9 @@ def _write(
             paths[model] = out / EXPERTS / f"{name}.safetensors"
             files[model] = ExpertWriter(paths[model], name)
             stack.callback(files[model].abandon)
-        for weight, model, encoded in passes.store(routed, out, encoder.encode):
+        for weight, model, encoded in encode_experts(
+            passes.inputs, workers, routed, out, encoder.encode
+        ):
             if encoded is not None:
                 files[model].append(weight.info.name, *encoded)
         for file in files.values():

@@ -1,17 +1,14 @@
 """The passes over the weights of a merge, which read one expert at a time.
 
-`measure` yields the conflict and the costs of each weight, `average` also the dense expert's weight, and `store`
-the experts' versions of the routed weights, encoded. Sums replace experts in memory, so memory does not grow
-with the number of experts.
+`measure` yields the conflict and the costs of each weight, and `average` also the dense expert's weight. Sums
+replace experts in memory, so memory does not grow with the number of experts. `experts.storing` has the pass that
+encodes the experts.
 """
 
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -21,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_mediator.delta.narrow import check_range, narrowed, range_error
-from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict
@@ -31,12 +27,6 @@ from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
 from mergekit_mediator.route.response import is_measured, leading_directions
-from mergekit_mediator.store.codec import encode_bytes
-from mergekit_mediator.store.description import Description
-
-Load = Callable[[ModelReference], Tensor]
-Encoded = tuple[Tensor, Description]
-Encode = Callable[[PlannedWeight, ModelReference, Tensor, Load], StoredWeight | None]
 
 
 @dataclass(frozen=True)
@@ -145,50 +135,6 @@ class Passes:
         """
         return self._each("measure and average", weights, partial(self._average, routed, costed))
 
-    def store(
-        self, weights: Sequence[PlannedWeight], out: Path, encode: Encode
-    ) -> Iterator[tuple[PlannedWeight, ModelReference, Encoded | None]]:
-        """Encode every expert's version of every routed weight.
-
-        Args:
-            weights: the routed weights, in the order of the results.
-            out: the directory of the dense expert.
-            encode: encodes a weight of an expert; its arguments are those of `Encoder.encode`.
-
-        Yields:
-            The weight, the expert, and the encoded weight; None instead of the latter if the expert stores
-            nothing.
-
-        Raises:
-            InputError: see `OpenInputs.load` and `encode`.
-        """
-        inputs, written = self.inputs, self.inputs.reader(out)
-        sizes = [[inputs.input_bytes(w, [model]) for model in inputs.experts] for w in weights]
-
-        def items() -> Iterator[_Item]:
-            for weight, by_expert in zip(weights, sizes, strict=True):
-                base = _Once(partial(inputs.load, weight, inputs.base))
-                dense = _Once(partial(written, weight.info.name))
-                for model, size in zip(inputs.experts, by_expert, strict=True):
-                    yield _Item(weight, model, size, base, dense)
-
-        def encoded(item: _Item) -> tuple[_Item, Encoded | None]:
-            weight, dense = item.weight, item.dense()
-            if not dense.is_floating_point():
-                return item, None
-
-            def load(model: ModelReference) -> Tensor:
-                return item.base() if model == inputs.base else inputs.load(weight, model, dense)
-
-            stored = encode(weight, item.model, dense, load)
-            return item, None if stored is None else encode_bytes(stored, dense)
-
-        with self._bar("store", sum(map(sum, sizes))) as bar:
-            for item, stored in self._workers(encoded, items(), lambda item: item.size):
-                bar.set_postfix_str(f"{item.weight.info.name} of {item.model}", refresh=False)
-                yield item.weight, item.model, stored
-                bar.update(item.size)
-
     def _each(
         self,
         description: str,
@@ -197,7 +143,7 @@ class Passes:
     ) -> Iterator[tuple[PlannedWeight, Any]]:
         """Apply a function to every weight; yield the weights with the results in order."""
         sizes = {weight.info.name: self.inputs.input_bytes(weight) for weight in weights}
-        with self._bar(description, sum(sizes.values())) as bar:
+        with bytes_bar(description, sum(sizes.values()), self.inputs.options.quiet) as bar:
             results = self._workers(function, weights, lambda weight: sizes[weight.info.name])
             for weight, result in zip(weights, results, strict=True):
                 bar.set_postfix_str(weight.info.name, refresh=False)
@@ -329,39 +275,9 @@ class Passes:
             return DenseVersions(averaged, averaged)
         return DenseVersions(averaged, version(routed_scale))
 
-    @contextmanager
-    def _bar(self, description: str, size: int) -> "Iterator[tqdm[Any]]":
-        with tqdm(
-            total=size,
-            desc=description,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            disable=self.inputs.options.quiet,
-        ) as bar:
-            yield bar
 
-
-@dataclass(frozen=True)
-class _Item:
-    """One expert's version of one weight, with the base's and the dense expert's weight; `size` in bytes."""
-
-    weight: PlannedWeight
-    model: ModelReference
-    size: int
-    base: "_Once"
-    dense: "_Once"
-
-
-class _Once:
-    """A tensor that workers share. The first call loads it; it stays in memory while an item refers to it."""
-
-    def __init__(self, load: Callable[[], Tensor]) -> None:
-        self._load, self._lock = load, Lock()
-        self._tensor: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        with self._lock:
-            if self._tensor is None:
-                self._tensor = self._load()
-            return self._tensor
+def bytes_bar(description: str, size: int, quiet: bool) -> "tqdm[Any]":
+    """Make a progress bar that counts bytes, and is hidden if `quiet`."""
+    return tqdm(
+        total=size, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet
+    )

@@ -25,16 +25,16 @@ from mergekit_mediator.route.features import (
 )
 from mergekit_mediator.route.fit import Calibration
 from mergekit_mediator.store import durable
+from mergekit_mediator.store.digests import digest
 from mergekit_mediator.store.manifest import (
     ROUTER,
     Manifest,
-    digest,
     is_router_left_behind,
     read_manifest,
-    verify_files,
     write_manifest,
 )
 from mergekit_mediator.store.output_lock import output_lock
+from mergekit_mediator.store.verification import verify_files
 
 # The entry of the manifest about a router whose features come from an earlier dense expert.
 OLD_DENSE = "old_dense"

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from mergekit_mediator.delta.stored_weight import Displaced
+from mergekit_mediator.delta.mixing import Displaced
 from mergekit_mediator.serve.residency import tensor_bytes
 
 K = TypeVar("K", bound=Hashable)

@@ -6,14 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mergekit_mediator.delta.stored_weight import (
-    Displaced,
-    StoredWeight,
-    displace,
-    mix_,
-    overwriting,
-    restore_,
-)
+from mergekit_mediator.delta.mixing import Displaced, displace, mix_, overwriting, restore_
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.models.locate import fingerprint, locate_weights
 from mergekit_mediator.serve.memory import Memory
 from mergekit_mediator.serve.mixture import Mixture

@@ -260,7 +260,7 @@ def _thin(weight: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _row_weights(weight: Tensor, parts: Parts, batch: int) -> Tensor:
-    """Sum a small weight for each row as `stored_weight.mix_` does: `[batch, *shape]` float32."""
+    """Sum a small weight for each row as `mixing.mix_` does: `[batch, *shape]` float32."""
     flat = weight.reshape(-1)
     rows = flat.to(torch.float32).repeat(batch, 1)
     for part in parts:

@@ -9,6 +9,7 @@ import yaml
 
 from mergekit_mediator.errors import ShareError
 from mergekit_mediator.models.sources import public_name, without_directories
+from mergekit_mediator.store.digests import FileDigest, digest_of
 from mergekit_mediator.store.evaluation import read_evaluation
 from mergekit_mediator.store.manifest import (
     CARD,
@@ -16,9 +17,7 @@ from mergekit_mediator.store.manifest import (
     EVALUATION,
     MANIFEST,
     PICTURES,
-    FileDigest,
     Manifest,
-    digest_of,
     manifest_text,
 )
 

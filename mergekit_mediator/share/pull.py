@@ -11,12 +11,8 @@ from huggingface_hub import snapshot_download
 from mergekit_mediator.errors import ShareError
 from mergekit_mediator.models.sources import is_hub_id
 from mergekit_mediator.share.failures import failures
-from mergekit_mediator.store.manifest import (
-    MANIFEST,
-    Manifest,
-    read_manifest,
-    verify_files,
-)
+from mergekit_mediator.store.manifest import MANIFEST, Manifest, read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 
 @dataclass(frozen=True)

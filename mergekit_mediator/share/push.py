@@ -20,8 +20,8 @@ from mergekit_mediator.store.manifest import (
     PICTURES,
     Manifest,
     read_manifest,
-    verify_files,
 )
+from mergekit_mediator.store.verification import verify_files
 
 
 @dataclass(frozen=True)

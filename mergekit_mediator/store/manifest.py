@@ -1,10 +1,6 @@
 """The manifest of an artifact: its experts and layers, and the digests of all its files."""
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -12,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store import durable, in_place
-from mergekit_mediator.store.loaded_files import loaded_files
+from mergekit_mediator.store.digests import FileDigest
 from mergekit_mediator.store.staging_directories import staging_directories
 
 MANIFEST = "mediator/manifest.json"
@@ -31,18 +27,6 @@ EXPERT_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileDigest(_Model):
-    """The content that a file must have.
-
-    Attributes:
-        sha256: of the content, in hexadecimal.
-        bytes: the size of the file.
-    """
-
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    bytes: Annotated[int, Field(ge=0)]
 
 
 class BaseEntry(_Model):
@@ -201,35 +185,6 @@ class Manifest(_Model):
         return tuple(layer for layer in self.layers if layer.routed)
 
 
-def digest(path: Path) -> FileDigest:
-    """Compute the digest of a file, which is read once as a stream.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return FileDigest(sha256=state.hexdigest(), bytes=path.stat().st_size)
-
-
-def digest_of(content: bytes) -> FileDigest:
-    """The digest of a file with this content."""
-    return FileDigest(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-
-
-def digests(root: Path, names: Iterable[str]) -> dict[str, FileDigest]:
-    """Compute the digests of files below a directory by two threads; hashing leaves the interpreter free.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    ordered = list(names)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ordered, pool.map(lambda name: digest(root / name), ordered), strict=True))
-
-
 def files_below(root: Path) -> list[str]:
     """List all files of an artifact but its manifest, as sorted paths inside it."""
     paths = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
@@ -290,42 +245,6 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def verify_files(root: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Check size and digest of every file that the manifest names, and that loading reads no other file.
-
-    Args:
-        root: of the artifact.
-        manifest: of the artifact.
-        names: the files to check, of those that the manifest names; None for all.
-
-    Raises:
-        ArtifactError: a file is missing or differs, or loading would read a file that the manifest does not
-            name. The error names the first such file.
-    """
-    checked = list(manifest.files if names is None else names)
-    for name in checked:
-        path, expected = root / name, manifest.files[name]
-        if not path.is_file():
-            raise ArtifactError(f"{path}: missing, but the manifest names it")
-        if path.stat().st_size != expected.bytes:
-            raise ArtifactError(
-                f"{path}: {expected.bytes} bytes required, got {path.stat().st_size}"
-            )
-    with _reading(root):
-        for name in loaded_files(root):
-            if name not in manifest.files and not is_router_left_behind(name, manifest):
-                raise ArtifactError(
-                    f"{root / name}: the manifest does not name it, but loading would read it: remove it"
-                )
-        read = digests(root, checked)
-    for name, actual in read.items():
-        if actual != manifest.files[name]:
-            raise ArtifactError(
-                f"{root / name}: SHA-256 {manifest.files[name].sha256[:12]}… required, got "
-                f"{actual.sha256[:12]}…: the file was altered after the merge"
-            )
-
-
 def is_router_left_behind(name: str, manifest: Manifest) -> bool:
     """Tell whether a file is a router that nobody reads, since `calibrate` was interrupted.
 
@@ -336,34 +255,3 @@ def is_router_left_behind(name: str, manifest: Manifest) -> bool:
     if name == ROUTER:
         return manifest.router_file not in (None, ROUTER)
     return bool(_ROUTER_FILE.fullmatch(name)) and name != manifest.router_file
-
-
-def verify_base(base: Path, manifest: Manifest) -> None:
-    """Check that a local directory holds the base model that the artifact was made from.
-
-    Raises:
-        ArtifactError: a weight file is missing or differs. The error names the first such file.
-    """
-    for name, expected in manifest.base.files.items():
-        path = base / name
-        if not path.is_file():
-            raise ArtifactError(
-                f"{path}: missing, but a weight file of the base model {manifest.base.source}"
-            )
-        with _reading(base):
-            actual = digest(path)
-        if actual != expected:
-            raise ArtifactError(
-                f"{path}: SHA-256 {expected.sha256[:12]}… required, got {actual.sha256[:12]}…: name the "
-                f"directory of the base of this artifact, {manifest.base.source}"
-            )
-
-
-@contextmanager
-def _reading(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"{error.filename or root}: cannot be read: {error.strerror or error}"
-        ) from error

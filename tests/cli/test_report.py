@@ -7,7 +7,8 @@ from commands import call, figures, write
 
 from mergekit_mediator.cli.report_page import report_page
 from mergekit_mediator.store.evaluation import Evaluation, loaded_digest, write_evaluation
-from mergekit_mediator.store.manifest import BaseEntry, read_manifest, verify_files
+from mergekit_mediator.store.manifest import BaseEntry, read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 EVALUATION = Evaluation.model_validate(records.evaluation())
 # Elements without an end.

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from mergekit_mediator.delta.approximate import NORM_POWER, approximate
 from mergekit_mediator.delta.factors import Factors
-from mergekit_mediator.delta.stored_weight import StoredWeight, mix_, restore_
+from mergekit_mediator.delta.mixing import mix_, restore_
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.store.codec import decode_bytes, encode_bytes
 
 SHAPES = st.sampled_from([(), (0,), (1,), (9,), (0, 4), (1, 5), (5, 1), (12, 20), (3, 4, 6)])

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.kth_largest import count_kept
-from mergekit_mediator.delta.stored_weight import encode, mix_, restore_
+from mergekit_mediator.delta.mixing import mix_, restore_
+from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.value_forms import VALUES
 from mergekit_mediator.errors import InputError
 

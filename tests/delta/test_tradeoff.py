@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mergekit_mediator.delta.approximate import approximate
-from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.delta.tradeoff import SLOPES, slope_for, tradeoff
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.store.codec import encode_bytes

@@ -35,7 +35,8 @@ from mergekit_mediator.errors import MediatorError
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.models.loading import load_plain, load_tokenizer
 from mergekit_mediator.route.calibrate import calibrate_artifact
-from mergekit_mediator.store.manifest import ROUTER, read_manifest, verify_files
+from mergekit_mediator.store.manifest import ROUTER, read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 STOPPED = [
     ("exchange", "new"),

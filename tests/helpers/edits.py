@@ -12,7 +12,8 @@ from mergekit_mediator import MediatorModel
 from mergekit_mediator.models.loading import DenseCheckpoint, load_plain, load_tokenizer
 from mergekit_mediator.route.calibrate import calibrate_artifact
 from mergekit_mediator.store.expert_file import open_expert
-from mergekit_mediator.store.manifest import MANIFEST, PICTURES, read_manifest, verify_files
+from mergekit_mediator.store.manifest import MANIFEST, PICTURES, read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 NAMES = ("math", "code", "chat")
 # The forms of experts by name: relative to the dense expert or to the base, with and without averaged layers.

@@ -9,7 +9,9 @@ from safetensors import safe_open
 
 from mergekit_mediator.errors import MediatorError
 from mergekit_mediator.store import manifest as artifact
-from mergekit_mediator.store.manifest import MANIFEST, digest
+from mergekit_mediator.store.digests import digest
+from mergekit_mediator.store.manifest import MANIFEST
+from mergekit_mediator.store.verification import verify_files
 
 MIB = 1 << 20
 _BLOCK = 1 << 17  # the most that one zstandard block holds
@@ -89,7 +91,7 @@ def sign(out, *names):
     for name in names:
         manifest["files"][name] = digest(out / name).model_dump()
     (out / MANIFEST).write_text(json.dumps(manifest))
-    artifact.verify_files(out, artifact.read_manifest(out))
+    verify_files(out, artifact.read_manifest(out))
 
 
 def shapes_of(path):

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.errors import ArtifactError
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.store.staging import Staging
+from mergekit_mediator.store.verification import verify_files
 
 TIME = 1_500_000_000
 MINE = {

@@ -1,12 +1,7 @@
 """Figures of an artifact, its router and its evaluation, as the commands give them."""
 
-from mergekit_mediator.store.manifest import (
-    BaseEntry,
-    ExpertEntry,
-    FileDigest,
-    LayerEntry,
-    Manifest,
-)
+from mergekit_mediator.store.digests import FileDigest
+from mergekit_mediator.store.manifest import BaseEntry, ExpertEntry, LayerEntry, Manifest
 
 EXPERTS = ["math", "code"]
 SIZES = {

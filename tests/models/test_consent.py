@@ -17,7 +17,8 @@ from mergekit_mediator import MediatorModel, remote
 from mergekit_mediator.cli.main import main
 from mergekit_mediator.errors import ArtifactError, MediatorError
 from mergekit_mediator.models.loading import load_plain, load_tokenizer
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 PLANTS = {"model": give_model_code, "tokenizer": give_tokenizer_code}

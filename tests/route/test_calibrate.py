@@ -14,7 +14,8 @@ from mergekit_mediator.route.calibrate import calibrate_artifact
 from mergekit_mediator.route.features import hidden_features
 from mergekit_mediator.serve.model import MediatorModel
 from mergekit_mediator.store import manifest as artifact
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 WORDS = {"math": range(0, 3), "code": range(20, 23), "chat": range(40, 43)}
 

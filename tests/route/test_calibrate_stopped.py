@@ -14,8 +14,10 @@ from mergekit_mediator.cli.main import main
 from mergekit_mediator.errors import ArtifactError, OutputError
 from mergekit_mediator.route import calibrate
 from mergekit_mediator.store import manifest as artifact
-from mergekit_mediator.store.manifest import MANIFEST, ROUTER, read_manifest, verify_files
+from mergekit_mediator.store.digests import digest
+from mergekit_mediator.store.manifest import MANIFEST, ROUTER, read_manifest
 from mergekit_mediator.store.output_lock import output_lock
+from mergekit_mediator.store.verification import verify_files
 
 NAMES = ("math", "code", "chat")
 
@@ -216,7 +218,7 @@ def test_an_artifact_of_an_earlier_version_loads_and_is_calibrated(out, model, d
     """The router has the usual name from the start, and still has it afterwards."""
     fit(out, model, data["first"])
     assert read_manifest(out).router_file == ROUTER == "mediator/router.safetensors"
-    assert artifact.digest(out / ROUTER) == read_manifest(out).files[ROUTER]
+    assert digest(out / ROUTER) == read_manifest(out).files[ROUTER]
     fit(out, model, {"math": data["second"]["math"]})
     assert MediatorModel.from_pretrained(out).manifest.router["prompts"]["code"] == 6
 

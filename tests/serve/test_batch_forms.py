@@ -10,7 +10,8 @@ from transformers.generation import StoppingCriteria
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.delta.factors import Factors
-from mergekit_mediator.delta.stored_weight import StoredWeight, mix_, restore_
+from mergekit_mediator.delta.mixing import mix_, restore_
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import RoutingError
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.serve.mixture import DENSE, Mixture

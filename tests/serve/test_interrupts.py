@@ -7,7 +7,7 @@ from attack_interrupts import MIXTURES, Target
 from moments import moments
 from routed_pico import build
 
-from mergekit_mediator.delta.stored_weight import encode
+from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.serve.residency import Experts, stored_bytes
 
 

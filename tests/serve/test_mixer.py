@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mergekit_mediator.delta.factors import Factors
-from mergekit_mediator.delta.stored_weight import StoredWeight, encode
+from mergekit_mediator.delta.sparse import encode
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.serve import placer
 from mergekit_mediator.serve.mixer import Mixer

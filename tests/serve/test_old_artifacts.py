@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 ARTIFACT = Path(__file__).parents[1] / "data" / "old_artifact"
 EXPECTED = json.loads(ARTIFACT.with_name("old_artifact_expected.json").read_text())

@@ -5,7 +5,8 @@ from commands import call
 from huggingface_hub import snapshot_download
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 
 def test_a_pull_a_change_and_a_push_change_the_repository(pushed, artifact, tmp_path):

@@ -11,16 +11,16 @@ from routed_pico import build
 from mergekit_mediator.errors import ArtifactError, ShareError
 from mergekit_mediator.share.card_examples import loading_from
 from mergekit_mediator.share.push import prepare, push
+from mergekit_mediator.store.digests import digest
 from mergekit_mediator.store.evaluation import Evaluation, loaded_digest, write_evaluation
 from mergekit_mediator.store.manifest import (
     EVALUATION,
     MANIFEST,
     PICTURES,
-    digest,
     read_manifest,
-    verify_files,
     write_manifest,
 )
+from mergekit_mediator.store.verification import verify_files
 
 
 @pytest.fixture

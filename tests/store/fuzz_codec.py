@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["mergekit_mediator"]):
     import torch
 
     from mergekit_mediator.delta.approximate import approximate
-    from mergekit_mediator.delta.stored_weight import encode
+    from mergekit_mediator.delta.sparse import encode
     from mergekit_mediator.delta.value_forms import VALUES
     from mergekit_mediator.errors import ArtifactError
     from mergekit_mediator.store.codec import decode_bytes, encode_bytes

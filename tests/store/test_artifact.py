@@ -13,14 +13,10 @@ from mergekit_mediator.errors import ArtifactError, OutputError
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.store import durable
 from mergekit_mediator.store import manifest as artifact
+from mergekit_mediator.store.digests import digest
 from mergekit_mediator.store.expert_file import ExpertWriter
-from mergekit_mediator.store.manifest import (
-    MANIFEST,
-    digest,
-    read_manifest,
-    verify_base,
-    verify_files,
-)
+from mergekit_mediator.store.manifest import MANIFEST, read_manifest
+from mergekit_mediator.store.verification import verify_base, verify_files
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from records import manifest
 
 from mergekit_mediator.errors import ArtifactError, OutputError
 from mergekit_mediator.store.card import generated_part, refresh_card
+from mergekit_mediator.store.digests import FileDigest
 from mergekit_mediator.store.evaluation import Evaluation
-from mergekit_mediator.store.manifest import PICTURES, FileDigest
+from mergekit_mediator.store.manifest import PICTURES
 
 EVALUATION = Evaluation.model_validate(records.evaluation())
 HEADER = "---\n# ours\nlicense: mit\ntags: [merge]\n---\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import bit_patterns
-from mergekit_mediator.delta.stored_weight import encode
+from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.value_forms import VALUES
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store.codec import decode_bytes, encode_bytes

@@ -4,18 +4,14 @@ import pytest
 import records
 
 from mergekit_mediator.errors import ArtifactError
+from mergekit_mediator.store.digests import digest_of
 from mergekit_mediator.store.evaluation import (
     Evaluation,
     loaded_digest,
     read_evaluation,
     write_evaluation,
 )
-from mergekit_mediator.store.manifest import (
-    EVALUATION,
-    BaseEntry,
-    Manifest,
-    digest_of,
-)
+from mergekit_mediator.store.manifest import EVALUATION, BaseEntry, Manifest
 
 
 def manifest(**files):

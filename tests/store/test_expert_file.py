@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mergekit_mediator.delta.stored_weight import encode, mix_
+from mergekit_mediator.delta.mixing import mix_
+from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.value_forms import VALUES
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from mergekit_mediator.delta.stored_weight import encode
+from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
 from mergekit_mediator.store.expert_header import ExpertHeader, open_header

@@ -20,7 +20,8 @@ from mergekit_mediator.cli.main import main
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.store.loaded_files import is_of_a_model, loaded_files
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 SOURCES = Path(transformers.__file__).parent
 READ_BY_NO_LOADER = {"modelcard.json"}

@@ -16,9 +16,10 @@ from mergekit.options import MergeOptions
 
 from mergekit_mediator.errors import OutputError
 from mergekit_mediator.merge.run import run
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.store.output_lock import output_lock
 from mergekit_mediator.store.staging import Staging
+from mergekit_mediator.store.verification import verify_files
 
 BUSY = r"process \d+ on \S+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*, writes there: wait until it"
 

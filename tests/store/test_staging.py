@@ -13,8 +13,10 @@ from outputs import CASES, TIME, Output, by, publish
 from mergekit_mediator.errors import OutputError
 from mergekit_mediator.store import durable
 from mergekit_mediator.store import manifest as artifact
-from mergekit_mediator.store.manifest import EVALUATION, PICTURES, read_manifest, verify_files
+from mergekit_mediator.store.digests import digests
+from mergekit_mediator.store.manifest import EVALUATION, PICTURES, read_manifest
 from mergekit_mediator.store.staging import Staging
+from mergekit_mediator.store.verification import verify_files
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def old(family, tmp_path_factory):
     out = merged(family, tmp_path_factory.mktemp("old") / "out", density=0.25)
     (out / "chat_template.json").write_text("{}")
     manifest = read_manifest(out)
-    more = artifact.digests(out, ["chat_template.json"])
+    more = digests(out, ["chat_template.json"])
     artifact.write_manifest(out, manifest.model_copy(update={"files": {**manifest.files, **more}}))
     return out
 

@@ -9,7 +9,7 @@ import torch
 
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.factors import unrounded
-from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.errors import PromptError
 from mergekit_mediator.models.locate import locate_weights
 from mergekit_mediator.store.codec import encode_bytes

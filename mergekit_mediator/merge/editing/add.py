@@ -38,7 +38,8 @@ from mergekit_mediator.merge.workers import workers
 from mergekit_mediator.models.loading import load_plain, load_tokenizer
 from mergekit_mediator.models.sources import is_hub_id
 from mergekit_mediator.route.calibrate import fit_artifact
-from mergekit_mediator.store.manifest import CONFIG_SOURCE, ExpertEntry, Manifest, verify_base
+from mergekit_mediator.store.manifest import CONFIG_SOURCE, ExpertEntry, Manifest
+from mergekit_mediator.store.verification import verify_base
 
 
 def add_expert(

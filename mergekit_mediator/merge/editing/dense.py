@@ -3,7 +3,7 @@
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mergekit_mediator.delta.stored_weight import mix_
+from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.merge.editing.workspace import Workspace
 from mergekit_mediator.store import durable
 

@@ -16,13 +16,8 @@ from mergekit_mediator.merge.editing.workspace import Edited, change
 from mergekit_mediator.merge.low_rank_methods import as_mediator
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.models.sources import is_hub_id
-from mergekit_mediator.store.manifest import (
-    CONFIG_SOURCE,
-    ExpertEntry,
-    Manifest,
-    read_manifest,
-    verify_files,
-)
+from mergekit_mediator.store.manifest import CONFIG_SOURCE, ExpertEntry, Manifest, read_manifest
+from mergekit_mediator.store.verification import verify_files
 
 
 def rebuild_without(

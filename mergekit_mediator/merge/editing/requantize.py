@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.delta.approximate import approximate
-from mergekit_mediator.delta.stored_weight import StoredWeight, encode
+from mergekit_mediator.delta.sparse import encode
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import slope_for, tradeoff
 from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.errors import EditError

@@ -17,18 +17,18 @@ from mergekit_mediator import __version__
 from mergekit_mediator.errors import EditError, OutputError, first_line
 from mergekit_mediator.merge.editing.card import renew_card
 from mergekit_mediator.models.loading import DenseCheckpoint
+from mergekit_mediator.store.digests import digests
 from mergekit_mediator.store.expert_file import ExpertFile, open_expert
 from mergekit_mediator.store.manifest import (
     CARD,
     Change,
     ExpertEntry,
     Manifest,
-    digests,
     read_manifest,
-    verify_files,
     vouched_for,
 )
 from mergekit_mediator.store.staging import Staging
+from mergekit_mediator.store.verification import verify_files
 
 # Errors of file systems that give a file no second name.
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)

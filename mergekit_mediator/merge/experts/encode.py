@@ -9,15 +9,16 @@ from torch import Tensor
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.narrow import check_range, narrowed
-from mergekit_mediator.delta.stored_weight import StoredWeight, encode
+from mergekit_mediator.delta.sparse import encode
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.merge.adapters.config import adapter_directory
 from mergekit_mediator.merge.adapters.lora import read_adapter
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.conflict import task_vectors
 from mergekit_mediator.merge.experts.shared_bases import SharedBases
 from mergekit_mediator.merge.experts.spectra import Spectra
+from mergekit_mediator.merge.experts.storing import Load
 from mergekit_mediator.merge.loaders import OpenInputs
-from mergekit_mediator.merge.passes import Load
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.methods.singular import leading_triples
 

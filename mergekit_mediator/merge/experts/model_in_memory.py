@@ -7,7 +7,8 @@ from typing import Any
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_mediator.delta.stored_weight import StoredWeight, mix_
+from mergekit_mediator.delta.mixing import mix_
+from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.models.loading import load_plain

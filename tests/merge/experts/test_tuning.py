@@ -16,7 +16,8 @@ from mergekit_mediator.cli.inspection import inspect_figures, inspect_report
 from mergekit_mediator.cli.main import main
 from mergekit_mediator.merge.experts import tuning
 from mergekit_mediator.models.prompts import render
-from mergekit_mediator.store.manifest import read_manifest, verify_files
+from mergekit_mediator.store.manifest import read_manifest
+from mergekit_mediator.store.verification import verify_files
 from mergekit_mediator.tune import fit as distil
 from mergekit_mediator.tune.teacher import answer
 

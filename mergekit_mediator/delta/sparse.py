@@ -1,0 +1,119 @@
+"""The sparse form of an expert's weight: the coordinates that differ most, exact or quantised."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergekit_mediator.delta.float_bits import bit_patterns
+from mergekit_mediator.delta.kth_largest import (
+    chunks,
+    compare,
+    count_kept,
+    kth_largest,
+    lower_bound,
+)
+from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.delta.value_forms import Values
+from mergekit_mediator.errors import InputError
+
+_LARGEST_CODE = {"int8": 127, "int4": 7, "sign": 1}
+
+
+def encode(
+    expert: Tensor, dense: Tensor, density: float, values: Values = "exact", device: str = "cpu"
+) -> StoredWeight:
+    """Store the coordinates at which an expert differs most from the dense expert.
+
+    Args:
+        expert: any shape, in the dtype of the dense expert.
+        dense: the dense expert's weight, as the checkpoint will hold it.
+        density: fraction in (0, 1] of the coordinates to store. Of equal magnitudes the first positions are
+            stored. Coordinates that do not differ are never stored.
+        values: `exact` or one of the quantised forms.
+        device: the device that computes, chunk by chunk.
+
+    Raises:
+        InputError: a quantised form is asked for, and a weight is not finite.
+    """
+    flat_expert, flat_dense = expert.reshape(-1), dense.reshape(-1)
+    positions = _select(flat_expert, flat_dense, density, values == "exact", device)
+    places = positions.to(flat_expert.device)
+    codes, scale = flat_expert.index_select(0, places), 1.0
+    if values != "exact":
+        reference = flat_dense.index_select(0, places).to(torch.float32)
+        delta = codes.to(torch.float32) - reference
+        if not bool(delta.isfinite().all()):
+            raise InputError(
+                f"{values} values require finite weights: set `values: exact`, which stores all weights"
+            )
+        codes, scale = _quantise(delta, values)
+        positions, codes = positions[codes.cpu() != 0], codes[codes != 0]
+    return StoredWeight(tuple(expert.shape), dense.dtype, values, positions, codes.cpu(), scale)
+
+
+def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device: str) -> Tensor:
+    """Ascending positions `[k]` on the CPU, int32 if they fit, of the coordinates to store."""
+    numel = expert.numel()
+    count = count_kept(numel, density)
+
+    def magnitudes(part: slice) -> Tensor:
+        delta = expert[part].to(device, torch.float32) - dense[part].to(device, torch.float32)
+        return delta.abs_()
+
+    def candidates(bound: float) -> tuple[Tensor, Tensor]:
+        """Positions and |Δ| of coordinates that are not below a bound; with bound 0, of those that differ."""
+        positions, magnitude = [], []
+        for part in chunks(numel):
+            delta = magnitudes(part)
+            if bound or not bitwise:  # NaN is below no bound
+                below = compare(delta, bound, np.less if bound else np.less_equal)
+            else:  # 0 and -0 are equal, and yet different weights
+                below = _bits(expert[part]) == _bits(dense[part])
+            places = np.logical_not(below, out=below).nonzero()[0]
+            magnitude.append(delta.cpu().numpy()[places])
+            positions.append((places + part.start).astype(np.int32 if numel < 2**31 else np.int64))
+        values = torch.from_numpy(np.concatenate(magnitude))
+        return torch.from_numpy(np.concatenate(positions)), values.nan_to_num_(torch.inf, torch.inf)
+
+    if not numel:
+        return torch.empty(0, dtype=torch.int32)
+    # A bound from a sample leaves few candidates that are not stored.
+    bound = 0.0
+    if count < numel:
+        bound = lower_bound(lambda part: magnitudes(part).nan_to_num_(torch.inf), numel, count)
+    positions, values = candidates(bound)
+    if bound and len(positions) < count:
+        positions, values = candidates(0.0)
+    if len(positions) <= count:
+        return positions
+    threshold, larger = kth_largest(values.__getitem__, len(values), count)
+    mask = compare(values, threshold, np.greater)
+    if threshold > 0:
+        mask[compare(values, threshold, np.equal).nonzero()[0][: count - larger]] = True
+    return torch.from_numpy(positions.numpy()[mask.nonzero()[0]])
+
+
+def _bits(weights: Tensor) -> NDArray[np.signedinteger[Any]]:
+    patterns: NDArray[np.signedinteger[Any]] = bit_patterns(weights).cpu().numpy()
+    return patterns
+
+
+def _quantise(delta: Tensor, values: Values) -> tuple[Tensor, float]:
+    """int8 codes `[k]` and the scale of least squared error: the mean for `sign`, else by a short search."""
+    if not delta.numel():
+        return delta.to(torch.int8), 1.0
+    if values == "sign":
+        return delta.sign().to(torch.int8), float(delta.abs().mean())
+    largest = _LARGEST_CODE[values]
+    top = float(delta.abs().max()) / largest
+    best, best_error = top, torch.inf
+    for clip in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if values == "int4" else (1.0,):
+        scale = top * clip
+        rounded = (delta / scale).round_().clamp_(-largest, largest).mul_(scale)
+        error = float((rounded - delta).square_().sum())
+        if error < best_error:
+            best, best_error = scale, error
+    return (delta / best).round_().clamp_(-largest, largest).to(torch.int8), best
