@@ -60,14 +60,14 @@ def write_experts(
     """Write the experts' files, and write them anew if they exceed the budget or miss `keep`.
 
     The former is rare; the latter is seen with prompts alone, and corrected `CORRECTIONS` times at most. With prompts,
-    a budget is divided by what it does to answers, see `division`.
+    a budget is divided by what it does to answers, see `experts.division`.
 
     Args:
         passes: the passes over the models.
         workers: the workers of the passes; they are idle during tuning.
         weights: all weights of the merge.
         dense: the outcome of the pass before.
-        lessons: the prompts of each expert that is tuned, see `tuning`.
+        lessons: the prompts of each expert that is tuned, see `experts.tuning`.
         spectra: the decompositions of the task vectors whose costs were measured.
         out: the directory of the artifact, complete but for experts, card and manifest.
 
