@@ -92,3 +92,12 @@ def test_a_large_weight_keeps_the_exact_count():
     stored = encode(expert, dense, 0.1)
     assert stored.positions.numel() == 42_000
     assert stored.positions.tolist() == kept_by_sorting(expert, dense, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_encoding_changes_neither_the_expert_nor_the_dense_weight(dtype):
+    expert, dense = torch.randn(2, 64, 64).to(dtype)
+    before = expert.clone(), dense.clone()
+    encode(expert, dense, 0.1)
+    assert torch.equal(expert, before[0])
+    assert torch.equal(dense, before[1])
