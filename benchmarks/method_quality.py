@@ -7,7 +7,8 @@ Every method merges the family with two or three usual coefficients; those that 
 are scored on the prompts of the report. Methods that need prompts get others again. Trials that differ in a factor of
 the merged task vector alone are made of one merge in float32. Rows of these methods and of the family in
 results/methods.json are replaced, and all others stay; name `ties` too, or times are set against those of the last run
-with it. Merges and scores in the work folder are used again.
+with it. Experts that were trained anew are others: give them a --label, because rows of one table are compared. Merges
+and scores in the work folder are used again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from mergekit_mediator.models.prompt_files import read_prompts
 # Tried as `evaluate` tries them, and those that are no rivals there.
 TRIALS: dict[str, StaticMethod] = {
     **STATIC,
-    "wudi": StaticMethod("wudi", factors=(0.5, 1.0)),
     "fisher": StaticMethod("fisher", factors=(1.0, 2.0), needs_prompts=True),
     "widen": StaticMethod("widen", factors=(0.5, 1.0)),
     "localize_and_stitch": StaticMethod(
@@ -102,6 +102,9 @@ def write(family: str, rows: list[dict[str, Any]], figures: dict[str, Any]) -> P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=sorted(FAMILIES), default="strong4")
+    parser.add_argument(
+        "--label", help="what to call the experts in the results; --family unless given"
+    )
     parser.add_argument("--experts", type=Path, default=Path("experts"))
     parser.add_argument("--work", type=Path, help="where merges and scores are kept")
     parser.add_argument("--prompts", type=int, default=64, help="prompts a task in the report")
@@ -134,7 +137,7 @@ def main() -> None:
     for method in args.method or TRIALS:
         rows.append(row(method, made, asked, scorer, report, tuning))
         print(rows[-1], flush=True)
-        path = write(args.family, rows, how)
+        path = write(args.label or args.family, rows, how)
     print(path)
 
 

@@ -21,7 +21,7 @@ from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.store.codec import encode_bytes
 
-RATES = (0.05, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0)
+RATES = (0.05, 0.08, 0.15, 0.2, 0.25, 0.5, 1.0, 2.0)
 RANKS = (4, 16, 64, 256)
 COME_RATES = (0.2, 0.5, 1.0, 2.0)
 SIGN_FIRST_RANKS = (4, 16)

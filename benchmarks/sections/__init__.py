@@ -7,10 +7,11 @@ from sections import comparison, engines, merging, rates, routing, serving, stor
 from sections.markdown import about
 
 COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
-KEPT = "experts-4-keep"
+# Merges with `keep: 0.99` and nothing tuned: of four experts, and of those of a second base model.
+KEPT, SECOND = "experts-4-keep", "experts-gemma"
 # Results whose page says how they were made.
 RECORDS = (
-    *(*COMPARISONS, KEPT),
+    *(*COMPARISONS, KEPT, SECOND),
     *(
         "ablations",
         "blending",
@@ -34,14 +35,16 @@ RECORDS = (
         "serving",
     ),
     "startup",
+    "weighed-errors",
 )
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "systems": comparison.systems,
     "against": comparison.against,
     "kept": comparison.kept,
-    **{name: partial(comparison.experts, name) for name in (*COMPARISONS, KEPT)},
+    **{name: partial(comparison.experts, name) for name in (*COMPARISONS, KEPT, SECOND)},
     **{f"{name} findings": partial(comparison.findings, name) for name in COMPARISONS},
+    "experts-gemma findings": comparison.second_base,
     "experts-4 rivals": comparison.rivals,
     "experts-4-again budget": comparison.budget_split,
     "ablations": comparison.ablations,
@@ -58,6 +61,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "keep": storing.keep,
     "rates": rates.rates,
     "rates ahead": rates.ahead,
+    "weighed-errors": rates.weighed_errors,
     "runtime": serving.runtime,
     "serving": engines.serving,
     "exported": engines.exported,

@@ -39,6 +39,23 @@ def ahead() -> str:
     return "\n".join(points) or "- None of the peers, at none of the rates."
 
 
+def weighed_errors() -> str:
+    """What our form keeps with squared error weighed by second moments, beside plain squared error."""
+    head = ["base", "expert", "error weighed by", "bits", "gain kept, %", "change left out, %"]
+    rows = [
+        [
+            row["base"],
+            row["expert"],
+            row["form"].rsplit(",", 1)[0],
+            f"{row['bits_per_parameter']:.3f}",
+            f"{100 * row['gain_kept']:.2f}",
+            f"{100 * row['left_out']:.1f}",
+        ]
+        for row in load("weighed-errors")["rows"]
+    ]
+    return table(head, rows)
+
+
 def by(key: str) -> dict[str, list[Row]]:
     """The rows of results/rates.json, grouped."""
     return _by(key, load("rates")["rows"])

@@ -116,9 +116,9 @@ def evaluate(
     """Score the artifact in OUT on tasks: dense, with each task's own expert, and routed.
 
     NAME is the expert that a task belongs to. A line of FILE.jsonl is {"prompt": ..., "answer": ...}.
-    The rivals are average, task_arithmetic, ties, dare_ties, della, tsvm, r_tsvm, iso_c, opcm, pcb,
-    regmean_pp, extract_lora, twin_merging and best_expert; they are made from the models that OUT was
-    merged from. regmean_pp reads the prompts of the examples that coefficients are chosen on.
+    The rivals are average, task_arithmetic, ties, dare_ties, della, tsvm, r_tsvm, iso_c, wudi, opcm,
+    pcb, regmean_pp, extract_lora, twin_merging and best_expert; they are made from the models that OUT
+    was merged from. regmean_pp reads the prompts of the examples that coefficients are chosen on.
 
     Example: mergekit-mediator evaluate OUT --task math=math.jsonl --task code=code.jsonl --rivals all
     --out report

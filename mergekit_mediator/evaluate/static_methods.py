@@ -45,6 +45,7 @@ STATIC: Mapping[str, StaticMethod] = {
     "tsvm": StaticMethod("tsvm", factors=SCALES),
     "r_tsvm": StaticMethod("r_tsvm", factors=SCALES),
     "iso_c": StaticMethod("iso_c", factors=SCALES),
+    "wudi": StaticMethod("wudi", factors=(0.5, 1.0)),
     "opcm": StaticMethod("opcm", factors=SCALES),
     "pcb": StaticMethod("pcb", tuple({"density": d, "lambda": 1.2} for d in (0.1, 0.2))),
     "regmean_pp": StaticMethod("regmean_pp", factors=(0.8, 1.0, 1.2), needs_prompts=True),
