@@ -49,7 +49,7 @@ def exported() -> str:
         name = f"{row['family']}, `reference: {row['reference']}`{_NORMS.get(norms, '')}"
         rank = f"auto, {100 * row['auto']:g}%" if row.get("auto") else str(row["rank"])
         values = [row.get(key) for key in keys]
-        cells = ["not run" if value is None else f"{100 * value:.1f}" for value in values]
+        cells = ["not run" if value is None else f"{100 * value:.2f}" for value in values]
         rows.append([name, rank, str(row["largest_rank"]), *cells])
     head = ["experts", "rank", "largest used", "gain kept, %", *(later[n] for n in worst)]
     head += ["answers kept, %", "`mergekit-extract-lora`, gain kept, %"]
