@@ -27,7 +27,6 @@ test-browser: .venv/dev
 	$(BIN)/python -m pytest tests/cli/browser
 
 # The real llama.cpp: its server on GGUF files of ours, on small models and on the demo, and its converters beside them.
-# It has not passed as a whole.
 test-llama-cpp: .venv/demo .venv-llama-cpp/ready
 	test -d demo/mediator || $(BIN)/mergekit-mediator demo
 	$(BIN)/python -m pytest tests/engines/llama_cpp
