@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from mergekit_mediator.methods.with_prompts import WITH_PROMPTS
 from sections.markdown import load, table
 
 # The targets at 1.06 of one model for four experts, and 1.10 for eight.
 MEAN_TARGET, WORST_TARGET = 99.5, 97.0
-# The experts of the latest rows on merge methods, and the methods that ask experts their prompts.
+# The experts of the latest rows on merge methods.
 _ANEW = "strong4, trained anew in float32"
-_ASKING = {"regmean_pp", "fisher", "expert_merging", "rcp"}
+_ASKING = {method.spec.name for method in WITH_PROMPTS}
 
 
 def systems() -> str:
