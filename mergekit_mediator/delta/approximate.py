@@ -9,9 +9,10 @@ import math
 import torch
 from torch import Tensor
 
+from mergekit_mediator.delta.chunks import chunks
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Components, Factors, squared_norm
-from mergekit_mediator.delta.kth_largest import chunks, nonzero
+from mergekit_mediator.delta.kth_largest import nonzero
 from mergekit_mediator.delta.stored_weight import StoredWeight
 
 # The step of the remainder is this times √slope. A number below 0.65 steps is dropped. Both were tuned on full
@@ -78,7 +79,7 @@ def quantise_steps(remainder: Tensor, step: float) -> Tensor:
     """Quantise a float32 remainder to int16 multiples of the step, of the same shape, with a dead zone around 0."""
     flat = remainder.reshape(-1)
     codes = torch.empty(flat.shape, dtype=torch.int16, device=flat.device)
-    for part in chunks(flat.numel()):
+    for part in chunks(flat.numel(), flat.device):
         scaled = flat[part] / step
         whole = (scaled.abs() + (1 - DEAD_ZONE)).floor_().clamp_(max=_LARGEST_CODE)
         codes[part] = whole.mul_(scaled.sign_())
@@ -125,7 +126,7 @@ def _steps(
 def _strength(difference: Tensor, lost: Tensor, norm_power: float) -> float:
     """The factor of an approximation, given the part of the difference that it lacks."""
     whole, approximated = 0.0, 0.0
-    for part in chunks(difference.numel()):
+    for part in chunks(difference.numel(), difference.device):
         whole += squared_norm(difference[part])
         approximated += squared_norm(difference[part] - lost[part])
     return max(1.0, math.sqrt(whole / approximated)) ** norm_power if approximated else 1.0

@@ -1,16 +1,15 @@
 """The exact k-th largest magnitude of a tensor; it is not sorted, and no copy of it is in memory."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Coordinates at a time: few enough for a processor's cache, enough to hide the cost of a call of torch. `conflict`
-# packs eight signs a byte, so it is a multiple of 8.
-CHUNK = 1 << 17
+from mergekit_mediator.delta.chunks import chunks
+
 # The sample for the bracket has one of so many values, within the two limits.
 _SAMPLED = 256
 _LEAST_SAMPLE, _MOST_SAMPLE = 1 << 11, 1 << 16
@@ -25,18 +24,17 @@ _COMPARISONS: dict[np.ufunc, Callable[[Tensor, float], Tensor]] = {
 _TIED = 0.25
 
 
-def chunks(numel: int) -> Iterator[slice]:
-    """Cut `numel` coordinates into slices of at most CHUNK."""
-    for start in range(0, numel, CHUNK):
-        yield slice(start, min(start + CHUNK, numel))
-
-
 def count_kept(numel: int, fraction: float) -> int:
     """Count the coordinates that a fraction in (0, 1] of `numel` keeps: rounded, and at least one if there are any."""
     return min(numel, max(1, round(fraction * numel))) if numel else 0
 
 
-def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tuple[float, int]:
+def kth_largest(
+    magnitudes: Callable[[slice], Tensor],
+    numel: int,
+    k: int,
+    device: str | torch.device = "cpu",
+) -> tuple[float, int]:
     """Find the k-th largest of `numel` values, exactly.
 
     A strided sample brackets the answer, and only the few values inside the bracket are ordered (the idea of
@@ -46,6 +44,7 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
         magnitudes: gives the values of a slice as float32 `[n]`, at least 0 and not NaN.
         numel: the number of values.
         k: from 1 to `numel`.
+        device: the device of the values.
 
     Returns:
         The k-th largest value, and the number of values that are larger.
@@ -53,11 +52,11 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
     if numel > 8 * _LEAST_SAMPLE:
         bracket, middle = _bracket(magnitudes, numel, k)
         if np.count_nonzero(bracket == middle) >= _TIED * bracket.size:
-            larger, ties = _count(middle, magnitudes, numel)
+            larger, ties = _count(middle, magnitudes, numel, device)
             if larger < k <= larger + ties:
                 return middle, larger
         above, inside = 0, []
-        for part in chunks(numel):
+        for part in chunks(numel, device):
             larger, between = _split(magnitudes(part), float(bracket[0]), float(bracket[-1]))
             above += larger
             inside.append(between)
@@ -65,7 +64,7 @@ def kth_largest(magnitudes: Callable[[slice], Tensor], numel: int, k: int) -> tu
         if above < k <= above + candidates.numel():
             value, larger = _kth_largest_of(candidates, k - above)
             return value, above + larger
-    return _kth_largest_of(torch.cat([magnitudes(part) for part in chunks(numel)]), k)
+    return _kth_largest_of(torch.cat([magnitudes(part) for part in chunks(numel, device)]), k)
 
 
 def compare(values: Tensor, limit: float, how: np.ufunc) -> NDArray[np.bool_]:
@@ -133,13 +132,15 @@ def _bracket(
     return sample[first : last + 1], float(sample[max(0, round(place))])
 
 
-def _count(value: float, magnitudes: Callable[[slice], Tensor], numel: int) -> tuple[int, int]:
+def _count(
+    value: float, magnitudes: Callable[[slice], Tensor], numel: int, device: str | torch.device
+) -> tuple[int, int]:
     """The numbers of larger and of equal values.
 
     Differences of 16-bit weights take few values. Counting one is far faster than extracting all its ties.
     """
     larger = ties = 0
-    for part in chunks(numel):
+    for part in chunks(numel, device):
         chunk = magnitudes(part)
         if chunk.device.type != "cpu":
             larger += int(on_device(chunk, value, np.greater).sum())

@@ -7,14 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mergekit_mediator.delta.chunks import chunks
 from mergekit_mediator.delta.float_bits import bit_patterns
-from mergekit_mediator.delta.kth_largest import (
-    chunks,
-    compare,
-    count_kept,
-    kth_largest,
-    lower_bound,
-)
+from mergekit_mediator.delta.kth_largest import compare, count_kept, kth_largest, lower_bound
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.errors import InputError
@@ -33,14 +28,14 @@ def encode(
         density: fraction in (0, 1] of the coordinates to store. Of equal magnitudes the first positions are
             stored. Coordinates that do not differ are never stored.
         values: `exact` or one of the quantised forms.
-        device: the device that computes, chunk by chunk.
+        device: the device that computes, chunk by chunk; both weights are copied to it.
 
     Raises:
         InputError: a quantised form is asked for, and a weight is not finite.
     """
-    flat_expert, flat_dense = expert.reshape(-1), dense.reshape(-1)
+    flat_expert, flat_dense = expert.reshape(-1).to(device), dense.reshape(-1).to(device)
     positions = _select(flat_expert, flat_dense, density, values == "exact", device)
-    places = positions.to(flat_expert.device)
+    places = positions.to(device)
     codes, scale = flat_expert.index_select(0, places), 1.0
     if values != "exact":
         reference = flat_dense.index_select(0, places).to(torch.float32)
@@ -55,18 +50,20 @@ def encode(
 
 
 def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device: str) -> Tensor:
-    """Ascending positions `[k]` on the CPU, int32 if they fit, of the coordinates to store."""
+    """Ascending positions `[k]` on the CPU, int32 if they fit, of the coordinates to store.
+
+    The flat weights are on the device.
+    """
     numel = expert.numel()
     count = count_kept(numel, density)
 
     def magnitudes(part: slice) -> Tensor:
-        delta = expert[part].to(device, torch.float32) - dense[part].to(device, torch.float32)
-        return delta.abs_()
+        return (expert[part].to(torch.float32) - dense[part].to(torch.float32)).abs_()
 
     def candidates(bound: float) -> tuple[Tensor, Tensor]:
         """Positions and |Δ| of coordinates that are not below a bound; with bound 0, of those that differ."""
         positions, magnitude = [], []
-        for part in chunks(numel):
+        for part in chunks(numel, device):
             delta = magnitudes(part)
             if bound or not bitwise:  # NaN is below no bound
                 below = compare(delta, bound, np.less if bound else np.less_equal)

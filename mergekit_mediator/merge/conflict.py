@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mergekit_mediator.delta.kth_largest import CHUNK, chunks, compare, count_kept, kth_largest
+from mergekit_mediator.delta.chunks import chunks, float_on
+from mergekit_mediator.delta.kth_largest import count_kept, kth_largest
+from mergekit_mediator.merge.signs import PackedSigns, Signs
 
 Metric = Literal["sign", "mass", "dispersion"]
 METRICS: tuple[Metric, ...] = ("sign", "mass", "dispersion")
@@ -81,13 +81,11 @@ class Accumulator:
             denoise: the fraction in (0, 1] of each task vector that counts as a change for `sign`.
             device: the device that computes, chunk by chunk; the inputs may be on another device.
         """
-        self._base, self._denoise, self._device = base, denoise, device
+        self._base, self._denoise, self._device = base.to(device), denoise, device
         self.total = torch.zeros(base.numel(), device=device)
         self._tau = torch.empty_like(self.total)
-        # one bit for each coordinate: a positive change, a negative change, changes of two experts
-        self._positive, self._negative, self._twice = np.zeros(
-            (3, -(-base.numel() // 8)), dtype=np.uint8
-        )
+        on_cpu = self.total.device.type == "cpu"
+        self._signs = PackedSigns(base.numel()) if on_cpu else Signs(base.numel(), device)
         self.finite, self._experts = True, 0
         self._mass = self._energy = 0.0
 
@@ -105,7 +103,9 @@ class Accumulator:
 
         def subtract(part: slice) -> tuple[float, float]:
             tau = self._tau[part]
-            torch.sub(_float(expert[part], self._device), _float(base[part], self._device), out=tau)
+            torch.sub(
+                float_on(self._device, expert[part]), float_on(self._device, base[part]), out=tau
+            )
             mass = float(tau.abs().sum())
             if not math.isfinite(mass):
                 self.finite = False
@@ -113,10 +113,10 @@ class Accumulator:
             self.total[part] += tau
             return mass, _energy(tau)
 
-        for mass, energy in map(subtract, chunks(base.numel())):
+        for mass, energy in map(subtract, chunks(base.numel(), self._device)):
             self._mass += mass
             self._energy += energy
-        self._note_signs(self._threshold())
+        self._signs.note(self._tau, self._threshold())
         self._experts += 1
         return self._tau.view(self._base.shape)
 
@@ -126,26 +126,18 @@ class Accumulator:
         if self._denoise >= 1 or not numel:
             return smallest
         count = count_kept(numel, self._denoise)
-        threshold, _ = kth_largest(lambda part: self._tau[part].abs(), numel, count)
+        threshold, _ = kth_largest(
+            lambda part: self._tau[part].abs(), numel, count, self._tau.device
+        )
         return max(threshold, smallest)
-
-    def _note_signs(self, threshold: float) -> None:
-        for part in chunks(self._tau.numel()):
-            tau = self._tau[part]
-            packed = slice(part.start // 8, -(-part.stop // 8))
-            positive = np.packbits(compare(tau, threshold, np.greater_equal))
-            negative = np.packbits(compare(tau, -threshold, np.less_equal))
-            changed = self._positive[packed] | self._negative[packed]
-            self._twice[packed] |= changed & (positive | negative)
-            self._positive[packed] |= positive
-            self._negative[packed] |= negative
 
     def conflict(self) -> Conflict:
         """Give the conflict between the experts so far."""
-        parts = [self.total[part] for part in chunks(self.total.numel())]
+        parts = [self.total[part] for part in chunks(self.total.numel(), self._device)]
+        shared, opposed = self._signs.counts()
         return Conflict(
-            shared=_ones(self._twice),
-            opposed=_ones(self._positive & self._negative),
+            shared=shared,
+            opposed=opposed,
             total_mass=self._mass,
             common_mass=sum(float(part.abs().sum()) for part in parts),
             total_energy=self._energy,
@@ -177,24 +169,14 @@ def task_vectors(base: Tensor, experts: Iterable[Tensor], device: str = "cpu") -
     Yields:
         A float32 tensor of the base's shape; coordinates that are not finite are 0.
     """
-    reference = base.to(device=device, dtype=torch.float32)
+    reference = float_on(device, base)
     for expert in experts:
-        tau = expert.to(device=device, dtype=torch.float32) - reference
+        tau = float_on(device, expert) - reference
         yield tau.nan_to_num_(0.0, 0.0, 0.0)
-
-
-def _float(values: Tensor, device: str) -> Tensor:
-    return values.to(device=device, dtype=torch.float32)
 
 
 def _energy(values: Tensor) -> float:
     return float(torch.dot(values, values))
-
-
-def _ones(packed: NDArray[np.uint8]) -> int:
-    """Count the bits that are set."""
-    parts = (packed[i : i + CHUNK] for i in range(0, packed.size, CHUNK))
-    return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
 
 
 def _complement(part: float, whole: float) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_mediator.delta.kth_largest import chunks
+from mergekit_mediator.delta.chunks import chunks
 
 _HALF = 1 << 16
 
@@ -51,7 +51,7 @@ def order_statistics(
 def flat_chunks(taus: Tensor) -> Iterator[Tensor]:
     """Chunks `[experts, n]` of task vectors `[experts, *shape]`, each small enough for a processor's cache."""
     flat = taus.flatten(1)
-    for part in chunks(flat.shape[1]):
+    for part in chunks(flat.shape[1], flat.device):
         yield flat[:, part]
 
 

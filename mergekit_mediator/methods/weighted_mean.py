@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_mediator.delta.kth_largest import chunks
+from mergekit_mediator.delta.chunks import chunks, float_on
 from mergekit_mediator.delta.narrow import lost_magnitude, range_error
 
 
@@ -25,16 +25,15 @@ class WeightedSum:
             shares: w_t in the order in which the experts come; their sum is positive.
             device: the device that computes.
         """
-        self._base, self._device = base, device
+        self._base, self._device = base.to(device), device
         self._shares = iter(share / max(shares) for share in shares)
         self.total = torch.zeros(base.numel(), device=device)
 
     def add(self, expert: Tensor) -> None:
         """Add the next expert, a tensor of the base's shape and any floating dtype."""
         base, expert, share = self._base.reshape(-1), expert.reshape(-1), next(self._shares)
-        for part in chunks(base.numel()):
-            tau = expert[part].to(self._device, torch.float32)
-            tau = tau - base[part].to(self._device, torch.float32)
+        for part in chunks(base.numel(), self._device):
+            tau = float_on(self._device, expert[part]) - float_on(self._device, base[part])
             self.total[part].add_(tau, alpha=share)
 
 
@@ -69,8 +68,8 @@ def on_base(
     result = torch.empty(base.shape, dtype=dtype, device=base.device)
     flat_base, flat_result = base.reshape(-1), result.view(-1)
     lost = 0.0
-    for part in chunks(base.numel()):
-        reference = flat_base[part].to(total.device, torch.float32)
+    for part in chunks(base.numel(), total.device):
+        reference = float_on(total.device, flat_base[part])
         merged = torch.add(reference, total[part], alpha=factor)
         lost = max(lost, lost_magnitude(merged, dtype, finite))
         flat_result[part] = merged

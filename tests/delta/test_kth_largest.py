@@ -5,15 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_mediator.delta import kth_largest as threshold
-from mergekit_mediator.delta.kth_largest import (
-    CHUNK,
-    chunks,
-    compare,
-    count_kept,
-    kth_largest,
-    nonzero,
-    on_device,
-)
+from mergekit_mediator.delta.chunks import CHUNK, chunks
+from mergekit_mediator.delta.kth_largest import compare, count_kept, kth_largest, nonzero, on_device
 
 
 def oracle(values: torch.Tensor, k: int) -> tuple[float, int]:

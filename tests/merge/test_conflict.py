@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_mediator.delta.kth_largest import CHUNK
+from mergekit_mediator.delta.chunks import CHUNK
 from mergekit_mediator.merge import conflict
 from mergekit_mediator.merge.conflict import METRICS, Conflict, measure, task_vectors
 
