@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm test-llama-cpp test-browser demo serve-demo bench bench-gemma bench-heavy bench-serving \
+.PHONY: test test-fast test-vllm test-llama-cpp test-browser gpu demo serve-demo bench bench-gemma bench-heavy bench-serving \
 	docs tables fuzz quality format clean
 
 # One thread each: threads of two processes on two cores wait for each other.
@@ -30,6 +30,11 @@ test-browser: .venv/dev
 test-llama-cpp: .venv/demo .venv-llama-cpp/ready
 	test -d demo/mediator || $(BIN)/mergekit-mediator demo
 	$(BIN)/python -m pytest tests/engines/llama_cpp
+
+# On a machine with a GPU: the tests that need one, and what it does in six minutes. See docs/results/gpu.md.
+gpu: .venv/dev
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(run)/gpu.py --minutes 6 --work $(EXPERTS)/gpu
 
 demo: .venv/demo
 	$(BIN)/mergekit-mediator demo

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import record
 import torch
 from artifacts import artifact
+from timing import in_turns, milliseconds, ratio, seconds
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.cli import demo
@@ -39,32 +38,6 @@ PROMPTS = (
     "Reverse the order of these words: house, river, stone, light",
     'How many times does the letter "a" appear in the text: "a banana and a pear"?',
 )
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def in_turns(rounds: int, **functions: Callable[[], float]) -> dict[str, list[float]]:
-    """Each function's times, one of each per round; the first round only warms up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            took = function()
-            if turn:
-                times[name].append(took)
-    return times
-
-
-def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
-    pairs = zip(times[over], times[under], strict=True)
-    return round(statistics.median(a / b for a, b in pairs), 3)
-
-
-def milliseconds(times: dict[str, list[float]]) -> dict[str, float]:
-    return {name: round(1e3 * statistics.median(t), 2) for name, t in times.items()}
 
 
 def read(root: Path) -> None:

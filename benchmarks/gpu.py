@@ -1,0 +1,244 @@
+"""Does it work on a GPU, and how fast is it there?
+
+    python benchmarks/gpu.py --minutes 6 --work gpu
+
+Models in the shape of Llama 3.1 8B with fewer layers and a smaller vocabulary are made by seed. Each part runs in
+a process of its own that may take the rest of the time, in order of worth; results are written as they come, to
+results/gpu.json. What the steps of a merge and of a mixture take stands beside what the card can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gpu_family
+import gpu_limits
+import gpu_merging
+import gpu_serving
+import record
+import torch
+
+PICO = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "vocab_size": 1024}
+PICO |= {"num_key_value_heads": 1}
+SEEDS = {"weights": gpu_family.SEED}
+Part = Callable[[], Any]
+
+
+class Run:
+    """Parts, each in a process of its own, whose results are written as they come."""
+
+    def __init__(self, name: str, minutes: float, figures: dict[str, Any]) -> None:
+        self._name, self._ends = name, time.monotonic() + 60 * minutes
+        self.figures = figures
+
+    def __call__(self, label: str, part: Part) -> None:
+        """Run a part unless the time is up; `label` may name a place in a dictionary, as `a/b`."""
+        left = self._ends - time.monotonic()
+        started = time.monotonic()
+        result = _in_a_process(part, left) if left > 5 else "not run: the time was up"
+        place = self.figures
+        *parents, last = label.split("/")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = result
+        record.write(self._name, self.figures, SEEDS)
+        print(f"{label} ({time.monotonic() - started:.1f} s): {result}", flush=True)
+
+
+def _in_a_process(part: Part, seconds: float) -> Any:
+    """The result of a part, or why there is none. A fork has imported everything, but started no device."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def work() -> None:
+        try:
+            theirs.send(part())
+        except BaseException:
+            theirs.send(f"failed: {traceback.format_exc()[-1500:]}")
+            raise
+
+    process = context.Process(target=work)
+    process.start()
+    theirs.close()
+    try:
+        result = ours.recv() if ours.poll(seconds) else "stopped: the time was up"
+    except EOFError:
+        result = "failed: the process ended"
+    process.kill()
+    process.join()
+    return result
+
+
+def card(device: str) -> dict[str, str]:
+    """The device, its driver and the libraries' versions of it."""
+    if device == "cpu":
+        return {"card": "none"}
+    properties = torch.cuda.get_device_properties(0)
+    version: Any = torch.version
+    return {
+        "card": properties.name,
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "driver": Path("/proc/driver/nvidia/version").read_text().split("\n")[0]
+        if Path("/proc/driver/nvidia/version").exists()
+        else "unknown",
+        "cuda": str(version.cuda),
+    }
+
+
+def merges(
+    args: argparse.Namespace, base: Path, experts: dict[str, Path], out: Path
+) -> Iterator[tuple[str, Part]]:
+    """The merges of full fine-tunes by name."""
+    places = {name: str(path) for name, path in experts.items()}
+    for label in args.merges:
+        yield (
+            label,
+            lambda label=label: gpu_merging.merge(
+                label, base, places, out / label.replace(": ", "-"), args.device
+            ),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Does it work on a GPU, and how fast?")
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--work", type=Path, default=Path("gpu"), help="where models are kept")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--few-layers", type=int, default=1, help="of merges with and without it")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--pico", action="store_true", help="small models, to try this script")
+    parser.add_argument("--parts", default="", help="that begin like these, separated by commas")
+    parser.add_argument("--name", default="gpu", help="of the file of results")
+    parser.add_argument(
+        "--merges",
+        nargs="+",
+        choices=list(gpu_merging.MERGES)[:-1],
+        default=["budget: 1.1x", "density: 0.1", "route: auto", "linear", "ties"],
+    )
+    args = parser.parse_args()
+    device, changes = args.device, PICO if args.pico else {}
+    only = tuple(args.parts.split(","))
+    run = Run(args.name, args.minutes, {"layers": args.layers, "experts": len(gpu_family.EXPERTS)})
+
+    def part(label: str, function: Part) -> None:
+        if label.startswith(only):
+            run(label, function)
+
+    base, experts = (
+        args.work / "models/base",
+        {n: args.work / "models" / n for n in gpu_family.EXPERTS},
+    )
+    run("machine_card", lambda: card(device))
+    run(
+        "models",
+        lambda: {
+            "seconds": _taken(
+                lambda: gpu_family.make(args.work / "models", args.layers, device, **changes)
+            ),
+            "parameters": gpu_family.parameters(base),
+        },
+    )
+    small = {"size": 1 << 20} if args.pico else {}
+    run("ceilings", lambda: gpu_limits.ceilings(device, **small))
+    shape = {"out": 512, "width": 256} if args.pico else {}
+    part("steps", lambda: gpu_limits.steps(device, **shape))
+    for label, merge in merges(args, base, experts, args.work):
+        part(f"merging/{label}", merge)
+
+    def adapted() -> dict[str, Any]:
+        adapters = gpu_family.make_adapters(args.work / "adapters", base, args.layers, **changes)
+        places = {name: f"{base}+{path}" for name, path in adapters.items()}
+        return gpu_merging.merge("adapters", base, places, args.work / "adapters-out", device)
+
+    part("merging/adapters", adapted)
+    ceilings = run.figures.get("ceilings")
+    bandwidth = 1e9 * (ceilings["copy_gb_per_second"] if isinstance(ceilings, dict) else 1)
+    roots = {
+        "low rank plus sparse": args.work / "budget-1.1x",
+        "sparse": args.work / "density-0.1",
+        "adapters": args.work / "adapters-out",
+    }
+    for form, root in roots.items():
+        part(f"serving/{form}", lambda root=root: _served(root, args, bandwidth))
+    adapters = {name: args.work / "adapters" / f"{name}-adapter" for name in gpu_family.EXPERTS}
+    part(
+        "serving/PEFT's mixed batch",
+        lambda: gpu_serving.peft_batch(base, adapters, device, args.rounds // 2, args.tokens),
+    )
+    part(
+        "serving/host memory",
+        lambda: gpu_serving.offloading(
+            roots["low rank plus sparse"], device, 3, 256 if device == "cuda" else 8
+        ),
+    )
+    few = args.work / "few"
+    part(
+        "models_of_few_layers",
+        lambda: {
+            "seconds": _taken(lambda: gpu_family.make(few, args.few_layers, device, **changes)),
+            "parameters": gpu_family.parameters(few / "base"),
+        },
+    )
+    places = {name: str(few / name) for name in gpu_family.EXPERTS}
+    for where in dict.fromkeys((device, "cpu")):
+        for label in args.merges:
+            part(
+                f"merging few layers/{where}/{label}",
+                lambda label=label, where=where: gpu_merging.merge(
+                    label, few / "base", places, args.work / "few-out", where
+                ),
+            )
+    print(record.write(args.name, run.figures | summary(run.figures, device), SEEDS))
+
+
+def summary(figures: dict[str, Any], device: str) -> dict[str, Any]:
+    """The figures that other files name, and what merges of all layers of an 8B model would take."""
+    found: dict[str, Any] = {"card": figures["machine_card"]["card"]}
+    served = figures.get("serving", {}).get("low rank plus sparse")
+    if isinstance(served, dict):
+        for key, part in (
+            ("enter_over_bandwidth", "entering"),
+            ("decode_over_dense", "decoding"),
+            ("mixed_batch_speedup", "batches"),
+        ):
+            found[key] = served[part][key]
+    many, few = figures.get("models"), figures.get("models_of_few_layers")
+    minutes = {}
+    for label, large in figures.get("merging", {}).items():
+        small = figures.get("merging few layers", {}).get(device, {}).get(label)
+        if all(isinstance(part, dict) for part in (large, small, many, few)):
+            points = [(m["parameters"], t["seconds"]) for m, t in ((few, small), (many, large))]
+            minutes[label] = round(gpu_merging.at_full_size(*points) / 60, 2)
+    if minutes:
+        found["minutes_of_8b"] = minutes
+        found["budget_8b_minutes"] = minutes.get("budget: 1.1x")
+    return found
+
+
+def _served(root: Path, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """The figures of serving one artifact."""
+    with torch.no_grad():
+        model = gpu_serving.load(root, args.device)
+        return {
+            "entering": gpu_serving.entering(model, bandwidth, 3 * args.rounds),
+            "decoding": gpu_serving.decoding(model, root, args.device, args.rounds, args.tokens),
+            "batches": gpu_serving.batches(model, args.device, args.rounds // 2, args.tokens),
+        }
+
+
+def _taken(function: Part) -> float:
+    started = time.monotonic()
+    function()
+    return round(time.monotonic() - started, 1)
+
+
+if __name__ == "__main__":
+    main()
