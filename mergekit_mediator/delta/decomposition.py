@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mergekit_mediator.delta.factors import Components, squared_norm
+from mergekit_mediator.delta.full_precision import full_precision
 
 # A matrix with more rows and columns than this is decomposed by random projection. The eigenvalues of its Gram
 # matrix would take time that grows with the third power of the width.
@@ -19,6 +20,7 @@ _SQUARED = (
 )  # float32 holds the Gram matrix of a matrix whose squared norm is between these
 
 
+@full_precision()
 def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
     """Compute the leading components of a matrix: an eighth of them, and at least 128. A matrix of zeros has none.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mergekit_mediator.delta.factor_steps import LEAST_SLOPES, codes, fineness
+from mergekit_mediator.delta.full_precision import full_precision
 
 # A component of energy σ² takes 2.1 (out + in) bits. Stored to five sixths, it saves 0.6 σ²/s² bits in coding a
 # remainder of variance s². The ratio is 2.1 / 0.6, about.
@@ -49,9 +50,10 @@ class Factors:
         (out, rank), width = lora_b.shape, lora_a.shape[1]
         if rank > min(out, width):
             dtype, rank = torch.promote_types(dtype, torch.float32), min(out, width)
-            product, one = lora_b.to(torch.float64) @ lora_a.to(torch.float64), torch.eye(rank)
+            product = lora_b.to(torch.float64) @ lora_a.to(torch.float64)
+            one = torch.eye(rank, device=product.device)
             lora_b, lora_a = (one, product) if rank == out else (product, one)
-        scales = torch.full((rank,), scale, dtype=torch.float32)
+        scales = torch.full((rank,), scale, dtype=torch.float32, device=lora_b.device)
         return cls(lora_b.to(dtype), lora_a.T.to(dtype).contiguous(), scales)
 
     @property
@@ -59,6 +61,7 @@ class Factors:
         """The number of components r."""
         return self.scales.numel()
 
+    @full_precision()
     def product(self) -> Tensor:
         """Compute the matrix `[out, in]` in float32."""
         return (self.left.to(torch.float32) * self.scales) @ self.right.to(torch.float32).T
@@ -143,6 +146,7 @@ class Components:
         last = least.gather(1, (ranks - 1).clamp(min=0)[:, None])
         return ranks, fineness(self.squares, out + width, last / (out + width))
 
+    @full_precision()
     def quantise(self, slope: float, matrix: Tensor) -> Factors | None:
         """Round the components to int8 codes whose scales bring their product nearest to a matrix.
 
@@ -186,6 +190,7 @@ def _refit(matrix: Tensor, other: Tensor) -> Tensor:
     return normalize((matrix @ b) @ inverse.to(torch.float32), dim=0, eps=_TINY)
 
 
+@full_precision()
 def unrounded(matrix: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """Find the numbers that round to the codes of factors and bring the product nearest to a matrix.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import bit_patterns
+from mergekit_mediator.delta.full_precision import full_precision
 from mergekit_mediator.delta.stored_weight import StoredWeight
 
 
@@ -79,6 +80,7 @@ def mix_(
     return displaced
 
 
+@full_precision()
 def _add_products_(matrix: Tensor, factored: Sequence[tuple[float, Factors]]) -> None:
     """Add the low-rank parts of all experts to a matrix `[out, in]` in one product.
 

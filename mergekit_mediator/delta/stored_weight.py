@@ -103,8 +103,8 @@ class StoredWeight:
             factors: of the weight as a matrix `[..., in]`.
             share: of the expert in the dense weight.
         """
-        empty = torch.empty(0, dtype=torch.int32)
-        codes = torch.empty(0, dtype=torch.int16)
+        empty = torch.empty(0, dtype=torch.int32, device=factors.left.device)
+        codes = torch.empty(0, dtype=torch.int16, device=factors.left.device)
         return cls(shape, dtype, "steps", empty, codes, factors=factors, share=share)
 
     def to(self, device: torch.device) -> "StoredWeight":

@@ -18,6 +18,7 @@ from mergekit.merge_methods.base import (
 from pydantic import Field
 from torch import Tensor
 
+from mergekit_mediator.delta.full_precision import full_precision
 from mergekit_mediator.delta.narrow import check_range, narrowed
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -131,6 +132,7 @@ class TaskVectorMethod(GroupMergeMethod):  # type: ignore[misc]
         return bound
 
     @torch.no_grad()
+    @full_precision()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one weight.
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_mediator.delta.factor_steps import codes
+from mergekit_mediator.delta.full_precision import full_precision
 from mergekit_mediator.errors import ArtifactError, RoutingError
 from mergekit_mediator.models.hooks import Hook, hooked
 from mergekit_mediator.models.scope import scope
@@ -51,6 +52,7 @@ def is_measured(shape: Sequence[int], hidden_size: int) -> bool:
     return len(shape) == 2 and shape[0] == hidden_size and shape[1] > hidden_size
 
 
+@full_precision()
 def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Tensor:
     """Compute the leading right singular vectors of τ/‖τ‖_F, each times its singular value.
 
