@@ -24,7 +24,7 @@ from mergekit_mediator.merge.conflict import Accumulator, Conflict
 from mergekit_mediator.merge.experts.spectra import Spectra
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
-from mergekit_mediator.merge.workers import Workers
+from mergekit_mediator.merge.workers import Workers, load_linear_algebra
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
 from mergekit_mediator.route.response import is_measured, leading_directions
 
@@ -101,6 +101,7 @@ class Passes:
         self.inputs, self._workers, self._allow_nonfinite = inputs, workers, allow_nonfinite
         self._spectra = spectra
         self.device = inputs.options.device or "cpu"
+        load_linear_algebra(self.device)
 
     def measure(
         self, weights: Sequence[PlannedWeight], costed: Container[str]

@@ -86,6 +86,15 @@ def count_workers() -> int:
     return min(_MOST, torch.get_num_threads())
 
 
+def load_linear_algebra(device: str) -> None:
+    """Load the linear algebra of a CUDA device. torch fails if several threads are the first to need it.
+
+    See https://github.com/pytorch/pytorch/issues/90613.
+    """
+    if torch.device(device).type == "cuda":
+        torch.linalg.inv(torch.eye(1, device=device))
+
+
 @contextmanager
 def workers() -> Iterator[Workers]:
     """Start the workers, and share the threads of torch among them inside the context."""

@@ -143,13 +143,13 @@ def embedding_features(
         excluded: `[k]` int64, the tokens that do not count, usually from `shared_tokens` of all prompts.
 
     Returns:
-        By expert, `[n_prompts, d]` float32.
+        By expert, `[n_prompts, d]` float32, on the CPU.
     """
     return {
         name: torch.cat(
             [
-                mean_embedding(torch.tensor([ids]), torch.ones(1, len(ids)), table, excluded)
-                for ids in rows
+                mean_embedding(ids, torch.ones_like(ids), table, excluded).cpu()
+                for ids in (torch.tensor([row], device=table.device) for row in rows)
             ]
         )
         for name, rows in prompts.items()
