@@ -91,7 +91,7 @@ class Choice:
                 "routing needs the dense expert, and a mixture is in place: leave the mixture first"
             )
         counted = self._contexts.counted(ids, mask, route_on or self._settings.route_on)
-        with self._mixer.lock:
+        with self._mixer.turn():
             return self._routers.decide(ids, mask, counted, router, temperature)
 
     def weights(self, decision: RoutingDecision, router: Router | None = None) -> Tensor:

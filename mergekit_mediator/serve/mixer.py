@@ -10,6 +10,7 @@ from mergekit_mediator.models.scope import scope, undoing
 from mergekit_mediator.serve.mixture import Mixture, Named
 from mergekit_mediator.serve.placer import Placer
 from mergekit_mediator.serve.residency import Experts
+from mergekit_mediator.serve.stream_order import StreamOrder
 
 
 class Mixer:
@@ -38,6 +39,7 @@ class Mixer:
         self.lock = RLock()
         self.rows: tuple[Mixture, ...] | None = None
         self._owner: int | None = None
+        self._order = StreamOrder()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,13 +75,23 @@ class Mixer:
             yield self.placer.model
 
     @scope
+    def turn(self) -> Generator[None, None, None]:
+        """Keep other threads out, and kernels of other CUDA streams that use the weights."""
+        with self.lock:
+            self._order.begin()
+            try:
+                yield
+            finally:
+                self._order.end(lambda: self.placer.devices)
+
+    @scope
     def hold(self, rows: tuple[Mixture, ...]) -> Generator[None, None, None]:
         """Keep other threads out; `rows` has the mixtures of the batch's rows, or one for all rows.
 
         Raises:
             MixtureError: this thread is inside a mixture already.
         """
-        with self.lock:
+        with self.turn():
             if self.rows is not None:
                 names = ", ".join(sorted({name for row in self.rows for name in row.names}))
                 raise MixtureError(

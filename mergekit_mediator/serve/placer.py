@@ -91,6 +91,13 @@ class Placer:
             self._locate()
         return self._weights
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices of the routed weights."""
+        # `restore` must see by itself that someone has moved the model inside a mixture
+        weights = self._weights if self._displaced else self.weights
+        return {weight.device for weight in weights.values()}
+
     def expert(self, name: str) -> dict[str, StoredWeight]:
         """Return the stored weights of one expert by name, on the devices of the model's weights."""
         weights, file = self.weights, self.experts.files[name]
@@ -125,7 +132,7 @@ class Placer:
         def read(layer: Sequence[str]) -> list[list[Part]]:
             return [self.parts(name, mixture) for name in layer]
 
-        streams = side_streams({weight.device for weight in weights.values()})
+        streams = side_streams(self.devices)
         for layer, parts in read_ahead(self._layers, read, streams):
             for name, of_weight in zip(layer, parts, strict=True):
                 self._put_parts(name, of_weight)
