@@ -19,7 +19,8 @@ def _as_before():
 
 def allowed():
     """By the name that torch reads itself."""
-    return getattr(MATMUL, "fp32_precision", MATMUL.allow_tf32) in ("tf32", True)
+    newer = hasattr(MATMUL, "fp32_precision")
+    return MATMUL.fp32_precision == "tf32" if newer else MATMUL.allow_tf32
 
 
 @pytest.mark.parametrize("on", [False, True])

@@ -35,7 +35,8 @@ def test_conflict_of_weights_on_the_device_is_the_same(device, denoise):
     base, experts = weights(torch.bfloat16)
     there = measure(base, experts, denoise, str(device))
     placed = [expert.to(device) for expert in experts]
-    assert measure(base.to(device), placed, denoise, str(device)) == there
+    found = measure(base.to(device), placed, denoise, str(device))
+    assert astuple(found) == pytest.approx(astuple(there), rel=1e-6)
 
 
 def test_numbers_that_are_not_finite_count_as_unchanged(device):

@@ -123,6 +123,17 @@ def test_a_second_merge_writes_the_same_bytes(device, make, merge, tf32, setting
     assert files(merge(device, config, "second")) == first
 
 
+@pytest.mark.parametrize("settings", [{}, ROUNDED["bits"]], ids=["auto", "bits"])
+def test_workers_side_by_side_write_the_same_bytes(device, make, merge, settings):
+    config = make(wide, dtype=torch.bfloat16).config(**settings)
+    alone, threads = files(merge(device, config, "alone")), torch.get_num_threads()
+    torch.set_num_threads(4)  # as many workers
+    try:
+        assert files(merge(device, config, "together")) == alone
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_adapters_keep_their_own_factors(device, make, merge, tmp_path):
     family = make(wide, experts=(), dtype=torch.float32)
     entries = []
