@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from heavy_texts import ROW, Rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm
 from train_experts import COMPUTES_IN_BFLOAT16
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,8 +44,10 @@ RECIPES = {
 
 def losses(model: Any, rows: Tensor) -> Tensor:
     """The mean loss in nats of the tokens of rows `[n, ROW]`."""
-    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+    states = model.model(input_ids=rows, use_cache=False).last_hidden_state
+    # without the last token, whose logits would have to be copied out
+    logits = model.lm_head(states[:, :-1].flatten(0, 1))
+    return cross_entropy(logits.float(), rows[:, 1:].flatten())
 
 
 def masks(model: Any, share: float) -> dict[str, Tensor]:
@@ -57,12 +60,29 @@ def masks(model: Any, share: float) -> dict[str, Tensor]:
     }
 
 
+def _normalise_at_once(model: Any) -> None:
+    """Let the norms of a Llama run in one kernel instead of six."""
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            shape, epsilon = module.weight.shape, module.variance_epsilon
+            module.forward = partial(
+                rms_norm, normalized_shape=shape, weight=module.weight, eps=epsilon
+            )
+
+
 class Training:
-    """A model, its optimizer and the rows that it has seen; written to a file, and read from there."""
+    """A model, its optimizer and the rows that it has seen; written to a file, and read from there.
+
+    The model computes in bfloat16 where the processor does. The optimizer holds the weights in float32.
+    """
 
     def __init__(self, begin: Path, path: Path, lr: float, device: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32).to(device)
-        self.parameters = dict(self.model.named_parameters())
+        small = torch.device(device).type == "cuda" or COMPUTES_IN_BFLOAT16
+        dtype = torch.bfloat16 if small else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(begin, dtype=dtype).to(device)
+        _normalise_at_once(self.model)
+        self.computed = dict(self.model.named_parameters())
+        self.parameters = {n: p.detach().float().clone() for n, p in self.computed.items()}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True
         )
@@ -70,20 +90,27 @@ class Training:
         if path.exists():
             self._read()
 
-    def update(self, rows: Tensor, allowed: dict[str, Tensor], rate: float) -> float:
+    def update(self, rows: Tensor, allowed: dict[str, Tensor], rate: float) -> Tensor:
+        """Take a step. Nothing here waits for the device, neither for the loss that it gives back."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
-        enabled = rows.is_cuda or COMPUTES_IN_BFLOAT16
-        with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=enabled):
-            loss = losses(self.model, rows)
+        loss = losses(self.model, rows)
         loss.backward()
+        for name, computed in self.computed.items():
+            self.parameters[name].grad = computed.grad.float()
+            computed.grad = None
         for name, mask in allowed.items():
             self.parameters[name].grad.mul_(mask)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._compute_with_these()
         self.step += 1
-        return float(loss.detach())
+        return loss.detach()
+
+    @torch.no_grad()
+    def _compute_with_these(self) -> None:
+        torch._foreach_copy_(list(self.computed.values()), list(self.parameters.values()))
 
     def write(self) -> None:
         state = self.optimizer.state
@@ -106,7 +133,10 @@ class Training:
                     part: file.get_tensor(f"{part} {name}").to(p.device)
                     for part in ("exp_avg", "exp_avg_sq")
                 }
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+                # on the device, where a fused step wants it
+                step = torch.tensor(float(self.step), device=p.device)
+                self.optimizer.state[p] = {"step": step, **moments}
+        self._compute_with_these()
 
 
 def train(name: str, args: argparse.Namespace, train_rows: Rows) -> None:
@@ -118,28 +148,34 @@ def train(name: str, args: argparse.Namespace, train_rows: Rows) -> None:
     allowed = masks(training.model, recipe.share)
     steps = math.ceil(args.tokens / (ROW * args.batch))
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(SEED))
-    saved = time.monotonic()
-    while training.step < steps:
+    tokens = torch.from_numpy(train_rows).to(args.device)
+    began = saved = time.monotonic()
+    done = training.step / steps
+    while done < 1:
         first = training.step * args.batch
         # text that is too short is read again
         chosen = order[torch.arange(first, first + args.batch) % len(order)]
-        rows = torch.from_numpy(train_rows[chosen.numpy()]).long().to(args.device)
-        done = training.step / steps
         warm = min(1.0, (training.step + 1) / min(50, 1 + steps // 10))
         rate = warm * max(0.05, 0.5 * (1 + math.cos(math.pi * done)))
-        loss = training.update(rows, allowed, rate)
+        loss = training.update(tokens[chosen.to(tokens.device)].long(), allowed, rate)
         if training.step % 50 == 0:
-            print(f"{name} {training.step} of {steps}: loss {loss:.3f}", flush=True)
+            found = f"loss {float(loss):.3f}, {time.monotonic() - began:.0f} s"
+            print(f"{name} {training.step} of {steps}: {found}", flush=True)
+        # the device may be a step behind
+        done = max(training.step / steps, (time.monotonic() - began) / args.seconds)
         if time.monotonic() - saved > SAVED_EVERY:
             training.write()
             saved = time.monotonic()
     training.model.to(torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(begin).save_pretrained(out)
+    read = training.step * ROW * args.batch
     notes = {
-        "tokens": steps * ROW * args.batch,
-        "distinct_tokens": min(train_rows.size, steps * ROW * args.batch),
+        "tokens": read,
+        "distinct_tokens": min(train_rows.size, read),
         "begins": recipe.begins or "base",
         "lr": args.lr,
+        "batch": args.batch,
+        "training_seconds": round(time.monotonic() - began),
         "share_that_may_change": recipe.share,
     }
     # written last: its presence says that the folder is complete

@@ -38,7 +38,7 @@ class Decomposition:
         known = values > 1e-7 * values[0]
         values, right = values[known], right[:, known]
         triples = (double @ right / values, values, right)
-        return cls(*(part.float().cpu() for part in triples))
+        return cls(*(part.float().to(matrix.device) for part in triples))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def by_singular_value(parts: Decomposition, bits: float) -> Stored:
     The paper rounds by GPTQ, which needs prompts. Here each vector takes the step of least squared error.
     """
     numbers = parts.left.shape[0] + parts.right.shape[0]
-    approximation = torch.zeros(parts.left.shape[0], parts.right.shape[0])
+    approximation = parts.left.new_zeros(parts.left.shape[0], parts.right.shape[0])
     spent, first = 0.0, 0
     for width, most in COME:
         price = width * numbers + 2 * HALF
@@ -125,7 +125,7 @@ def entropy(share: float) -> float:
 
 def rounded(vectors: Tensor, bits: int) -> Tensor:
     """Columns of 2^bits levels, symmetric about 0, each with the step of least squared error of sixteen."""
-    top = vectors.abs().amax(0) if vectors.numel() else torch.zeros(vectors.shape[1])
+    top = vectors.abs().amax(0) if vectors.numel() else vectors.new_zeros(vectors.shape[1])
     half = 2 ** (bits - 1)
     best, least = torch.zeros_like(vectors), torch.full_like(top, torch.inf)
     for clip in torch.linspace(1 / 16, 1, 16).tolist():

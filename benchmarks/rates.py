@@ -21,6 +21,7 @@ import torch
 from artifacts import DTYPE
 from baselines import State, expert, load, task_config
 from stored_forms import Change, Form, forms, settings
+from torch import Tensor
 from train_experts import REPORT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,10 +55,12 @@ def measure(
 
 def left_out(change: Change, weights: State) -> float:
     """The squared error of weights, over the squared change."""
-    errors = (weights[n].float() - change.expert[n].float() for n in change.differences)
-    error = sum(float(e.square().sum(dtype=torch.float64)) for e in errors)
-    whole = sum(float(d.square().sum(dtype=torch.float64)) for d in change.differences.values())
-    return error / whole
+
+    def error(name: str) -> Tensor:
+        weight, right = (w[name].to(change.device).float() for w in (weights, change.expert))
+        return (weight - right).square().sum(dtype=torch.float64)
+
+    return sum(float(error(name)) for name in change.differences) / change.energy
 
 
 def add(

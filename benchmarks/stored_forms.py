@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import peers
 import torch
@@ -34,40 +35,68 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+T = TypeVar("T")
+
+
 class Change:
     """What a fine-tune changed of its base, with the decompositions that several forms share.
 
     Attributes:
         numel: the parameters of the weights in which anything changed. All bits are counted for these: an
             embedding that was not trained costs nothing, and must not make a rate look low.
+        device: where passes over all weights at once take place. All weights stay on the CPU.
     """
 
-    def __init__(self, base: State, expert: State, device: str = "cpu") -> None:
+    def __init__(
+        self, base: State, expert: State, device: str = "cpu", workers: int | None = None
+    ) -> None:
+        """Take the difference.
+
+        Args:
+            base: all weights of the base, on the CPU.
+            expert: those of the fine-tune.
+            device: see above.
+            workers: threads that decompose and store, weight by weight. Decompositions are made by the device
+                without them: many small steps are not worth a device that is busy with others.
+        """
         changed = [name for name, weight in base.items() if not torch.equal(weight, expert[name])]
-        self._device = device
+        self.device, self._workers = device, workers
         self.base = {name: base[name] for name in changed}
         self.expert = {name: expert[name] for name in changed}
         self.differences = {n: expert[n].float() - base[n].float() for n in changed}
         self.numel = sum(difference.numel() for difference in self.differences.values())
         self.matrices = {n: as_matrix(d) for n, d in self.differences.items() if not is_vector(d)}
 
+    def each(self, make: Callable[[str], T], names: Mapping[str, Any]) -> dict[str, T]:
+        """Make something of each of these weights."""
+        if self._workers is None:
+            return {name: make(name) for name in names}
+        # the largest first, so that none is begun when all others are done
+        order = sorted(names, key=lambda name: -self.differences[name].numel())
+        with ThreadPoolExecutor(self._workers) as pool:
+            made = dict(zip(order, pool.map(make, order), strict=True))
+        return {name: made[name] for name in names}
+
+    def _decomposed(self, matrix: Tensor) -> Decomposition:
+        return Decomposition.of(matrix, self.device if self._workers is None else "cpu")
+
     @cached_property
     def parts(self) -> dict[str, Decomposition]:
-        return {
-            name: Decomposition.of(matrix, self._device) for name, matrix in self.matrices.items()
-        }
+        return self.each(lambda name: self._decomposed(self.matrices[name]), self.matrices)
 
     @cached_property
     def remainders(self) -> dict[str, Decomposition]:
         """The decompositions of what one bit a weight leaves."""
-        return {
-            name: Decomposition.of(matrix - peers.one_bit(matrix).approximation, self._device)
-            for name, matrix in self.matrices.items()
-        }
+
+        def left(name: str) -> Decomposition:
+            matrix = self.matrices[name]
+            return self._decomposed(matrix - peers.one_bit(matrix).approximation)
+
+        return self.each(left, self.matrices)
 
     @cached_property
     def components(self) -> dict[str, Components]:
-        return {name: decompose(matrix) for name, matrix in self.matrices.items()}
+        return self.each(lambda name: decompose(self.matrices[name]), self.matrices)
 
     @cached_property
     def importance(self) -> dict[str, float]:
@@ -79,11 +108,18 @@ class Change:
     @cache  # noqa: B019 (a change lives as long as its measurement)
     def costs(self, weighted: bool) -> Tensor:
         """The bits of all weights at each slope."""
-        total = torch.zeros(len(tradeoff.SLOPES), dtype=torch.float64)
-        for name, difference in self.differences.items():
-            factor = self.importance[name] if weighted else 1.0
-            total += tradeoff.tradeoff(difference, self.components.get(name), factor)[0]
-        return total
+        components, importance = self.components, self.importance
+
+        def bits(name: str) -> Tensor:
+            factor = importance[name] if weighted else 1.0
+            return tradeoff.tradeoff(self.differences[name], components.get(name), factor)[0]
+
+        return torch.stack(list(self.each(bits, self.differences).values())).sum(0)
+
+    @cached_property
+    def energy(self) -> float:
+        """The squared norm of the change."""
+        return sum(float(d.square().sum(dtype=torch.float64)) for d in self.differences.values())
 
 
 # The weights as a form gives them back, of those that changed, and bits per parameter.
@@ -97,11 +133,8 @@ def forms(only: str = "") -> dict[str, Form]:
         **{f"extract-lora {rank}": partial(extracted_lora, rank=rank) for rank in RANKS},
         "one bit": partial(of_matrices, store=lambda c, n: peers.one_bit(c.matrices[n])),
         "two bits": partial(of_matrices, store=lambda c, n: peers.one_bit(c.matrices[n], 2)),
-        **{f"8-3-2 bits {bits:g}": partial(of_matrices, store=come(bits)) for bits in COME_RATES},
-        **{
-            f"sign first, rank {rank}": partial(of_matrices, store=sign_first(rank))
-            for rank in SIGN_FIRST_RANKS
-        },
+        **{f"8-3-2 bits {bits:g}": partial(come, bits=bits) for bits in COME_RATES},
+        **{f"sign first, rank {rank}": partial(sign_first, rank=rank) for rank in SIGN_FIRST_RANKS},
         **{f"ternary {density:g}": partial(ternary, density=density) for density in DENSITIES},
     }
     return {name: form for name, form in known.items() if begins(name, only)}
@@ -126,38 +159,49 @@ def ours(
 ) -> tuple[State, float]:
     """Low rank plus sparse at one slope, relative to the base, as bytes of an expert's file."""
     slope = tradeoff.slope_for(change.costs(weighted), change.numel, bits)
-    weights, stored_bytes = {}, 0
-    for name, difference in change.differences.items():
-        known, dtype = change.components.get(name), change.base[name].dtype
+
+    def store(name: str) -> tuple[Tensor, int]:
+        known, weight = change.components.get(name), change.base[name].clone()
         own = slope / change.importance[name] if weighted else slope
-        stored = approximate(difference, own, dtype, 0.0, known, norm_power)
-        stored_bytes += encode_bytes(stored)[0].numel()
-        weights[name] = change.base[name].clone()
-        mix_(weights[name], [(1.0, stored)])
-    return weights, 8 * stored_bytes / change.numel
+        difference = change.differences[name]
+        stored = approximate(difference, own, weight.dtype, 0.0, known, norm_power)
+        mix_(weight, [(1.0, stored)])
+        return weight, encode_bytes(stored)[0].numel()
+
+    made = change.each(store, change.differences)
+    weights = {name: weight for name, (weight, _) in made.items()}
+    return weights, 8 * sum(size for _, size in made.values()) / change.numel
 
 
 def extracted_lora(change: Change, rank: int) -> tuple[State, float]:
     """Matrices of low rank; what is no matrix stays that of the base, as `mergekit-extract-lora` has it."""
-    stored = {name: peers.low_rank(parts, rank) for name, parts in change.parts.items()}
+    parts = change.parts
+    stored = change.each(lambda name: peers.low_rank(parts[name], rank), parts)
     return _weights(change, stored, vectors=change.base), _rate(change, stored.values())
 
 
 def of_matrices(change: Change, store: Callable[[Change, str], Stored]) -> tuple[State, float]:
     """Each matrix by itself; what is no matrix is kept in bfloat16."""
-    return _kept(change, {name: store(change, name) for name in change.matrices})
+    return _kept(change, change.each(lambda name: store(change, name), change.matrices))
 
 
 def ternary(change: Change, density: float) -> tuple[State, float]:
-    return _kept(change, peers.ternary(change.matrices, density))
+    matrices = {name: matrix.to(change.device) for name, matrix in change.matrices.items()}
+    return _kept(change, peers.ternary(matrices, density))
 
 
-def come(bits: float) -> Callable[[Change, str], Stored]:
-    return lambda c, n: peers.by_singular_value(c.parts[n], bits * c.matrices[n].numel())
+def come(change: Change, bits: float) -> tuple[State, float]:
+    parts = change.parts  # made once, before threads ask for them
+
+    def store(c: Change, name: str) -> Stored:
+        return peers.by_singular_value(parts[name], bits * c.matrices[name].numel())
+
+    return of_matrices(change, store)
 
 
-def sign_first(rank: int) -> Callable[[Change, str], Stored]:
-    return lambda c, n: peers.sign_first(c.matrices[n], c.remainders[n], rank)
+def sign_first(change: Change, rank: int) -> tuple[State, float]:
+    remainders = change.remainders
+    return of_matrices(change, lambda c, n: peers.sign_first(c.matrices[n], remainders[n], rank))
 
 
 def _kept(change: Change, stored: dict[str, Stored]) -> tuple[State, float]:
@@ -168,7 +212,7 @@ def _kept(change: Change, stored: dict[str, Stored]) -> tuple[State, float]:
 
 def _weights(change: Change, stored: dict[str, Stored], vectors: State) -> State:
     return {
-        name: (weight.float() + stored[name].approximation.view_as(weight)).to(weight.dtype)
+        name: (weight.float() + stored[name].approximation.view_as(weight).cpu()).to(weight.dtype)
         if name in stored
         else vectors[name]
         for name, weight in change.base.items()

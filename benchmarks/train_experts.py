@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import reasoning_gym
 import torch
 from base_models import GGUF_FILES, make_base
 from torch.nn.functional import cross_entropy
@@ -79,6 +78,8 @@ def tokenised(
     tokenizer: Any, task: str, config: dict[str, Any], seed: int, size: int
 ) -> list[Pair]:
     """Prompt ids and answer ids (with end of sequence) of `size` problems."""
+    import reasoning_gym  # here, for benchmarks that train on other texts
+
     pairs = []
     for item in reasoning_gym.create_dataset(task, seed=seed, size=size, **config):
         answer = tokenizer(str(item["answer"]), add_special_tokens=False).input_ids

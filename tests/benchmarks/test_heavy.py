@@ -61,3 +61,37 @@ def test_what_is_measured_is_not_measured_again(run, monkeypatch):
     rows = run("one bit,two bits")
     assert rows[:2] == first
     assert [row["form"] for row in rows] == ["one bit", "one bit", "two bits", "two bits"]
+
+
+def test_processes_that_train_and_measure_find_what_one_finds(run, monkeypatch):
+    together = run("one bit")
+    heavy.record.RESULTS.joinpath("heavy.json").unlink()
+    monkeypatch.setattr(heavy_training, "SAVED_EVERY", 1e9)
+    usual = sys.argv
+    for words in (
+        ["--part", "train"],
+        ["--part", "measure", "--name", "b", "--kind", "python-sparse", "--workers", "2"],
+        ["--part", "measure", "--name", "a", "--kind", "python", "--workers", "2"],
+        ["--join", "a", "--join", "b", "--join", "not yet"],
+    ):
+        kept = [w for i, w in enumerate(usual) if not {"--kind"} & {w, usual[i - 1]}]
+        kinds = [] if "--kind" in words else ["--kind", "python", "--kind", "python-sparse"]
+        monkeypatch.setattr(sys, "argv", [*kept, *kinds, *words])
+        heavy.main()
+    joined = heavy.record.read("heavy")
+    assert joined["rows"] == together
+    assert "--name a" in joined["command"]
+    assert "--name b" in joined["also"]["b"]["command"]
+
+
+def test_german_is_told_from_english_and_markup_goes(tmp_path):
+    (tmp_path / "de").mkdir()
+    german = "<p>Der Hund und die Katze sind nicht mit dem Vogel auf der Wiese.</p>"
+    english = "<p>The dog and the cat are not with the bird in the meadow, and all of them will die young.</p>"
+    (tmp_path / "de/a.html").write_text(german)
+    (tmp_path / "de/again.html").write_text(german)
+    (tmp_path / "de/b.html").write_text(english)
+    found = [
+        text for text in heavy_texts.german(0, [tmp_path]) if "Vogel" in text or "bird" in text
+    ]
+    assert found == ["Der Hund und die Katze sind nicht mit dem Vogel auf der Wiese."]

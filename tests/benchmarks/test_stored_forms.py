@@ -1,6 +1,8 @@
 """Every form of rates.py gives weights back and counts its bits; training of heavy experts goes on."""
 
 import argparse
+import json
+import math
 
 import heavy_training
 import numpy as np
@@ -66,6 +68,17 @@ def test_the_gain_is_the_way_from_the_base_to_the_expert(change):
     assert [row["bits_per_parameter"] for row in rows] == [0.5, 0.1, 1]
 
 
+def test_threads_store_what_one_thread_stores(change):
+    together = stored_forms.Change(change.base, change.expert, workers=2)
+    for form in ("ours 2", "extract-lora 4", "8-3-2 bits 2", "sign first, rank 4", "ternary 0.2"):
+        (weights, bits), (same, as_many) = (
+            stored_forms.forms()[form](c) for c in (change, together)
+        )
+        assert bits == as_many
+        assert weights.keys() == same.keys()
+        assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
+
+
 @pytest.mark.parametrize("setting", stored_forms.SETTINGS)
 def test_other_settings_of_our_form_store_other_weights(change, setting):
     usual, _ = stored_forms.ours(change, 2.0)
@@ -85,7 +98,9 @@ def settings(tmp_path, monkeypatch):
     torch.manual_seed(0)
     pico.llama_tied().bfloat16().save_pretrained(tmp_path / "base")
     pico.tokenizer().save_pretrained(tmp_path / "base")
-    return argparse.Namespace(out=tmp_path, tokens=4 * 32, batch=2, lr=1e-2, device="cpu")
+    return argparse.Namespace(
+        out=tmp_path, tokens=4 * 32, batch=2, lr=1e-2, device="cpu", seconds=math.inf
+    )
 
 
 @pytest.fixture
@@ -114,6 +129,23 @@ def test_training_that_was_interrupted_ends_where_it_would_have(settings, rows, 
     again = load_file(settings.out / "python/model.safetensors")
     assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
     assert not (settings.out / "python/training.safetensors").exists()
+
+
+def test_training_ends_when_its_time_is_over(settings, rows):
+    settings.seconds = 1e-9
+    heavy_training.train("python", settings, rows)
+    notes = json.loads((settings.out / "python/expert.json").read_text())
+    assert notes["tokens"] == notes["distinct_tokens"] == 32
+
+
+def test_the_optimizer_keeps_what_bfloat16_rounds_off(settings, rows):
+    training = heavy_training.Training(settings.out / "base", settings.out / "none", 1e-6, "cpu")
+    before = {name: p.clone() for name, p in training.parameters.items()}
+    training.update(torch.from_numpy(rows).long(), {}, 1.0)
+    assert all(p.dtype == torch.float32 for p in training.parameters.values())
+    assert all(not torch.equal(p, before[name]) for name, p in training.parameters.items())
+    for name, p in training.computed.items():
+        assert torch.equal(p, training.parameters[name].to(p.dtype))
 
 
 def test_a_sparse_expert_changes_no_more_parameters_than_it_may(settings, rows):
