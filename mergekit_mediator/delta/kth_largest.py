@@ -67,28 +67,20 @@ def kth_largest(
     return _kth_largest_of(torch.cat([magnitudes(part) for part in chunks(numel, device)]), k)
 
 
-def compare(values: Tensor, limit: float, how: np.ufunc) -> NDArray[np.bool_]:
-    """Compare float32 values `[n]` with a limit; numpy is faster at this than torch on a CPU.
+def compare(values: Tensor, limit: float, how: np.ufunc) -> Tensor:
+    """Compare float32 values `[n]` with a limit, where the values are; numpy is faster at this than torch on a CPU.
 
     Args:
-        values: on any device. Of another device than the CPU, the answers are copied and not the values.
+        values: on any device.
         limit: of the comparison, a value of float32.
         how: the comparison, such as `np.greater`.
 
     Returns:
-        `[n]`, whether the comparison holds.
+        `[n]` bool, whether the comparison holds.
     """
-    mask: NDArray[np.bool_]
     if values.device.type != "cpu":
-        mask = on_device(values, limit, how).cpu().numpy()
-    else:
-        mask = how(values.numpy(), np.float32(limit))
-    return mask
-
-
-def on_device(values: Tensor, limit: float, how: np.ufunc) -> Tensor:
-    """Compare as `compare` does, where the values are; the answers `[n]` stay there."""
-    return _COMPARISONS[how](values, limit)
+        return _COMPARISONS[how](values, limit)
+    return torch.from_numpy(how(values.numpy(), np.float32(limit)))
 
 
 def nonzero(mask: Tensor) -> Tensor:
@@ -142,12 +134,8 @@ def _count(
     larger = ties = 0
     for part in chunks(numel, device):
         chunk = magnitudes(part)
-        if chunk.device.type != "cpu":
-            larger += int(on_device(chunk, value, np.greater).sum())
-            ties += int(on_device(chunk, value, np.equal).sum())
-        else:
-            larger += int(np.count_nonzero(compare(chunk, value, np.greater)))
-            ties += int(np.count_nonzero(compare(chunk, value, np.equal)))
+        larger += _true(compare(chunk, value, np.greater))
+        ties += _true(compare(chunk, value, np.equal))
     return larger, ties
 
 
@@ -155,9 +143,16 @@ def _split(values: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """The number of values above `high`, and the values from `low` to `high`; numpy is faster on a CPU."""
     if values.device.type != "cpu":
         return int((values > high).sum()), values[(values >= low) & (values <= high)]
-    array, larger = values.numpy(), compare(values, high, np.greater)
-    between = array[(compare(values, low, np.greater_equal) ^ larger).nonzero()[0]]
+    array, larger = values.numpy(), compare(values, high, np.greater).numpy()
+    between = array[(compare(values, low, np.greater_equal).numpy() ^ larger).nonzero()[0]]
     return int(np.count_nonzero(larger)), torch.from_numpy(between)
+
+
+def _true(mask: Tensor) -> int:
+    """The number of true entries of a mask."""
+    if mask.device.type == "cpu":
+        return int(np.count_nonzero(mask.numpy()))
+    return int(mask.sum())
 
 
 def _kth_largest_of(values: Tensor, k: int) -> tuple[float, int]:

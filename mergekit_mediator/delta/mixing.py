@@ -1,6 +1,6 @@
 """The mixture of a weight: it is put into the dense weight in place, and taken out again bit for bit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,30 +87,14 @@ def _add_products_(matrix: Tensor, factored: Sequence[tuple[float, Factors]]) ->
     The factors take the dtype of the matrix. The product sums in float32 and rounds once, and needs no
     other copy of the matrix.
     """
+    left, right = factor_products(factored)
+    matrix.addmm_(left.to(matrix.dtype), right.to(matrix.dtype).T)
+
+
+def factor_products(factored: Sequence[tuple[float, Factors]]) -> tuple[Tensor, Tensor]:
+    """Give the matrices `[out, Σr]` and `[in, Σr]`, float32, whose product is the sum of c · Δ of low-rank parts."""
     left = torch.cat([f.left.to(torch.float32) * (c * f.scales) for c, f in factored], dim=1)
-    right = torch.cat([f.right.to(matrix.dtype) for _, f in factored], dim=1)
-    matrix.addmm_(left.to(matrix.dtype), right.T)
-
-
-def overwriting(weight: Tensor, stored: StoredWeight) -> Callable[[], None] | None:
-    """Prepare the step that puts a single expert with weight 1 in place, as `mix_` does.
-
-    Args:
-        weight: contiguous, holding the dense expert's weight.
-        stored: of the expert, on the device of `weight`.
-
-    Returns:
-        The step, or None if it takes arithmetic.
-    """
-    if stored.values != "exact" or stored.share or stored.codes.dtype != weight.dtype:
-        return None
-    flat, positions = bit_patterns(weight.view(-1)), stored.positions
-    values = bit_patterns(stored.codes)
-
-    def put() -> None:
-        flat.scatter_(0, positions.to(torch.int64), values)
-
-    return put
+    return left, torch.cat([f.right.to(torch.float32) for _, f in factored], dim=1)
 
 
 def restore_(weight: Tensor, displaced: Sequence[Displaced]) -> None:

@@ -1,15 +1,18 @@
 """The sparse form of an expert's weight: the coordinates that differ most, exact or quantised."""
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_mediator.delta.chunks import chunks
 from mergekit_mediator.delta.float_bits import bit_patterns
-from mergekit_mediator.delta.kth_largest import compare, count_kept, kth_largest, lower_bound
+from mergekit_mediator.delta.kth_largest import (
+    compare,
+    count_kept,
+    kth_largest,
+    lower_bound,
+    nonzero,
+)
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.errors import InputError
@@ -35,26 +38,24 @@ def encode(
     """
     flat_expert, flat_dense = expert.reshape(-1).to(device), dense.reshape(-1).to(device)
     positions = _select(flat_expert, flat_dense, density, values == "exact", device)
-    places = positions.to(device)
-    codes, scale = flat_expert.index_select(0, places), 1.0
+    codes, scale = flat_expert.index_select(0, positions), 1.0
     if values != "exact":
-        reference = flat_dense.index_select(0, places).to(torch.float32)
+        reference = flat_dense.index_select(0, positions).to(torch.float32)
         delta = codes.to(torch.float32) - reference
         if not bool(delta.isfinite().all()):
             raise InputError(
                 f"{values} values require finite weights: set `values: exact`, which stores all weights"
             )
         codes, scale = _quantise(delta, values)
-        positions, codes = positions[codes.cpu() != 0], codes[codes != 0]
-    return StoredWeight(tuple(expert.shape), dense.dtype, values, positions, codes.cpu(), scale)
+        positions, codes = positions[codes != 0], codes[codes != 0]
+    shape = tuple(expert.shape)
+    return StoredWeight(shape, dense.dtype, values, positions.cpu(), codes.cpu(), scale)
 
 
 def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device: str) -> Tensor:
-    """Ascending positions `[k]` on the CPU, int32 if they fit, of the coordinates to store.
-
-    The flat weights are on the device.
-    """
+    """Ascending positions `[k]`, int32 if they fit, of the coordinates to store; all tensors are on the device."""
     numel = expert.numel()
+    dtype = torch.int32 if numel < 2**31 else torch.int64
     count = count_kept(numel, density)
 
     def magnitudes(part: slice) -> Tensor:
@@ -68,15 +69,14 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
             if bound or not bitwise:  # NaN is below no bound
                 below = compare(delta, bound, np.less if bound else np.less_equal)
             else:  # 0 and -0 are equal, and yet different weights
-                below = _bits(expert[part]) == _bits(dense[part])
-            places = np.logical_not(below, out=below).nonzero()[0]
-            magnitude.append(delta.cpu().numpy()[places])
-            positions.append((places + part.start).astype(np.int32 if numel < 2**31 else np.int64))
-        values = torch.from_numpy(np.concatenate(magnitude))
-        return torch.from_numpy(np.concatenate(positions)), values.nan_to_num_(torch.inf, torch.inf)
+                below = bit_patterns(expert[part]) == bit_patterns(dense[part])
+            places = nonzero(below.logical_not_())
+            magnitude.append(delta.index_select(0, places))
+            positions.append((places + part.start).to(dtype))
+        return torch.cat(positions), torch.cat(magnitude).nan_to_num_(torch.inf, torch.inf)
 
     if not numel:
-        return torch.empty(0, dtype=torch.int32)
+        return torch.empty(0, dtype=dtype, device=expert.device)
     # A bound from a sample leaves few candidates that are not stored.
     bound = 0.0
     if count < numel:
@@ -86,16 +86,11 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
         positions, values = candidates(0.0)
     if len(positions) <= count:
         return positions
-    threshold, larger = kth_largest(values.__getitem__, len(values), count)
+    threshold, larger = kth_largest(values.__getitem__, len(values), count, device)
     mask = compare(values, threshold, np.greater)
     if threshold > 0:
-        mask[compare(values, threshold, np.equal).nonzero()[0][: count - larger]] = True
-    return torch.from_numpy(positions.numpy()[mask.nonzero()[0]])
-
-
-def _bits(weights: Tensor) -> NDArray[np.signedinteger[Any]]:
-    patterns: NDArray[np.signedinteger[Any]] = bit_patterns(weights).cpu().numpy()
-    return patterns
+        mask[nonzero(compare(values, threshold, np.equal))[: count - larger]] = True
+    return positions[nonzero(mask)]
 
 
 def _quantise(delta: Tensor, values: Values) -> tuple[Tensor, float]:

@@ -46,8 +46,8 @@ class PackedSigns:
         """See `Signs.note`."""
         for part in chunks(tau.numel()):
             packed = slice(part.start // 8, -(-part.stop // 8))
-            positive = np.packbits(compare(tau[part], threshold, np.greater_equal))
-            negative = np.packbits(compare(tau[part], -threshold, np.less_equal))
+            positive = np.packbits(compare(tau[part], threshold, np.greater_equal).numpy())
+            negative = np.packbits(compare(tau[part], -threshold, np.less_equal).numpy())
             changed = self._positive[packed] | self._negative[packed]
             self._twice[packed] |= changed & (positive | negative)
             self._positive[packed] |= positive

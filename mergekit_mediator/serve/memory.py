@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from mergekit_mediator.delta.again import Step
 from mergekit_mediator.delta.mixing import Displaced
 from mergekit_mediator.serve.residency import tensor_bytes
 
@@ -51,12 +52,12 @@ class Memory:
         whole: all dense values of a weight, by its name.
         displaced: the dense values at the positions that an expert stores.
         matrices: the sparse part of an expert as a matrix, see `row_modules.sparse_matrix`.
-        ready: for an expert that enters alone and without arithmetic, the dense values that it displaces,
-            and the call that writes it.
+        ready: for an expert that enters alone, the dense values that it displaces and the step that puts it in
+            place again, by its name and that of the weight.
     """
 
     bounded: bool
-    ready: dict[ExpertWeight, tuple[Saved, Callable[[], None]]] = field(default_factory=dict)
+    ready: dict[ExpertWeight, tuple[Saved, Step]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.whole: Remembered[str, Saved] = Remembered(self.bounded)
@@ -68,4 +69,5 @@ class Memory:
         """The bytes of all remembered tensors."""
         saved = [*self.whole.values(), *self.displaced.values()]
         dense = sum(tensor_bytes(one.weights) for displaced in saved for one in displaced)
-        return dense + sum(map(tensor_bytes, self.matrices.values()))
+        steps = (tensor for _, step in list(self.ready.values()) for tensor in step.tensors)
+        return dense + sum(map(tensor_bytes, [*self.matrices.values(), *steps]))

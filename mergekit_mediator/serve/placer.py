@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mergekit_mediator.delta.mixing import Displaced, displace, mix_, overwriting, restore_
+from mergekit_mediator.delta.again import Adding, Overwriting, Step
+from mergekit_mediator.delta.mixing import Displaced, displace, mix_, restore_
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.models.locate import fingerprint, locate_weights
 from mergekit_mediator.serve.memory import Memory
@@ -129,13 +130,15 @@ class Placer:
             self._each(partial(self._put_weight, mixture), weights)
             return
 
+        waiting = [[n for n in layer if not self._put_again(mixture, n)] for layer in self._layers]
+
         def read(layer: Sequence[str]) -> list[list[Part]]:
             return [self.parts(name, mixture) for name in layer]
 
-        streams = side_streams(self.devices)
-        for layer, parts in read_ahead(self._layers, read, streams):
-            for name, of_weight in zip(layer, parts, strict=True):
-                self._put_parts(name, of_weight)
+        if any(waiting):
+            for layer, parts in read_ahead(waiting, read, side_streams(self.devices)):
+                for name, of_weight in zip(layer, parts, strict=True):
+                    self._put_parts(mixture, name, of_weight)
 
     def restore(self) -> None:
         """Put the dense expert back. An interrupted call may be repeated."""
@@ -156,14 +159,19 @@ class Placer:
         ]
 
     def _put_weight(self, mixture: Mixture, name: str) -> None:
+        if not self._put_again(mixture, name):
+            self._put_parts(mixture, name, self.parts(name, mixture))
+
+    def _put_again(self, mixture: Mixture, name: str) -> bool:
+        """Put a mixture in place by the step that was prepared when it was in place before; tell whether there is one."""
         ready = self.memory.ready.get((mixture.alone or "", name))
         if ready is None:
-            self._put_parts(name, self.parts(name, mixture))
-        else:
-            self._displaced[name], overwrite = ready
-            overwrite()
+            return False
+        self._displaced[name], step = ready
+        step(self._weights[name])
+        return True
 
-    def _put_parts(self, name: str, parts: list[Part]) -> None:
+    def _put_parts(self, mixture: Mixture, name: str, parts: list[Part]) -> None:
         if not parts:
             return
         weight, terms = self._weights[name], [(c, stored) for _, c, stored in parts]
@@ -179,11 +187,12 @@ class Placer:
             ]
         self._displaced[name] = saved
         mix_(weight, terms, saved)
-        if len(parts) == 1 and not self.memory.bounded:
-            expert, _, stored = parts[0]
-            overwrite = overwriting(weight, stored)
-            if overwrite is not None:
-                self.memory.ready[expert, name] = saved, overwrite
+        if mixture.alone is not None and not self.memory.bounded:
+            step: Step | None = Overwriting.of(weight, terms)
+            if step is None and weight.is_cuda:
+                step = Adding.of(weight, terms, saved)
+            if step is not None:
+                self.memory.ready[mixture.alone, name] = saved, step
 
     def _restore_weight(self, name: str) -> None:
         if self._moved:

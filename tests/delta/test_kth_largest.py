@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mergekit_mediator.delta import kth_largest as threshold
 from mergekit_mediator.delta.chunks import CHUNK, chunks
-from mergekit_mediator.delta.kth_largest import compare, count_kept, kth_largest, nonzero, on_device
+from mergekit_mediator.delta.kth_largest import count_kept, kth_largest, nonzero
 
 
 def oracle(values: torch.Tensor, k: int) -> tuple[float, int]:
@@ -65,14 +65,3 @@ def test_nonzero_gives_the_ascending_positions_of_true(flags):
     assert nonzero(torch.tensor(flags, dtype=torch.bool)).tolist() == [
         i for i, flag in enumerate(flags) if flag
     ]
-
-
-@pytest.mark.parametrize(
-    "how",
-    [np.greater, np.greater_equal, np.less, np.less_equal, np.equal],
-    ids=lambda h: h.__name__,
-)
-def test_a_device_compares_as_the_cpu_does(how):
-    values = torch.tensor([0.0, -0.0, 0.1, 0.3, torch.nan, torch.inf, -torch.inf, -0.1])
-    for limit in (0.0, float(values[2]), float(values[3]), torch.inf):
-        assert on_device(values, limit, how).tolist() == compare(values, limit, how).tolist()

@@ -2,12 +2,14 @@
 
 from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
 
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Factors, unrounded
+from mergekit_mediator.delta.kth_largest import compare
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
@@ -63,7 +65,8 @@ def test_sparse_forms_are_those_of_the_processor(device, dtype, values, density)
         else:  # a number in the middle between two codes may go to either
             apart = (codes(found) - codes(expected)).abs()
             assert float(apart.max()) <= 1
-            assert int(apart.count_nonzero()) <= apart.numel() // 1000
+            # few differences of 16-bit weights are not in the middle between two of the 255 codes
+            assert int(apart.count_nonzero()) <= apart.numel() // 100
 
 
 @every_dtype
@@ -169,3 +172,15 @@ def test_components_that_are_kept_for_later_give_the_same_bytes(device):
     )
     assert torch.equal(encode_bytes(again.to(CPU))[0], encode_bytes(at_once.to(CPU))[0])
     assert astuple(again.to(CPU))[:3] == astuple(at_once.to(CPU))[:3]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [np.greater, np.greater_equal, np.less, np.less_equal, np.equal],
+    ids=lambda h: h.__name__,
+)
+def test_a_device_compares_as_the_processor_does(device, how):
+    values = torch.tensor([0.0, -0.0, 0.1, 0.3, torch.nan, torch.inf, -torch.inf, -0.1])
+    for limit in (0.0, float(values[2]), float(values[3]), torch.inf):
+        expected = how(values.numpy(), np.float32(limit)).tolist()
+        assert compare(values.to(device), limit, how).tolist() == expected
