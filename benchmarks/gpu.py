@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 
 PICO = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "vocab_size": 1024}
 PICO |= {"num_key_value_heads": 1}
+FOLDERS = {label: "merged-" + label.replace(": ", "-") for label in gpu_merging.MERGES}
 SEEDS = {"weights": gpu_family.SEED}
 Part = Callable[[], Any]
 
@@ -104,38 +105,18 @@ def card(device: str) -> dict[str, str]:
     }
 
 
-def merges(
-    args: argparse.Namespace, base: Path, experts: dict[str, Path], out: Path
-) -> Iterator[tuple[str, Part]]:
-    """The merges of full fine-tunes by name."""
-    places = {name: str(path) for name, path in experts.items()}
-    for label in args.merges:
-        yield (
-            label,
-            lambda label=label: gpu_merging.merge(
-                label, base, places, out / label.replace(": ", "-"), args.device
-            ),
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Does it work on a GPU, and how fast?")
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--work", type=Path, default=Path("gpu"), help="where models are kept")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--few-layers", type=int, default=1, help="of merges with and without it")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true", help="of the operations of a mixture")
     parser.add_argument("--pico", action="store_true", help="small models, to try this script")
     parser.add_argument("--parts", default="", help="that begin like these, separated by commas")
     parser.add_argument("--name", default="gpu", help="of the file of results")
-    parser.add_argument(
-        "--merges",
-        nargs="+",
-        choices=list(gpu_merging.MERGES)[:-1],
-        default=["budget: 1.1x", "density: 0.1", "route: auto", "linear", "ties"],
-    )
     args = parser.parse_args()
     device, changes = args.device, PICO if args.pico else {}
     only = tuple(args.parts.split(","))
@@ -166,24 +147,33 @@ def main() -> None:
     run("ceilings", lambda: gpu_limits.ceilings(device, **small))
     shape = {"out": 512, "width": 256} if args.pico else {}
     part("steps", lambda: gpu_limits.steps(device, **shape))
-    for label, merge in merges(args, base, experts, args.work):
-        part(f"merging/{label}", merge)
+    ceilings = run.figures.get("ceilings")
+    bandwidth = 1e9 * (ceilings["copy_gb_per_second"] if isinstance(ceilings, dict) else 1)
+    places = {name: str(path) for name, path in experts.items()}
+
+    def merge(label: str) -> None:
+        part(
+            f"merging/{label}",
+            lambda: gpu_merging.merge(label, base, places, args.work / FOLDERS[label], device),
+        )
+
+    def serve(form: str, label: str) -> None:
+        part(f"serving/{form}", lambda: _served(args.work / FOLDERS[label], args, bandwidth))
+
+    merge("budget: 1.1x")
+    merge("route: auto")
+    merge("linear")
+    serve("low rank plus sparse", "budget: 1.1x")
+    merge("density: 0.1")
+    serve("sparse", "density: 0.1")
 
     def adapted() -> dict[str, Any]:
         adapters = gpu_family.make_adapters(args.work / "adapters", base, args.layers, **changes)
         places = {name: f"{base}+{path}" for name, path in adapters.items()}
-        return gpu_merging.merge("adapters", base, places, args.work / "adapters-out", device)
+        return gpu_merging.merge("adapters", base, places, args.work / FOLDERS["adapters"], device)
 
     part("merging/adapters", adapted)
-    ceilings = run.figures.get("ceilings")
-    bandwidth = 1e9 * (ceilings["copy_gb_per_second"] if isinstance(ceilings, dict) else 1)
-    roots = {
-        "low rank plus sparse": args.work / "budget-1.1x",
-        "sparse": args.work / "density-0.1",
-        "adapters": args.work / "adapters-out",
-    }
-    for form, root in roots.items():
-        part(f"serving/{form}", lambda root=root: _served(root, args, bandwidth))
+    serve("adapters", "adapters")
     adapters = {name: args.work / "adapters" / f"{name}-adapter" for name in gpu_family.EXPERTS}
     part(
         "serving/PEFT's mixed batch",
@@ -192,30 +182,25 @@ def main() -> None:
     part(
         "serving/host memory",
         lambda: gpu_serving.offloading(
-            roots["low rank plus sparse"], device, 3, 256 if device == "cuda" else 8
+            args.work / FOLDERS["budget: 1.1x"], device, 2, 8 if args.pico else 256
         ),
     )
+    merge("ties")
     few = args.work / "few"
-    part(
-        "models_of_few_layers",
-        lambda: {
-            "seconds": _taken(lambda: gpu_family.make(few, args.few_layers, device, **changes)),
-            "parameters": gpu_family.parameters(few / "base"),
-        },
-    )
-    places = {name: str(few / name) for name in gpu_family.EXPERTS}
-    for where in dict.fromkeys((device, "cpu")):
-        for label in args.merges:
+    part("few/models", lambda: _taken(lambda: gpu_family.make(few, 1, device, **changes)))
+    few_places = {name: str(few / name) for name in gpu_family.EXPERTS}
+    for label in ("linear", "route: auto", "budget: 1.1x", "ties"):
+        for where in dict.fromkeys((device, "cpu")):
             part(
-                f"merging few layers/{where}/{label}",
-                lambda label=label, where=where: gpu_merging.merge(
-                    label, few / "base", places, args.work / "few-out", where
+                f"few/{where}/{label}",
+                lambda label=label, where=where: gpu_merging.merge(  # type: ignore[misc]
+                    label, few / "base", few_places, args.work / "few-out", where
                 ),
             )
-    print(record.write(args.name, run.figures | summary(run.figures, device), SEEDS))
+    print(record.write(args.name, run.figures | summary(run.figures), SEEDS))
 
 
-def summary(figures: dict[str, Any], device: str) -> dict[str, Any]:
+def summary(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures that other files name, and what merges of all layers of an 8B model would take."""
     found: dict[str, Any] = {"card": figures["machine_card"]["card"]}
     served = figures.get("serving", {}).get("low rank plus sparse")
@@ -226,13 +211,11 @@ def summary(figures: dict[str, Any], device: str) -> dict[str, Any]:
             ("mixed_batch_speedup", "batches"),
         ):
             found[key] = served[part][key]
-    many, few = figures.get("models"), figures.get("models_of_few_layers")
-    minutes = {}
-    for label, large in figures.get("merging", {}).items():
-        small = figures.get("merging few layers", {}).get(device, {}).get(label)
-        if all(isinstance(part, dict) for part in (large, small, many, few)):
-            points = [(m["parameters"], t["seconds"]) for m, t in ((few, small), (many, large))]
-            minutes[label] = round(gpu_merging.at_full_size(*points) / 60, 2)
+    minutes = {
+        label: round(gpu_merging.at_full_size(figures["models"]["parameters"], merge["seconds"]), 2)
+        for label, merge in figures.get("merging", {}).items()
+        if isinstance(merge, dict) and isinstance(figures.get("models"), dict)
+    }
     if minutes:
         found["minutes_of_8b"] = minutes
         found["budget_8b_minutes"] = minutes.get("budget: 1.1x")
@@ -244,7 +227,7 @@ def _served(root: Path, args: argparse.Namespace, bandwidth: float) -> dict[str,
     with torch.no_grad():
         model = gpu_serving.load(root, args.device)
         return {
-            "entering": gpu_serving.entering(model, bandwidth, 3 * args.rounds),
+            "entering": gpu_serving.entering(model, bandwidth, 3 * args.rounds, args.profile),
             "decoding": gpu_serving.decoding(model, root, args.device, args.rounds, args.tokens),
             "batches": gpu_serving.batches(model, args.device, args.rounds // 2, args.tokens),
         }

@@ -23,14 +23,14 @@ _FALL, _DIRECTIONS, _LOW_RANK, _NOISE = 0.8, 128, 0.008, 0.004
 
 
 def config(layers: int, **changes: Any) -> LlamaConfig:
-    """Llama 3.1 8B has 32 layers and a vocabulary of 128,256; here it is 16,384."""
+    """Llama 3.1 8B has 32 layers and a vocabulary of 128,256; here it is 4,096."""
     shape: dict[str, Any] = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
-        "vocab_size": 16384,
+        "vocab_size": 4096,
         "num_hidden_layers": layers,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,

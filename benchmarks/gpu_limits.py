@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from gpu_family import SEED, task_vector
-from torch import Tensor
 
+from mergekit_mediator.delta.again import Adding, Overwriting
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.mixing import displace, mix_, restore_
@@ -111,79 +111,21 @@ def steps(device: str, out: int = 14336, width: int = 4096) -> dict[str, Any]:
     )
     forms["a tenth, exact"] = encode(host[1], host[0], 0.1, "exact", device)
     for label, form in forms.items():
-        parts = [(1.0, form.to(torch.device(device)))]
-        saved = displace(weight, parts)
-        taken[f"enter, {label}"] = milliseconds(lambda p=parts, s=saved: mix_(weight, p, s))  # type: ignore[misc]
+        terms = [(1.0, form.to(torch.device(device)))]
+        saved = displace(weight, terms)
+        taken[f"enter first, {label}"] = milliseconds(lambda t=terms, s=saved: mix_(weight, t, s))  # type: ignore[misc]
         taken[f"leave, {label}"] = milliseconds(lambda s=saved: restore_(weight, s))  # type: ignore[misc]
         restore_(weight, saved)
-        factors = form.factors
-        if factors is not None:
-            taken[f"rank, {label}"] = factors.rank
-            taken[f"coordinates, {label}"] = form.positions.numel()
-            mix_(weight, parts, saved)
-            expected = weight.clone()
+        mix_(weight, terms, saved)
+        step = Overwriting.of(weight, terms) or Adding.of(weight, terms, saved)
+        if step is not None:
             restore_(weight, saved)
-            for name, candidate in CANDIDATES.items():
-
-                def put(candidate: Any = candidate, parts: Any = parts, saved: Any = saved) -> None:
-                    restore_(weight, saved)
-                    candidate(weight, parts[0][1], saved[0].weights)
-
-                try:
-                    taken[f"leave and {name}, {label}"] = milliseconds(put)
-                    put()
-                    differ = (weight != expected).float().mean()
-                    taken[f"differ after {name}, {label}"] = round(float(differ), 6)
-                except Exception as error:  # noqa: BLE001 (a candidate must not cost the others)
-                    taken[f"{name}, {label}"] = repr(error)[:300]
-                restore_(weight, saved)
+            taken[f"enter again, {label}"] = milliseconds(lambda s=step: s(weight))  # type: ignore[misc]
+        restore_(weight, saved)
+        taken[f"coordinates, {label}"] = form.positions.numel()
+        if form.factors is not None:
+            taken[f"rank, {label}"] = form.factors.rank
     return taken
-
-
-def split_product(weight: Tensor, stored: StoredWeight, saved: Tensor) -> None:
-    """The low-rank part as a product of bfloat16 factors in two parts each, then the sparse part in float32."""
-    factors = stored.factors
-    assert factors is not None
-    left = factors.left.float() * factors.scales
-    high = left.to(weight.dtype)
-    low = (left - high.float()).to(weight.dtype)
-    right = factors.right.to(weight.dtype)
-    weight.addmm_(torch.cat([high, low], 1), torch.cat([right, right], 1).T)
-    positions, width = stored.positions.long(), weight.shape[-1]
-    flat = weight.view(-1)
-    values = stored.difference(saved) + saved[positions].float()
-    rows, columns = positions // width, positions % width
-    right_float = factors.right.float()
-    for start in range(0, len(positions), 1 << 20):
-        part = slice(start, start + (1 << 20))
-        values[part] += (left[rows[part]] * right_float[columns[part]]).sum(1)
-    flat[positions] = values.to(weight.dtype)
-
-
-def split_product_alone(weight: Tensor, stored: StoredWeight, saved: Tensor) -> None:
-    """The low-rank part of `split_product` alone."""
-    factors = stored.factors
-    assert factors is not None
-    left = factors.left.float() * factors.scales
-    high = left.to(weight.dtype)
-    low = (left - high.float()).to(weight.dtype)
-    right = factors.right.to(weight.dtype)
-    weight.addmm_(torch.cat([high, low], 1), torch.cat([right, right], 1).T)
-
-
-def with_kernel(weight: Tensor, stored: StoredWeight, saved: Tensor) -> None:
-    """`split_product`, with one kernel for the coordinates of the sparse part."""
-    import gpu_kernel
-
-    split_product_alone(weight, stored, saved)
-    gpu_kernel.put(weight, saved, stored)
-
-
-CANDIDATES = {
-    "split product": split_product,
-    "split product alone": split_product_alone,
-    "split product and a kernel": with_kernel,
-}
 
 
 def kernels(function: Callable[[], Any], count: int = 12) -> list[dict[str, Any]]:

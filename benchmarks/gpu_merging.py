@@ -72,10 +72,9 @@ class Peak:
         self.beyond = {name: size - self._before[name] for name, size in self.most.items()}
 
 
-def at_full_size(small: tuple[int, float], large: tuple[int, float]) -> float:
-    """The seconds of a merge of all parameters of the 8B model, from two models' parameters and seconds."""
-    slope = (large[1] - small[1]) / (large[0] - small[0]) if large[0] > small[0] else 0.0
-    return large[1] + slope * (FULL_PARAMETERS - large[0])
+def at_full_size(parameters: int, seconds: float) -> float:
+    """The minutes of a merge of all parameters of the 8B model, in proportion; what any merge takes counts too often."""
+    return seconds * FULL_PARAMETERS / parameters / 60
 
 
 def merge(

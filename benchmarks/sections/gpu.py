@@ -26,25 +26,34 @@ def card() -> str:
 
 
 def merging() -> str:
-    """Time and memory of merges, and what an 8B model would take."""
+    """Time and memory of merges on the card, and what an 8B model would take in proportion."""
     figures = load("gpu")
-    few = figures.get("merging few layers", {})
+    merges = {n: m for n, m in figures["merging"].items() if isinstance(m, dict)}
     rows = []
-    for label, row in figures["merging"].items():
-        linear = figures["merging"].get("linear")
-        over = f"{row['seconds'] / linear['seconds']:.2f}" if isinstance(linear, dict) else ""
-        small = [_seconds(few.get(where, {}).get(label)) for where in ("cuda", "cpu")]
-        memory = [f"{row[key] / GB:.2f}" for key in ("host_peak_bytes", "device_peak_bytes")]
-        minutes = figures.get("minutes_of_8b", {}).get(label)
-        whole = "" if minutes is None else f"{minutes:.1f}"
-        rows.append([label, f"{row['seconds']:.1f}", over, *memory, *small, whole])
-    head = [f"seconds, {figures['layers']} layers", "over `linear`", "host GB", "device GB"]
-    tail = ["seconds, few layers, GPU", "the same, CPU", "minutes of 8B"]
-    return table(["merge", *head, *tail], rows)
+    for label, row in merges.items():
+        cells = [
+            f"{row['seconds']:.1f}",
+            f"{row['seconds'] / merges['linear']['seconds']:.2f}",
+            f"{row['host_peak_bytes'] / GB:.2f}",
+            f"{row['device_peak_bytes'] / GB:.2f}",
+            f"{figures['minutes_of_8b'][label]:.1f}",
+        ]
+        rows.append([f"`{label}`", *cells])
+    head = ["merge", "seconds", "over `linear`", "host memory, GB", "device memory, GB"]
+    return table([*head, "minutes of 8B"], rows)
 
 
-def _seconds(row: Any) -> str:
-    return f"{row['seconds']:.1f}" if isinstance(row, dict) else ""
+def few_layers() -> str:
+    """Merges of one layer with the card and without it."""
+    few = load("gpu")["few"]
+    rows = []
+    for label, with_card in few["cuda"].items():
+        times = [with_card, few["cpu"][label]]
+        if all(isinstance(row, dict) for row in times):
+            seconds = [row["seconds"] for row in times]
+            cells = [*[f"{s:.1f}" for s in seconds], f"{seconds[1] / seconds[0]:.1f}"]
+            rows.append([f"`{label}`", *cells])
+    return table(["merge", "with the card, s", "without, s", "ratio"], rows)
 
 
 def serving() -> str:

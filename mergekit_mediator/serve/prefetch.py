@@ -6,6 +6,7 @@ devices each layer is read right before it is used, in the same order.
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,8 +31,7 @@ class CudaStream:
     """A side stream of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device, self._stream = device, _side_stream(device)
 
     def copying(self) -> AbstractContextManager[object]:
         """See `SideStream.copying`."""
@@ -49,6 +49,12 @@ class CudaStream:
             torch.cuda.current_stream(self._device).wait_event(event)
 
         return wait
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """One stream for all mixtures of a device: torch keeps freed memory apart for every stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def side_streams(devices: Collection[torch.device]) -> list[SideStream]:

@@ -136,3 +136,14 @@ def test_ten_thousand_mixtures_leave_no_flipped_bit(device, files):
     assert changed == 10
     after = model.state_dict()
     assert all(torch.equal(bits(after[name].cpu()), bits(dense[name])) for name in dense)
+
+
+@every_form
+def test_an_expert_that_enters_again_has_the_same_bits(device, files, form):
+    model = Net().to(device)
+    mixer = Mixer(model, Experts(files, Net().state_dict().__getitem__))
+    entered = []
+    for _ in range(3):
+        with mixer.mixture({form: 1.0}):
+            entered.append(model.one.weight.detach().clone())
+    assert all(same_bits(entered[0].cpu(), weight.cpu()) for weight in entered)
