@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_mediator.delta.mixing import Displaced
 from mergekit_mediator.serve.residency import tensor_bytes
+from mergekit_mediator.serve.sparse_rows import SparseRows
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -61,11 +62,12 @@ class Memory:
     def __post_init__(self) -> None:
         self.whole: Remembered[str, Saved] = Remembered(self.bounded)
         self.displaced: Remembered[ExpertWeight, Saved] = Remembered(self.bounded)
-        self.matrices: Remembered[ExpertWeight, Tensor] = Remembered(self.bounded)
+        self.matrices: Remembered[ExpertWeight, Tensor | SparseRows] = Remembered(self.bounded)
 
     @property
     def bytes(self) -> int:
         """The bytes of all remembered tensors."""
         saved = [*self.whole.values(), *self.displaced.values()]
         dense = sum(tensor_bytes(one.weights) for displaced in saved for one in displaced)
-        return dense + sum(map(tensor_bytes, self.matrices.values()))
+        sparse = [m.tensors if isinstance(m, SparseRows) else (m,) for m in self.matrices.values()]
+        return dense + sum(tensor_bytes(tensor) for tensors in sparse for tensor in tensors)
