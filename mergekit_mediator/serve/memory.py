@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_mediator.delta.again import Step
 from mergekit_mediator.delta.mixing import Displaced
 from mergekit_mediator.serve.residency import tensor_bytes
+from mergekit_mediator.serve.sparse_rows import SparseRows
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -62,12 +63,13 @@ class Memory:
     def __post_init__(self) -> None:
         self.whole: Remembered[str, Saved] = Remembered(self.bounded)
         self.displaced: Remembered[ExpertWeight, Saved] = Remembered(self.bounded)
-        self.matrices: Remembered[ExpertWeight, Tensor] = Remembered(self.bounded)
+        self.matrices: Remembered[ExpertWeight, Tensor | SparseRows] = Remembered(self.bounded)
 
     @property
     def bytes(self) -> int:
         """The bytes of all remembered tensors."""
         saved = [*self.whole.values(), *self.displaced.values()]
         dense = sum(tensor_bytes(one.weights) for displaced in saved for one in displaced)
-        steps = (tensor for _, step in list(self.ready.values()) for tensor in step.tensors)
-        return dense + sum(map(tensor_bytes, [*self.matrices.values(), *steps]))
+        own = [step.tensors for _, step in list(self.ready.values())]
+        own += [m.tensors if isinstance(m, SparseRows) else (m,) for m in self.matrices.values()]
+        return dense + sum(tensor_bytes(tensor) for tensors in own for tensor in tensors)

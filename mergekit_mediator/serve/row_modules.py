@@ -7,7 +7,7 @@ adds them. In a larger batch than prepared, each row is a group of consecutive r
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ from torch.nn.functional import linear
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import MixtureError
 from mergekit_mediator.models.hooks import Hook
+from mergekit_mediator.serve.sparse_rows import Products, SparseRows, served
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+Matrix = Tensor | SparseRows
 
 # From this density on, a sparse product takes longer than a dense one.
 _DENSE_FROM = 0.35
@@ -45,13 +48,16 @@ class Part:
 
     Attributes:
         stored: the stored weight.
-        coefficients: the expert's coefficient for each row, `[batch]` float32.
-        matrix: returns the sparse part `[out, in]`: CSR in float32, or dense in the weight's dtype.
+        numbers: the expert's coefficient for each row.
+        coefficients: the same, `[batch]` float32 on the weight's device.
+        matrix: returns the sparse part `[out, in]`: for the kernels of CUDA if they serve the weight, else CSR
+            in float32; or dense in the weight's dtype.
     """
 
     stored: StoredWeight
+    numbers: list[float]
     coefficients: Tensor
-    matrix: Callable[[], Tensor]
+    matrix: Callable[[], Matrix]
 
 
 Parts = list[Part]
@@ -65,14 +71,14 @@ class _Term:
     Attributes:
         rows: the n rows; a slice if they are consecutive.
         coefficients: the coefficients of these rows, `[n]` float32; None if all are 1.
-        all_coefficients: the coefficients of all rows of the batch, `[batch]` float32.
+        part: what is known of all rows of the batch.
         matrix: `[out, in]`.
     """
 
     rows: Tensor | slice
     coefficients: Tensor | None
-    all_coefficients: Tensor
-    matrix: Tensor
+    part: Part
+    matrix: Matrix
 
 
 def kind_of(place: Place) -> Kind | None:
@@ -88,7 +94,7 @@ def kind_of(place: Place) -> Kind | None:
     return None
 
 
-def sparse_matrix(weight: Tensor, stored: StoredWeight) -> Tensor:
+def sparse_matrix(weight: Tensor, stored: StoredWeight) -> Matrix:
     """Return the sparse part of an expert's change of a weight `[out, in]`; see `Part.matrix`."""
     positions = stored.positions.to(torch.int64)
     values = stored.difference(weight.view(-1)[positions])
@@ -96,6 +102,8 @@ def sparse_matrix(weight: Tensor, stored: StoredWeight) -> Tensor:
     if positions.numel() >= _DENSE_FROM * weight.numel():
         dense = torch.zeros(out * width, dtype=torch.float32, device=weight.device)
         return dense.index_copy_(0, positions, values).view(out, width).to(weight.dtype)
+    if served(weight):
+        return SparseRows.of(weight, positions, values)
     starts = torch.arange(out + 1, device=positions.device) * width
     first = torch.searchsorted(positions, starts)
     return torch.sparse_csr_tensor(
@@ -109,16 +117,22 @@ def sparse_matrix(weight: Tensor, stored: StoredWeight) -> Tensor:
 
 def _linear(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
     terms = _terms(parts)
+    products, others = _products(terms)
     thin = _thin(weight, parts)
-    all_sparse = all(term.matrix.layout is torch.sparse_csr for term in terms)
+    csr = [(term.matrix, term.part.coefficients) for term in terms if _is_csr(term.matrix)]
+    together = bool(terms) and len(csr) == len(terms)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
         repeat = _repeat(x, batch)
-        if all_sparse and len(terms) < x[..., 0].numel() <= _TOGETHER:
-            _add_together_(output, x, terms)
+        if together and len(terms) < x[..., 0].numel() <= _TOGETHER:
+            _add_together_(output, x, csr)
         else:
-            for term in terms:
+            one_by_one = terms
+            if products is not None and products.serve(output, x):
+                products.add_(output, x)
+                one_by_one = others
+            for term in one_by_one:
                 _add_(output, x, term, repeat)
         if thin is not None:
             right, left, scales = thin
@@ -172,15 +186,20 @@ def _scale(place: Place, weight: Tensor, parts: Parts, batch: int) -> Hook:
     return Hook(module, hook, before=True, reset=reset)
 
 
-def _add_together_(output: Tensor, x: Tensor, terms: list[_Term]) -> None:
-    """Add each expert's sparse product with all rows; rows that do not use the expert are scaled by 0."""
+def _add_together_(output: Tensor, x: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
+    """Add each expert's sparse product with all rows; rows that do not use the expert are scaled by 0.
+
+    Args:
+        output: of the module.
+        x: its input.
+        terms: by expert, its CSR matrix and its coefficients for all rows of the batch.
+    """
     columns = x.reshape(-1, x.shape[-1]).T.to(torch.float32)
     tokens = columns.shape[1]
     change = columns.new_zeros(output.shape[-1], tokens)
-    for term in terms:
-        coefficients = term.all_coefficients
+    for matrix, coefficients in terms:
         scale = coefficients.repeat_interleave(tokens // len(coefficients))
-        change.addmm_(term.matrix, columns * scale)
+        change.addmm_(matrix, columns * scale)
     output += change.T.reshape(output.shape)
 
 
@@ -188,7 +207,9 @@ def _add_(output: Tensor, x: Tensor, term: _Term, repeat: int) -> None:
     """Add an expert's product with the rows that use the expert."""
     rows = _expand(term.rows, repeat)
     part = x[rows]
-    if term.matrix.layout is torch.sparse_csr:
+    if isinstance(term.matrix, SparseRows):
+        y = torch.cat([part @ block.T for block in term.matrix.dense()], dim=-1)
+    elif _is_csr(term.matrix):
         flat = part.reshape(-1, part.shape[-1])
         y = _sparse_product(term.matrix, flat).reshape(*part.shape[:-1], -1)
     else:
@@ -213,25 +234,39 @@ def _sparse_product(matrix: Tensor, x: Tensor) -> Tensor:
     return product[:, :count].T
 
 
+def _is_csr(matrix: Matrix) -> TypeGuard[Tensor]:
+    return isinstance(matrix, Tensor) and matrix.layout is torch.sparse_csr
+
+
+def _products(terms: list[_Term]) -> tuple[Products | None, list[_Term]]:
+    """Put the terms together that a kernel serves; None if there are none. The others are returned."""
+    matrices, rows, others = [], [], []
+    for term in terms:
+        if isinstance(term.matrix, SparseRows):
+            matrices.append(term.matrix)
+            rows.append(term.part.numbers)
+        else:
+            others.append(term)
+    return Products(matrices, rows) if matrices else None, others
+
+
 def _terms(parts: Parts) -> list[_Term]:
     """Make a matrix of each sparse part that some row uses."""
     terms = []
     for part in parts:
-        if not part.stored.positions.numel():
+        rows = [row for row, number in enumerate(part.numbers) if number]
+        if not rows or not part.stored.positions.numel():
             continue
-        rows = part.coefficients.nonzero()[:, 0]
-        if rows.numel():
-            first, last = int(rows[0]), int(rows[-1])
-            consecutive = last - first + 1 == rows.numel()
-            coefficients = part.coefficients[rows]
-            terms.append(
-                _Term(
-                    slice(first, last + 1) if consecutive else rows,
-                    None if bool((coefficients == 1).all()) else coefficients,
-                    part.coefficients,
-                    part.matrix(),
-                )
-            )
+        first, last = rows[0], rows[-1]
+        consecutive = last - first + 1 == len(rows)
+        index = (
+            slice(first, last + 1)
+            if consecutive
+            else torch.tensor(rows, device=part.coefficients.device)
+        )
+        scaled = any(part.numbers[row] != 1 for row in rows)
+        coefficients = part.coefficients[index] if scaled else None
+        terms.append(_Term(index, coefficients, part, part.matrix()))
     return terms
 
 

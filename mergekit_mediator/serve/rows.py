@@ -18,7 +18,14 @@ from mergekit_mediator.models.hooks import hooked
 from mergekit_mediator.models.scope import scope
 from mergekit_mediator.serve.mixer import Mixer
 from mergekit_mediator.serve.mixture import Mixture
-from mergekit_mediator.serve.row_modules import Kind, Part, Place, kind_of, sparse_matrix
+from mergekit_mediator.serve.row_modules import (
+    Kind,
+    Matrix,
+    Part,
+    Place,
+    kind_of,
+    sparse_matrix,
+)
 
 # A decoding step of one row takes as long as a forward pass of this many tokens, because the step waits for
 # memory and not for arithmetic. `auto` with this number and `entering_cost` is compared with both forms
@@ -123,6 +130,7 @@ class Rows:
         return [
             Part(
                 stored,
+                coefficients,
                 torch.tensor(coefficients, device=weight.device),
                 partial(self._matrix, expert, name, weight, stored),
             )
@@ -130,7 +138,7 @@ class Rows:
             if stored.positions.numel() or stored.factors
         ]
 
-    def _matrix(self, expert: str, name: str, weight: Tensor, stored: StoredWeight) -> Tensor:
+    def _matrix(self, expert: str, name: str, weight: Tensor, stored: StoredWeight) -> Matrix:
         matrices = self._mixer.placer.memory.matrices
         return matrices.get((expert, name), stored, lambda: sparse_matrix(weight, stored))
 
