@@ -53,7 +53,7 @@ class Run:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = result
-        record.write(self._name, self.figures, SEEDS)
+        record.write(self._name, self.figures | summary(self.figures), SEEDS)
         print(f"{label} ({time.monotonic() - started:.1f} s): {result}", flush=True)
 
 
@@ -197,12 +197,13 @@ def main() -> None:
                     label, few / "base", few_places, args.work / "few-out", where
                 ),
             )
-    print(record.write(args.name, run.figures | summary(run.figures), SEEDS))
 
 
 def summary(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures that other files name, and what merges of all layers of an 8B model would take."""
-    found: dict[str, Any] = {"card": figures["machine_card"]["card"]}
+    found: dict[str, Any] = {}
+    if isinstance(figures.get("machine_card"), dict):
+        found["card"] = figures["machine_card"]["card"]
     served = figures.get("serving", {}).get("low rank plus sparse")
     if isinstance(served, dict):
         for key, part in (

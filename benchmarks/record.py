@@ -24,6 +24,14 @@ def processor() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
+def card() -> dict[str, str]:
+    """The GPU's name if this process uses one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"card": torch.cuda.get_device_name()}
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -51,7 +59,10 @@ def made(seeds: dict[str, int] | None = None) -> dict[str, Any]:
         "command": shlex.join(["python", *(arg.rsplit("/", 1)[-1] for arg in sys.argv)]),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {
+            **{"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
+            **card(),
+        },
         "seeds": seeds or {},
     }
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from sections import comparison, engines, merging, rates, routing, serving, storing
+from sections import comparison, engines, gpu, merging, rates, routing, serving, storing
 from sections.markdown import about
 
 COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
@@ -18,6 +18,9 @@ RECORDS = (
         "codec",
         "demo",
         "faults",
+        "gpu",
+        "gpu-before",
+        "heavy",
         "keep",
         "layers",
         "lossless",
@@ -61,6 +64,14 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "keep": storing.keep,
     "rates": rates.rates,
     "rates ahead": rates.ahead,
+    "heavy": rates.heavy,
+    "heavy changes": rates.heavy_changes,
+    "heavy ahead": partial(rates.ahead, "heavy"),
+    "gpu card": gpu.card,
+    "gpu merging": gpu.merging,
+    "gpu serving": gpu.serving,
+    "gpu peft": gpu.peft,
+    "gpu steps": gpu.steps,
     "weighed-errors": rates.weighed_errors,
     "runtime": serving.runtime,
     "serving": engines.serving,

@@ -1,4 +1,8 @@
-"""The sections about a GPU: what the card can do, and how near merging and serving come to it."""
+"""The sections about a GPU: what the card can do, and how near merging and serving come to it.
+
+`gpu-before` was measured before the changes that it led to; the merges of `ties`, the adapters and PEFT were
+measured then alone.
+"""
 
 from typing import Any
 
@@ -20,98 +24,82 @@ def card() -> str:
         "float32_tflops": "in float32 without TF32, TFLOP/s",
         "float64_tflops": "in float64, TFLOP/s",
     }
-    rows = [[name, str(value)] for name, value in about.items()]
+    rows = [[name, str(value).strip()] for name, value in about.items()]
     rows += [[text, f"{ceilings[key]:,.0f}"] for key, text in names.items()]
     return table(["", ""], rows)
 
 
 def merging() -> str:
     """Time and memory of merges on the card, and what an 8B model would take in proportion."""
-    figures = load("gpu")
-    merges = {n: m for n, m in figures["merging"].items() if isinstance(m, dict)}
     rows = []
-    for label, row in merges.items():
-        cells = [
-            f"{row['seconds']:.1f}",
-            f"{row['seconds'] / merges['linear']['seconds']:.2f}",
-            f"{row['host_peak_bytes'] / GB:.2f}",
-            f"{row['device_peak_bytes'] / GB:.2f}",
-            f"{figures['minutes_of_8b'][label]:.1f}",
-        ]
-        rows.append([f"`{label}`", *cells])
-    head = ["merge", "seconds", "over `linear`", "host memory, GB", "device memory, GB"]
+    for name, run in (("gpu", "now"), ("gpu-before", "before")):
+        figures = load(name)
+        for label, row in figures["merging"].items():
+            cells = [
+                f"{row['seconds']:.1f}",
+                f"{row['seconds'] / figures['merging']['linear']['seconds']:.2f}",
+                f"{row['host_peak_bytes'] / GB:.2f}",
+                f"{row['device_peak_bytes'] / GB:.2f}",
+                f"{figures['minutes_of_8b'][label]:.1f}" if label != "adapters" else "",
+            ]
+            rows.append([f"`{label}`", run, *cells])
+    head = ["merge", "run", "seconds", "over `linear`", "host memory, GB", "device memory, GB"]
     return table([*head, "minutes of 8B"], rows)
 
 
-def few_layers() -> str:
-    """Merges of one layer with the card and without it."""
-    few = load("gpu")["few"]
-    rows = []
-    for label, with_card in few["cuda"].items():
-        times = [with_card, few["cpu"][label]]
-        if all(isinstance(row, dict) for row in times):
-            seconds = [row["seconds"] for row in times]
-            cells = [*[f"{s:.1f}" for s in seconds], f"{seconds[1] / seconds[0]:.1f}"]
-            rows.append([f"`{label}`", *cells])
-    return table(["merge", "with the card, s", "without, s", "ratio"], rows)
-
-
 def serving() -> str:
-    """Mixtures of three forms of experts on the card."""
-    parts = load("gpu")["serving"]
-    forms = [form for form in FORMS if isinstance(parts.get(form), dict)]
+    """Mixtures of three forms of experts on the card, before and now."""
+    columns = [
+        (f"{form}, {run}", parts[form])
+        for form in FORMS
+        for run, parts in (
+            ("before", load("gpu-before")["serving"]),
+            ("now", load("gpu")["serving"]),
+        )
+        if form in parts
+    ]
 
-    def row(label: str, part: str, *keys: str, digits: int = 2) -> list[str]:
+    def row(label: str, *keys: str, digits: int = 2) -> list[str]:
         cells = []
-        for form in forms:
-            value: Any = parts[form][part]
+        for _, value in columns:
             for key in keys:
                 value = value[key]
             cells.append(f"{value:.{digits}f}")
         return [label, *cells]
 
     rows = [
-        row("entering, ms", "entering", "milliseconds", "enter"),
+        row("first entering, s", "entering", "first_enter_seconds"),
+        row("entering again, ms", "entering", "milliseconds", "enter"),
         row("writing the changed weights once, ms", "entering", "floor_ms"),
-        row("entering over writing", "entering", "enter_over_bandwidth"),
-        row("leaving over writing", "entering", "leave_over_bandwidth"),
+        row("entering again over writing", "entering", "enter_over_bandwidth", digits=1),
+        row("leaving over writing", "entering", "leave_over_bandwidth", digits=1),
         row("entering and leaving a blend of two, ms", "entering", "blend_of_two_in_and_out_ms"),
         row("decoding in a mixture, speed over the plain model", "decoding", "decode_over_dense"),
-        row(
-            "8 rows over 4 experts, rows form over one after another",
-            "batches",
-            "mixed_batch_speedup",
-        ),
-        row(
-            "the same batch in rows, time over the dense expert alone", "batches", "rows_over_dense"
-        ),
-        row("the same batch in rows, ms", "batches", "milliseconds", "rows", digits=0),
+        row("8 rows over 4 experts, rows over one after another", "batches", "mixed_batch_speedup"),
+        row("the same in rows, time over the dense expert's", "batches", "rows_over_dense"),
     ]
-    peft = parts.get("PEFT's mixed batch")
-    if isinstance(peft, dict):
-        time = f"{peft['milliseconds']['peft']:.0f}"
-        cells = [time if form == "adapters" else "" for form in forms]
-        rows.append(["PEFT's mixed batch of the same adapters, ms", *cells])
-    return table(["", *forms], rows)
+    return table(["", *(name for name, _ in columns)], rows)
 
 
-def host_memory() -> str:
-    """Experts that wait in host memory."""
-    part = load("gpu")["serving"]["host memory"]
-    times, entered = part["milliseconds"], part["enter_milliseconds"]
-    rows = [
-        [
-            f"an answer of {part['tokens']} tokens, ms",
-            *[f"{times[name]:.1f}" for name in ("resident", "host")],
-        ],
-        ["entering, ms", *[f"{entered[name]:.2f}" for name in ("resident", "host")]],
-    ]
-    over = f"Time over that of resident experts: {part['host_over_resident']:.3f}."
-    return table(["", "on the card", "in host memory"], rows) + "\n\n" + over
+def peft() -> str:
+    """The sentence that compares rows of adapters with PEFT's mixed batch."""
+    parts = load("gpu-before")["serving"]
+    theirs = parts["PEFT's mixed batch"]["milliseconds"]["peft"]
+    ours = parts["adapters"]["batches"]["milliseconds"]["rows"]
+    return (
+        f"PEFT's mixed batch of the same four adapters took {theirs:.0f} ms where ours took {ours:.0f} ms: "
+        f"{theirs / ours:.1f} times as long."
+    )
 
 
 def steps() -> str:
-    """Milliseconds of each step on one weight."""
-    steps: dict[str, Any] = load("gpu")["steps"]
-    rows = [[name, f"{value:,}"] for name, value in steps.items() if not isinstance(value, str)]
-    return table(["step on a weight of 14336 x 4096", "ms"], rows)
+    """Milliseconds of each step on one weight, before and now."""
+    before: dict[str, Any] = load("gpu-before")["steps"]
+    now: dict[str, Any] = load("gpu")["steps"]
+    counted = ("coordinates", "rank", "storable")
+    rows = [
+        [name, f"{before[name]:.1f}" if name in before else "", f"{value:.1f}"]
+        for name, value in now.items()
+        if not name.startswith(counted)
+    ]
+    return table(["step on a weight of 14336 x 4096, ms", "before", "now"], rows)

@@ -33,12 +33,13 @@ def about(name: str) -> str:
 def _made(record: dict[str, Any]) -> list[str]:
     """The command, the versions, the machine and the seeds of a record, as a list."""
     machine = record["machine"]
+    card = f", {machine['card']}" if "card" in machine else ""
     versions = ", ".join(f"{package} {v}" for package, v in record["versions"].items())
     seeds = ", ".join(f"{use} {seed}" for use, seed in record["seeds"].items()) or "none"
     return [
         f"- Command: `{script(record['command'])}`",
         f"- Versions: Python {record['python']}, {versions}",
-        f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}",
+        f"- Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}{card}",
         f"- Seeds: {seeds}",
     ]
 

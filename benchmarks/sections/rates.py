@@ -14,10 +14,48 @@ def rates() -> str:
     return "\n\n".join(f"### {base}\n\n{_table(rows)}" for base, rows in by("base").items())
 
 
-def ahead() -> str:
+def heavy_changes() -> str:
+    """What heavy fine-tunes changed, to compare with one's own."""
+    rows = {row["expert"]: row for row in load("heavy")["rows"]}
+    head = ["expert", "tokens, millions", "norm over the base's", "mean change of a weight"]
+    head += ["weights changed, %", "ranks that hold 90% of a matrix, %"]
+    lines = [
+        [
+            expert,
+            f"{row['tokens'] / 1e6:.1f}",
+            f"{row['norm_over_base']:.4f}",
+            f"{row['mean_change']:.5f}",
+            f"{100 * row['changed_share']:.0f}",
+            f"{100 * row['rank_share_of_90']:.0f}",
+        ]
+        for expert, row in rows.items()
+    ]
+    return table(head, lines)
+
+
+def heavy() -> str:
+    """What each form keeps of heavy fine-tunes."""
+    rows = load("heavy")["rows"]
+    head = ["expert", "form", "bits", "gain kept, %", "change left out, %"]
+    return table(
+        head,
+        [
+            [
+                row["expert"],
+                f"`{row['form']}`",
+                f"{row['bits_per_parameter']:.2f}",
+                f"{100 * row['gain_kept']:.1f}",
+                f"{100 * row['left_out']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def ahead(name: str = "rates") -> str:
     """The forms of peers that keep more than ours in as many bits or fewer, or leave out less of the change."""
     points = []
-    for base, rows in by("base").items():
+    for base, rows in by("base", name).items():
         for family, of_family in _by("family", rows).items():
             means = _means(of_family)
             own = [mean for form, mean in means.items() if form.startswith(OURS)]
@@ -56,9 +94,9 @@ def weighed_errors() -> str:
     return table(head, rows)
 
 
-def by(key: str) -> dict[str, list[Row]]:
-    """The rows of results/rates.json, grouped."""
-    return _by(key, load("rates")["rows"])
+def by(key: str, name: str = "rates") -> dict[str, list[Row]]:
+    """The rows of results/NAME.json, grouped."""
+    return _by(key, load(name)["rows"])
 
 
 def _by(key: str, rows: list[Row]) -> dict[str, list[Row]]:
