@@ -6,7 +6,10 @@ from functools import partial
 from sections import comparison, engines, gpu, merging, rates, routing, serving, storing
 from sections.markdown import about
 
-COMPARISONS = ("experts-4", "experts-4-again", "experts-8", "experts-overlap")
+COMPARISONS = (
+    *("experts-4", "experts-4-again", "experts-4-cut-short"),
+    *("experts-8", "experts-overlap"),
+)
 # Merges with `keep: 0.99` and nothing tuned: of four experts, and of those of a second base model.
 KEPT, SECOND = "experts-4-keep", "experts-gemma"
 # Results whose page says how they were made.
@@ -49,7 +52,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     **{f"{name} findings": partial(comparison.findings, name) for name in COMPARISONS},
     "experts-gemma findings": comparison.second_base,
     "experts-4 rivals": comparison.rivals,
-    "experts-4-again budget": comparison.budget_split,
+    "experts-4-cut-short budget": comparison.budget_split,
     "ablations": comparison.ablations,
     "demo": merging.demo,
     "merge-cost": merging.merge_cost,
