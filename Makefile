@@ -79,6 +79,8 @@ bench: .venv/demo
 	$(run)/experts.py --family overlap --experts $(EXPERTS) --work $(EXPERTS)/overlap --name experts-overlap
 	$(run)/experts.py --family eight --experts $(EXPERTS)
 	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --tuned-on 128 --no-calibrated --rivals best_expert --name experts-4-again
+	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/third --draw 2
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/third --draw 2 --tuned-on 128 --no-calibrated --rivals best_expert --work $(EXPERTS)/third/work --name experts-4-third
 	$(run)/ablations.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1
 	$(run)/replicas.py
 	$(run)/scale.py --part memory --base $(EXPERTS)/base

@@ -31,7 +31,7 @@ from base_models import make_base
 from baselines import State, load
 from heavy_texts import ROW, Rows
 from heavy_training import RECIPES, SEED, losses, train
-from stored_forms import Change, begins, forms
+from stored_forms import Change, begins, forms, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.evaluate.rivals import Rivals
@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=heavy_texts.HELD_OUT, help="rows")
     parser.add_argument("--name", default="heavy", help="of the file of results")
     parser.add_argument("--forms", default="", help="that begin like these, separated by commas")
+    parser.add_argument("--family", default="heavy", help="what to call these experts")
+    parser.add_argument("--settings", action="store_true", help="our form with other settings, too")
     parser.add_argument("--threads", type=int, default=1, help="of one operation")
     parser.add_argument("--workers", type=int, help="threads that store, each weight by itself")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of training an expert")
@@ -172,13 +174,14 @@ def main() -> None:
         nats = held_out(model, rows, args.device)
         change = Change(base, load(args.out / name), args.device, args.workers)
         notes = json.loads((args.out / name / "expert.json").read_text())
-        head = {"base": "SmolLM2-135M", "family": "heavy", "expert": name, **notes}
-        known = args.out / name / "figures.json"
+        head = {"base": "SmolLM2-135M", "family": args.family, "expert": name, **notes}
+        described_in = args.out / name / "figures.json"
         if budgets and args.part == "measure":
-            wait(known, FIGURES_SECONDS)  # of the process that stores this expert alone
-        head |= {"held_out_tokens": rows.size, **described(change, known)}
+            wait(described_in, FIGURES_SECONDS)  # of the process that stores this expert alone
+        head |= {"held_out_tokens": rows.size, **described(change, described_in)}
         within = {f"budget {b}": partial(merged, made, b, name) for b in budgets}
-        wanted = {form: s for form, s in {**forms(), **within}.items() if begins(form, args.forms)}
+        known = {**forms(), **(settings() if args.settings else {}), **within}
+        wanted = {form: store for form, store in known.items() if begins(form, args.forms)}
         rates.add(args.name, head, change, nats, wanted, {"train": SEED})
         nats(base)  # the next expert may change other weights
 

@@ -5,8 +5,8 @@
 `gain_kept` is the part of the way from the base (0) to the expert (1) that the log-likelihood of the
 answers to held-out prompts goes, within these bounds. Nothing is fitted to prompts. Bits are counted for the
 parameters of the weights that the expert changed. Rows are written one by one, and those that are there are
-not measured again, so the command may be interrupted and repeated. Adds to results/rates.json, or with
---settings, which measures our form with other settings in place of those forms, to a file of --name.
+not measured again, so the command may be interrupted and repeated. Adds to results/rates.json, or to a file of
+--name; --settings measures our form with other settings, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import record
 import torch
 from artifacts import DTYPE
 from baselines import State, expert, load, task_config
-from stored_forms import Change, Form, forms, settings
+from stored_forms import Change, Form, begins, forms, settings
 from torch import Tensor
 from train_experts import REPORT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,7 +118,9 @@ def main() -> None:
         nats = answers(model, tokenizer, args.experts / task, args.prompts, args.seed)
         change = Change(base, expert(base, args.experts / task))
         head["prompts"] = args.prompts
-        wanted = settings() if args.settings else forms(args.forms)
+        wanted = forms(args.forms)
+        if args.settings:
+            wanted |= {name: form for name, form in settings().items() if begins(name, args.forms)}
         add(args.name, head, change, nats, wanted, {"prompts": args.seed})
         nats(change.base)  # the next expert changes other weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import peers
 import torch
@@ -28,8 +28,11 @@ COME_RATES = (0.2, 0.5, 1.0, 2.0)
 SIGN_FIRST_RANKS = (4, 16)
 DENSITIES = (0.01, 0.05, 0.2, 0.5)
 SETTING_RATES = (0.08, 0.15, 0.5)
+Weigh = Literal["merge", "alike", "relative"]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "all blocks alike": {"weighted": False},
+    "all blocks alike": {"weigh": "alike"},
+    "all blocks alike, strengthened by 0": {"weigh": "alike", "norm_power": 0.0},
+    "errors relative": {"weigh": "relative"},
     "strengthened by 0": {"norm_power": 0.0},
     "strengthened by 0.75": {"norm_power": 0.75},
 }
@@ -98,21 +101,24 @@ class Change:
     def components(self) -> dict[str, Components]:
         return self.each(lambda name: decompose(self.matrices[name]), self.matrices)
 
-    @cached_property
-    def importance(self) -> dict[str, float]:
-        """The factor of each weight's squared error, as a merge weighs its layer."""
-        layers = {name: layer_of(name) for name in self.differences}
-        factors = importance(layers.values())
-        return {name: factors[layer] for name, layer in layers.items()}
-
     @cache  # noqa: B019 (a change lives as long as its measurement)
-    def costs(self, weighted: bool) -> Tensor:
+    def importance(self, weigh: Weigh) -> dict[str, float]:
+        """The factor of each weight's squared error: as a merge weighs its layer, none, or over its own square."""
+        if weigh == "merge":
+            layers = {name: layer_of(name) for name in self.differences}
+            factors = importance(layers.values())
+            return {name: factors[layer] for name, layer in layers.items()}
+        squares = {n: float(d.square().mean()) for n, d in self.differences.items()}
+        mean = self.energy / self.numel
+        return {n: mean / square if weigh == "relative" else 1.0 for n, square in squares.items()}
+
+    @cache  # noqa: B019
+    def costs(self, weigh: Weigh) -> Tensor:
         """The bits of all weights at each slope."""
-        components, importance = self.components, self.importance
+        components, factors = self.components, self.importance(weigh)
 
         def bits(name: str) -> Tensor:
-            factor = importance[name] if weighted else 1.0
-            return tradeoff.tradeoff(self.differences[name], components.get(name), factor)[0]
+            return tradeoff.tradeoff(self.differences[name], components.get(name), factors[name])[0]
 
         return torch.stack(list(self.each(bits, self.differences).values())).sum(0)
 
@@ -155,14 +161,14 @@ def settings() -> dict[str, Form]:
 
 
 def ours(
-    change: Change, bits: float, norm_power: float = NORM_POWER, weighted: bool = True
+    change: Change, bits: float, norm_power: float = NORM_POWER, weigh: Weigh = "merge"
 ) -> tuple[State, float]:
     """Low rank plus sparse at one slope, relative to the base, as bytes of an expert's file."""
-    slope = tradeoff.slope_for(change.costs(weighted), change.numel, bits)
+    slope = tradeoff.slope_for(change.costs(weigh), change.numel, bits)
 
     def store(name: str) -> tuple[Tensor, int]:
         known, weight = change.components.get(name), change.base[name].clone()
-        own = slope / change.importance[name] if weighted else slope
+        own = slope / change.importance(weigh)[name]
         difference = change.differences[name]
         stored = approximate(difference, own, weight.dtype, 0.0, known, norm_power)
         mix_(weight, [(1.0, stored)])

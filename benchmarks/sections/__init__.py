@@ -7,7 +7,7 @@ from sections import comparison, engines, gpu, merging, rates, routing, serving,
 from sections.markdown import about
 
 COMPARISONS = (
-    *("experts-4", "experts-4-again", "experts-4-cut-short"),
+    *("experts-4", "experts-4-again", "experts-4-cut-short", "experts-4-third"),
     *("experts-8", "experts-overlap"),
 )
 # Merges with `keep: 0.99` and nothing tuned: of four experts, and of those of a second base model.

@@ -43,7 +43,15 @@ def boxes(figure):
 
 
 @pytest.mark.parametrize(
-    "name", ["experts-4", "experts-8", "experts-4-again", "experts-4-cut-short", "experts-overlap"]
+    "name",
+    [
+        "experts-4",
+        "experts-8",
+        "experts-4-again",
+        "experts-4-cut-short",
+        "experts-4-third",
+        "experts-overlap",
+    ],
 )
 def test_every_system_of_our_results_is_named_at_its_point_and_no_name_covers_another(drawn, name):
     rows = json.loads((RESULTS / f"{name}.json").read_text())["systems"]
