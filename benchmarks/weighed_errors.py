@@ -163,7 +163,7 @@ class Weighed:
 
     def _importance(self, change: Change, name: str) -> float:
         """The middle of the model counts more, unless gradients tell what counts."""
-        return 1.0 if self._powers[1] else change.importance[name]
+        return 1.0 if self._powers[1] else change.importance("merge")[name]
 
     def _extra(self, change: Change) -> float:
         """The bits per parameter that the scales take."""

@@ -52,6 +52,25 @@ def heavy() -> str:
     )
 
 
+def settings() -> str:
+    """What our form keeps with other settings, on narrow and on broad fine-tunes."""
+    head = ["family", "expert", "form", "bits", "gain kept, %", "change left out, %"]
+    lines = [
+        [
+            row["family"],
+            row["expert"],
+            f"`{row['form']}`",
+            f"{row['bits_per_parameter']:.2f}",
+            f"{100 * row['gain_kept']:.2f}",
+            f"{100 * row['left_out']:.1f}",
+        ]
+        for row in sorted(
+            load("settings")["rows"], key=lambda r: (r["family"], r["expert"], r["form"])
+        )
+    ]
+    return table(head, lines)
+
+
 def ahead(name: str = "rates") -> str:
     """The forms of peers that keep more than ours in as many bits or fewer, or leave out less of the change."""
     points = []
