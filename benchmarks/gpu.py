@@ -119,6 +119,10 @@ def main() -> None:
     parser.add_argument("--name", default="gpu", help="of the file of results")
     args = parser.parse_args()
     device, changes = args.device, PICO if args.pico else {}
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "no CUDA device: run this on a machine with a GPU, or give --device cpu --pico"
+        )
     only = tuple(args.parts.split(","))
     run = Run(args.name, args.minutes, {"layers": args.layers, "experts": len(gpu_family.EXPERTS)})
 

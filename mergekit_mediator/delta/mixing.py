@@ -61,7 +61,7 @@ def mix_(
     if len(parts) == 1:
         (coefficient, stored), (saved,) = parts[0], displaced
         if coefficient == 1.0 and stored.factors is None:
-            _put_(flat, saved.positions, stored.weights(saved.weights))
+            put_(flat, saved.positions, stored.weights(saved.weights))
             return displaced
     factored = [(c, stored.factors) for c, stored in parts if stored.factors]
     factors_alone = not any(stored.positions.numel() for _, stored in parts)
@@ -101,11 +101,17 @@ def restore_(weight: Tensor, displaced: Sequence[Displaced]) -> None:
     """Put the dense weights back into a weight, bit for bit."""
     flat = weight.view(-1)
     for saved in displaced:
-        _put_(flat, saved.positions, saved.weights)
+        put_(flat, saved.positions, saved.weights)
 
 
-def _put_(flat: Tensor, positions: Tensor | None, values: Tensor) -> None:
-    """Overwrite weights as bits: on a CPU, scattering integers takes half as long as scattering bfloat16."""
+def put_(flat: Tensor, positions: Tensor | None, values: Tensor) -> None:
+    """Overwrite weights as bits: on a CPU, scattering integers takes half as long as scattering bfloat16.
+
+    Args:
+        flat: the weights, flat.
+        positions: `[k]`; None for all of them.
+        values: `[k]`, in the dtype of the weights.
+    """
     if positions is None:
         flat.copy_(values)
     else:

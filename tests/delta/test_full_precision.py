@@ -66,13 +66,19 @@ def test_the_last_of_several_threads_brings_the_setting_back():
     assert MATMUL.allow_tf32
 
 
-@pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="torch before 2.9: one name only")
-def test_programs_that_use_the_newer_name_are_served():
-    before = MATMUL.fp32_precision
-    MATMUL.fp32_precision = "tf32"
+# torch 2.9 gave the setting a second name
+NAMES = [name for name in ("allow_tf32", "fp32_precision") if hasattr(MATMUL, name)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_are_served_whichever_name_they_use(name):
+    settings = {"allow_tf32": (True, False), "fp32_precision": ("tf32", "ieee")}
+    (on, _), (_, off) = settings[name], settings[NAMES[-1]]
+    before = getattr(MATMUL, name)
+    setattr(MATMUL, name, on)
     try:
         with full_precision():
-            assert MATMUL.fp32_precision == "ieee"
-        assert MATMUL.fp32_precision == "tf32"
+            assert getattr(MATMUL, NAMES[-1]) == off
+        assert getattr(MATMUL, name) == on
     finally:
-        MATMUL.fp32_precision = before
+        setattr(MATMUL, name, before)

@@ -1,6 +1,6 @@
 """The device of the tests in this folder: `pytest -m gpu tests/gpu` on a machine that has one.
 
-`MEDIATOR_TEST_DEVICE=cpu` tries them on the processor; those of CUDA streams and pinned memory are skipped there.
+`MEDIATOR_TEST_DEVICE=cpu` tries them on the processor; those of streams, pinned memory and kernels are skipped there.
 """
 
 import os
@@ -27,9 +27,11 @@ def device():
 
 @pytest.fixture
 def cuda(device):
-    """The device under test, which must have streams."""
+    """The device under test, which must be a GPU."""
     if device.type != "cuda":
-        pytest.skip(f"no CUDA device: {device} has neither streams nor pinned memory")
+        pytest.skip(
+            f"no CUDA device: {device} has no streams, no pinned memory and no kernels of Triton"
+        )
     return device
 
 

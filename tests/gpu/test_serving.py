@@ -115,7 +115,6 @@ def test_answers_do_not_depend_on_where_experts_stay(
 
 
 def test_a_model_that_is_loaded_onto_the_device_answers_the_same(root, there, device, batch):
-    pytest.importorskip("accelerate")
     model = MediatorModel.from_pretrained(root, device_map=str(device))
     assert {weight.device.type for weight in model.model.parameters()} == {device.type}
     placed = [part.to(device) for part in batch]
