@@ -25,16 +25,9 @@ from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
-from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.store.codec import encode_bytes
 
 KEEP = (0.9, 0.97, 0.99, 0.999)
-
-
-def layer(weight: str) -> str:
-    """The layer of a weight of a Llama or Gemma checkpoint, as `importance` names it."""
-    parts = weight.split(".")
-    return parts[parts.index("layers") + 1] if "layers" in parts else weight
 
 
 class Stored:
@@ -42,14 +35,12 @@ class Stored:
 
     def __init__(self, family: Family, task: str) -> None:
         self.family, self.task = family, task
-        factors = importance(map(layer, family.base))
-        self.factors = {name: factors[layer(name)] for name in family.base}
         self.components, costs = {}, 0
         for name in family.base:
             tau = family.difference(task, name)
             known = None if is_vector(tau) else decompose(as_matrix(tau)).storable()
             self.components[name] = known
-            costs = costs + tradeoff(tau, known, self.factors[name])
+            costs = costs + tradeoff(tau, known)
         self.allocation = Allocation([costs])
 
     def at(self, slope: float) -> tuple[float, State]:
@@ -64,7 +55,7 @@ class Stored:
 
     def form(self, name: str, slope: float) -> StoredWeight:
         tau, dtype = self.family.difference(self.task, name), self.family.base[name].dtype
-        return approximate(tau, slope / self.factors[name], dtype, 0.0, self.components[name])
+        return approximate(tau, slope, dtype, 0.0, self.components[name])
 
 
 def rows(family: Family, task: str, name: str) -> list[dict[str, Any]]:

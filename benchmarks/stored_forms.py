@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,6 @@ from mergekit_mediator.delta.approximate import NORM_POWER, approximate, as_matr
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Components
 from mergekit_mediator.delta.mixing import mix_
-from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.store.codec import encode_bytes
 
 RATES = (0.05, 0.08, 0.15, 0.2, 0.25, 0.5, 1.0, 2.0)
@@ -28,10 +28,11 @@ COME_RATES = (0.2, 0.5, 1.0, 2.0)
 SIGN_FIRST_RANKS = (4, 16)
 DENSITIES = (0.01, 0.05, 0.2, 0.5)
 SETTING_RATES = (0.08, 0.15, 0.5)
-Weigh = Literal["merge", "alike", "relative"]
+# What counts more of the squared error: nothing, the middle blocks, or small changes.
+Weigh = Literal["alike", "middle", "relative"]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "all blocks alike": {"weigh": "alike"},
-    "all blocks alike, strengthened by 0": {"weigh": "alike", "norm_power": 0.0},
+    "the middle more": {"weigh": "middle"},
+    "the middle more, strengthened by 0": {"weigh": "middle", "norm_power": 0.0},
     "errors relative": {"weigh": "relative"},
     "strengthened by 0": {"norm_power": 0.0},
     "strengthened by 0.75": {"norm_power": 0.75},
@@ -102,12 +103,19 @@ class Change:
         return self.each(lambda name: decompose(self.matrices[name]), self.matrices)
 
     @cache  # noqa: B019 (a change lives as long as its measurement)
-    def importance(self, weigh: Weigh) -> dict[str, float]:
-        """The factor of each weight's squared error: as a merge weighs its layer, none, or over its own square."""
-        if weigh == "merge":
+    def factors(self, weigh: Weigh) -> dict[str, float]:
+        """The factor of each weight's squared error.
+
+        "middle" gives √2 to the middle block, √½ to the first and the last one, and 1 to what is no block, as merges
+        did once. "relative" divides by the mean square of the weight's own change.
+        """
+        if weigh == "middle":
             layers = {name: layer_of(name) for name in self.differences}
-            factors = importance(layers.values())
-            return {name: factors[layer] for name, layer in layers.items()}
+            last = max(1, *(int(layer) for layer in layers.values() if layer.isdigit()))
+            return {
+                name: 2 ** (0.5 - abs(2 * int(layer) / last - 1)) if layer.isdigit() else 1.0
+                for name, layer in layers.items()
+            }
         squares = {n: float(d.square().mean()) for n, d in self.differences.items()}
         mean = self.energy / self.numel
         return {n: mean / square if weigh == "relative" else 1.0 for n, square in squares.items()}
@@ -115,10 +123,13 @@ class Change:
     @cache  # noqa: B019
     def costs(self, weigh: Weigh) -> Tensor:
         """The bits of all weights at each slope."""
-        components, factors = self.components, self.importance(weigh)
+        components, factors = self.components, self.factors(weigh)
 
         def bits(name: str) -> Tensor:
-            return tradeoff.tradeoff(self.differences[name], components.get(name), factors[name])[0]
+            scale, known = factors[name] ** 0.5, components.get(name)
+            if known is not None:
+                known = replace(known, values=known.values * scale, energy=known.energy * scale**2)
+            return tradeoff.tradeoff(self.differences[name] * scale, known)[0]
 
         return torch.stack(list(self.each(bits, self.differences).values())).sum(0)
 
@@ -152,7 +163,7 @@ def begins(form: str, only: str) -> bool:
 
 
 def settings() -> dict[str, Form]:
-    """Our form with other settings: without weighing the middle more, and strengthened by other powers."""
+    """Our form with other settings: some of the error counts more, and other powers strengthen it."""
     return {
         f"ours {bits:g}, {label}": partial(ours, bits=bits, **changed)
         for bits in SETTING_RATES
@@ -161,14 +172,14 @@ def settings() -> dict[str, Form]:
 
 
 def ours(
-    change: Change, bits: float, norm_power: float = NORM_POWER, weigh: Weigh = "merge"
+    change: Change, bits: float, norm_power: float = NORM_POWER, weigh: Weigh = "alike"
 ) -> tuple[State, float]:
     """Low rank plus sparse at one slope, relative to the base, as bytes of an expert's file."""
     slope = tradeoff.slope_for(change.costs(weigh), change.numel, bits)
 
     def store(name: str) -> tuple[Tensor, int]:
         known, weight = change.components.get(name), change.base[name].clone()
-        own = slope / change.importance(weigh)[name]
+        own = slope / change.factors(weigh)[name]
         difference = change.differences[name]
         stored = approximate(difference, own, weight.dtype, 0.0, known, norm_power)
         mix_(weight, [(1.0, stored)])

@@ -136,8 +136,7 @@ class Weighed:
         weights, stored_bytes = {}, 0
         for name, difference in scaled.items():
             dtype = change.base[name].dtype
-            own = slope / self._importance(change, name)
-            stored = approximate(difference, own, torch.float32, 0.0, components.get(name))
+            stored = approximate(difference, slope, torch.float32, 0.0, components.get(name))
             stored_bytes += encode_bytes(stored)[0].numel()
             restored = torch.zeros_like(difference)
             mix_(restored, [(1.0, stored)])
@@ -157,13 +156,8 @@ class Weighed:
                 scaled[name] = difference * columns * (rows / self._unit)
             if name in change.matrices:
                 components[name] = decompose(scaled[name])
-            factor = self._importance(change, name)
-            costs += tradeoff.tradeoff(scaled[name], components.get(name), factor)[0]
+            costs += tradeoff.tradeoff(scaled[name], components.get(name))[0]
         return scaled, components, costs
-
-    def _importance(self, change: Change, name: str) -> float:
-        """The middle of the model counts more, unless gradients tell what counts."""
-        return 1.0 if self._powers[1] else change.importance("merge")[name]
 
     def _extra(self, change: Change) -> float:
         """The bits per parameter that the scales take."""

@@ -35,9 +35,7 @@ _SAMPLE = 1 << 16  # numbers of the remainder that are quantised for the predict
 _FINE = 1000  # steps up to the largest magnitude, from which on a formula predicts
 
 
-def tradeoff(
-    difference: Tensor, components: Components | None = None, importance: float = 1.0
-) -> Tensor:
+def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor:
     """Predict the bits and the remaining squared error of a difference at each slope.
 
     The rank is exact. The bits of the remainder are predicted from a sample of the rows, by the entropy of
@@ -46,10 +44,9 @@ def tradeoff(
     Args:
         difference: of an expert from the base, float32, any shape.
         components: of the difference as a matrix; computed if they are None.
-        importance: the factor of the squared error; slopes are of weighted errors.
 
     Returns:
-        `[2, len(SLOPES)]` float64: bits in the first row, weighted squared error in the second.
+        `[2, len(SLOPES)]` float64: bits in the first row, squared error in the second.
     """
     numel = difference.numel()
     if is_vector(difference):
@@ -57,7 +54,7 @@ def tradeoff(
         return torch.stack([stored, torch.zeros_like(stored)])
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
-    slopes = torch.tensor(SLOPES, dtype=torch.float64) / importance
+    slopes = torch.tensor(SLOPES, dtype=torch.float64)
     ranks, fineness = components.finenesses(slopes)
     factor_bits, missed = (
         _factor_bits(components, ranks, fineness),
@@ -92,7 +89,7 @@ def tradeoff(
             coded = loss * entropy * numel + (_CODES_BITS if entropy else 0)
             bits.append(of_factors + coded)
             errors.append(more * error * numel)
-    return torch.tensor([bits, [importance * e for e in errors]], dtype=torch.float64)
+    return torch.tensor([bits, errors], dtype=torch.float64)
 
 
 def slope_for(costs: Tensor, numel: int, bits: float) -> float:

@@ -1,7 +1,6 @@
 """The models of a merge: their configurations and headers, without their weights."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +17,6 @@ from mergekit_mediator.merge.adapters.config import read_adapter_config
 from mergekit_mediator.merge.architecture import common_architecture
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.headers import TensorHeader, fetch_headers, read_headers
-from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.merge.planner import PlannedWeight, Planner
 
 Headers = dict[ModelReference, dict[str, TensorHeader]]
@@ -119,8 +117,7 @@ class Inputs:
         self._tokenizer_task = planner._tokenizer_task
         for weight in planner.planned:
             self._check_shapes(weight)
-        by_layer = importance(weight.layer for weight in planner.planned)
-        return [replace(w, importance=by_layer[w.layer]) for w in planner.planned]
+        return planner.planned
 
     def header(self, weight: PlannedWeight, model: ModelReference) -> TensorHeader | None:
         """Find the header of a weight in one model; None if its checkpoint has no such safetensors header."""

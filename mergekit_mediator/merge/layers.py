@@ -176,27 +176,6 @@ def _span(layers: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def importance(layers: Iterable[str]) -> dict[str, float]:
-    """Weigh the squared error of each layer: by √2 in the middle block, by √½ in the first and the last one.
-
-    The factor is `2^(1/2 − |x|)` with x from -1 at the first block to 1 at the last one. Layers that are no
-    blocks have the factor 1. The place of a block predicts the loss that routing it recovers: see `middle`
-    in benchmarks/results/layers.json. Four experts of equal bytes diverged 33, 21, 12 and 4% less than
-    without factors, on prompts outside all reports; no results file has these figures.
-
-    Args:
-        layers: the names of the layers as in a plan, repeated or not. Those of decoder blocks end in a number.
-
-    Returns:
-        The factor of each layer by name.
-    """
-    names = list(layers)
-    return {
-        **dict.fromkeys(names, 1.0),
-        **{n: 2 ** (0.5 - x) for n, x in _distances(names).items()},
-    }
-
-
 def nearest_middle(layers: Sequence[str]) -> list[str]:
     """Sort layers by their distance from the middle block of their module, with other layers last."""
     distances = _distances(layers)

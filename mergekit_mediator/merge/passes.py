@@ -203,7 +203,7 @@ class Passes:
         if self._spectra is not None:
             expert = self.inputs.config.experts[model]
             components = self._spectra.decompose(expert, weight.info.name, tau)
-        return tradeoff(tau, components, weight.importance)
+        return tradeoff(tau, components)
 
     def _task_vectors(
         self, weight: PlannedWeight, base: Tensor, accumulator: Accumulator

@@ -28,7 +28,6 @@ class PlannedWeight:
         scale: λ, if its layer is averaged.
         shares: w_t, the weight of each expert in the mean.
         densities: the fraction in (0, 1] of its coordinates that each sparse expert keeps.
-        importance: the factor of its squared error within `bits`, `budget` or `keep`, see `layers.importance`.
     """
 
     info: WeightInfo
@@ -38,7 +37,6 @@ class PlannedWeight:
     scale: float
     shares: dict[ModelReference, float]
     densities: dict[ModelReference, float]
-    importance: float = 1.0
 
     @property
     def is_aligned(self) -> bool:

@@ -16,7 +16,6 @@ from mergekit_mediator.delta.tradeoff import slope_for, tradeoff
 from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.errors import EditError
 from mergekit_mediator.merge.editing.workspace import Edited, Workspace, change, editing
-from mergekit_mediator.merge.layers import importance
 from mergekit_mediator.merge.workers import Workers, workers
 from mergekit_mediator.store.codec import encode_bytes
 from mergekit_mediator.store.description import Description
@@ -151,10 +150,9 @@ def _slope(work: Workspace, threads: Workers, name: str, bits: float) -> float:
             f"expert {name!r}: --bits above 0 and below {present:.3g} required, which it takes now, got "
             f"{bits:g}: lower it, or merge again"
         )
-    factor = _importance(work)
 
     def costs(weight: str) -> Tensor:
-        return tradeoff(_difference(work, name, weight)[0], importance=factor[weight])[0]
+        return tradeoff(_difference(work, name, weight)[0])[0]
 
     total = sum(threads(costs, work.files[name].weights), torch.zeros(()))
     return slope_for(total, work.routed_parameters, bits)
@@ -162,18 +160,11 @@ def _slope(work: Workspace, threads: Workers, name: str, bits: float) -> float:
 
 def _at_slope(work: Workspace, slope: float) -> _Encode:
     """An encoder of low rank plus sparse."""
-    factor = _importance(work)
 
     def encode_change(difference: Tensor, weight: str, stored: StoredWeight) -> StoredWeight:
-        return approximate(difference, slope / factor[weight], stored.dtype, stored.share)
+        return approximate(difference, slope, stored.dtype, stored.share)
 
     return encode_change
-
-
-def _importance(work: Workspace) -> dict[str, float]:
-    """The factor of the squared error of each weight, as in a merge."""
-    factor = importance(layer.name for layer in work.manifest.layers)
-    return {w: factor[layer.name] for layer in work.manifest.layers for w in layer.weights}
 
 
 def _difference(work: Workspace, name: str, weight: str) -> tuple[Tensor, StoredWeight]:

@@ -84,7 +84,7 @@ class Encoder:
             expert = load(model)
             check_range(expert, dense.dtype, where)
             (tau,) = task_vectors(load(self._config.base_model), [expert], self._device)
-            slope = self._slopes[model] / weight.importance
+            slope = self._slopes[model]
             name = self._config.experts[model]
             components = self._spectra.read(name, weight.info.name, self._device)
             stored = approximate(tau, slope, dense.dtype, share, components)
