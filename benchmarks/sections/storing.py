@@ -75,3 +75,18 @@ def keep() -> str:
             f"{100 * max(errors):+.1f} points; within one point for {near} of {len(errors)} experts."
         )
     return "\n".join(lines)
+
+
+def own_texts() -> str:
+    """What an expert's own texts tell of its stored form, beside its weights and what is held out."""
+    head = ["family", "expert", "bits", "by weights", "by its own texts", "by held-out ones"]
+    rows = [
+        [
+            row["family"],
+            row["expert"],
+            f"{row['bits_per_parameter']:.2f}",
+            *(f"{row[key]:.3f}" for key in ("predicted", "kept_own", "kept_held_out", "gain_kept")),
+        ]
+        for row in load("own-texts")["rows"]
+    ]
+    return table([*head, "gain kept"], rows)

@@ -171,7 +171,8 @@ def _tuning(tuned: Mapping[str, Any] | None) -> str:
     if tuned is None:
         return "-"
     before, after = tuned["divergence_before"], tuned["divergence_after"]
-    return f"{before:.2g} to {after:.2g} by {tuned['prompts']} prompts"
+    by = "texts of its own" if tuned["written"] else "prompts"
+    return f"{before:.2g} to {after:.2g} by {tuned['prompts']} {by}"
 
 
 def _kept(kept: Any) -> str:

@@ -174,7 +174,8 @@ def describe(
     (out / CONFIG_SOURCE).write_text(source, encoding="utf-8")
     manifest = manifest.model_copy(update={"files": digests(out, vouched_for(out))})
     if inputs.options.write_model_card:
-        write_card(out, manifest, source, inputs.config.prompts.values())
+        files = [given for given in inputs.config.prompts.values() if isinstance(given, str)]
+        write_card(out, manifest, source, files)
     return manifest
 
 

@@ -18,7 +18,7 @@ from mergekit_mediator.merge.parameters import (
     check_known,
     check_per_weight,
     named_experts,
-    prompt_files,
+    prompts_of_experts,
     scalar,
     shared_parameters,
     sources,
@@ -66,7 +66,8 @@ class MediatorConfig(BaseModel):
         base_model: the model of which all experts are fine-tunes.
         experts: the name of each expert by its model, in the order of the configuration.
         prompts: by model, a file of prompts on which the stored form of this expert is tuned, see
-            `merge.experts.tuning`. It requires `keep`, `bits` or a `budget`.
+            `merge.experts.tuning`, or the number of texts that the expert writes for it. It requires `keep`, `bits`
+            or a `budget`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,7 +88,7 @@ class MediatorConfig(BaseModel):
     reference: Literal["mean", "base"] = "mean"
     base_model: ModelReference
     experts: dict[ModelReference, str]
-    prompts: dict[ModelReference, str] = {}
+    prompts: dict[ModelReference, str | int] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -229,7 +230,7 @@ class MediatorConfig(BaseModel):
                 **settings,
                 base_model=config.base_model,
                 experts=named_experts(config, names),
-                prompts=prompt_files(config),
+                prompts=prompts_of_experts(config),
             )
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error

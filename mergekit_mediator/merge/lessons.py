@@ -1,6 +1,9 @@
-"""The prompts of a merge's experts: read, checked and turned into token ids before any weight is read."""
+"""The prompts on which each expert of a merge is tuned, or the texts that it writes for it.
 
-from collections.abc import Mapping, Sequence
+Prompts are read, checked and turned into token ids before any weight is read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +13,29 @@ from mergekit.common import ModelReference
 from mergekit_mediator.errors import ConfigError, PromptError
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.models.loading import load_tokenizer, stock_config
-from mergekit_mediator.models.prompt_files import data_digest, read_prompts
-from mergekit_mediator.models.prompts import Prompt, render
-from mergekit_mediator.tune.teacher import room
+from mergekit_mediator.models.prompt_files import MIN_PROMPTS, data_digest, read_prompts
+from mergekit_mediator.models.prompts import Prompt, pad_token, render
+from mergekit_mediator.tune.teacher import Answered, answer, room
+from mergekit_mediator.tune.written import first_token, write
 
-Prompts = Mapping[ModelReference, Sequence[Prompt]]
+# The prompts of each expert that is tuned, or how many texts it writes.
+Prompts = Mapping[ModelReference, Sequence[Prompt] | int]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The prompts on which one expert is tuned.
+    """The prompts or the texts on which one expert is tuned.
 
     Attributes:
-        prompts: the token ids of each prompt.
-        data: the digest of the prompts.
+        count: the number of prompts.
+        answered: lets a model that holds the expert's weights answer them. It is called with a function that is
+            called after each batch with its number of prompts.
+        data: the digest of the prompts; None for texts that the expert writes.
     """
 
-    prompts: Sequence[list[int]]
-    data: str
+    count: int
+    answered: Callable[[Any, Callable[[int], Any]], list[Answered]]
+    data: str | None = None
 
 
 Lessons = Mapping[ModelReference, Lesson]
@@ -37,9 +45,9 @@ def read_all_prompts(config: MediatorConfig) -> Prompts:
     """Read the prompts of every expert that is tuned.
 
     Raises:
-        ConfigError: a file of prompts cannot be read.
+        ConfigError: a file of prompts cannot be read, or an expert shall write too few texts.
     """
-    return {model: read_prompts_of(model, path) for model, path in config.prompts.items()}
+    return {model: read_prompts_of(model, given) for model, given in config.prompts.items()}
 
 
 def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False) -> Lessons:
@@ -68,23 +76,48 @@ def prepare_lessons(prompts: Prompts, out: Path, trust_remote_code: bool = False
             "prompts: a tokenizer required, but the base model has none: add one, or leave out the prompts"
         )
     lessons = {}
-    for model, conversations in prompts.items():
-        try:
-            ids = [render(tokenizer, prompt) for prompt in conversations]
-            room(config, max(map(len, ids)))
-        except PromptError as error:
-            raise ConfigError(f"model {model}: prompts: {error}") from error
-        lessons[model] = Lesson(ids, data_digest(conversations))
+    for model, given in prompts.items():
+        lessons[model] = _lesson(model, given, tokenizer, config)
     return lessons
 
 
-def read_prompts_of(model: ModelReference, path: str) -> Sequence[Prompt]:
-    """Read the prompts of one expert.
+def count_of(given: Sequence[Prompt] | int) -> int:
+    """Count the prompts of an expert, or the texts that it writes."""
+    return given if isinstance(given, int) else len(given)
+
+
+def read_prompts_of(model: ModelReference, given: str | int) -> Sequence[Prompt] | int:
+    """Read the prompts of one expert, or check the number of texts that it writes.
 
     Raises:
-        ConfigError: the file cannot be read, or holds too few prompts.
+        ConfigError: the file cannot be read, holds too few prompts, or the number is too small.
     """
+    if isinstance(given, int):
+        if given < MIN_PROMPTS:
+            raise ConfigError(
+                f"model {model}: prompts: at least {MIN_PROMPTS} texts that the expert writes required, or a file "
+                f"of prompts, got {given}: write 64"
+            )
+        return given
     try:
-        return read_prompts(Path(path))
+        return read_prompts(Path(given))
     except PromptError as error:
         raise ConfigError(f"model {model}: prompts: {error}") from error
+
+
+def _lesson(
+    expert: ModelReference, given: Sequence[Prompt] | int, tokenizer: Any, config: Any
+) -> Lesson:
+    try:
+        if isinstance(given, int):
+            first_token(tokenizer)
+            return Lesson(given, lambda model, step: write(model, tokenizer, given, step))
+        prompts = [render(tokenizer, prompt) for prompt in given]
+        room(config, max(map(len, prompts)))
+    except PromptError as error:
+        raise ConfigError(f"model {expert}: prompts: {error}") from error
+    return Lesson(
+        len(prompts),
+        lambda model, step: answer(model, prompts, pad_token(model), step),
+        data_digest(given),
+    )

@@ -160,21 +160,28 @@ def named_experts(config: MergeConfiguration, names: Collection[str]) -> dict[Mo
     return experts
 
 
-def prompt_files(config: MergeConfiguration) -> dict[ModelReference, str]:
-    """Find the file of prompts of each expert that is tuned, by model.
+def prompts_of_experts(config: MergeConfiguration) -> dict[ModelReference, str | int]:
+    """Find the file of prompts of each expert that is tuned, or the number of texts that it writes, by model.
 
     Raises:
-        ConfigError: a model has two files, or `prompts` is no name of a file.
+        ConfigError: a model has two of them, or `prompts` is neither.
     """
-    files: dict[ModelReference, str] = {}
+    found: dict[ModelReference, str | int] = {}
     for model, parameters in sources(config):
         if "prompts" in parameters:
-            file = str(scalar(parameters["prompts"], f"model {model}: prompts"))
-            if files.setdefault(model, file) != file:
+            given = scalar(parameters["prompts"], f"model {model}: prompts")
+            if isinstance(given, float):
+                if not given.is_integer():
+                    raise ConfigError(
+                        f"model {model}: prompts: a file, or the number of texts that the expert writes, required, "
+                        f"got {given}"
+                    )
+                given = int(given)
+            if found.setdefault(model, given) != given:
                 raise ConfigError(
-                    f"model {model}: prompts is both {files[model]!r} and {file!r}: choose one file"
+                    f"model {model}: prompts is both {found[model]!r} and {given!r}: choose one of them"
                 )
-    return files
+    return found
 
 
 def _expert_name(model: ModelReference, explicit: str | None) -> str:

@@ -50,13 +50,15 @@ class Tuned(_Model):
 
     Attributes:
         prompts: the number of prompts.
-        data: the digest of the prompts.
+        data: the digest of the prompts; None for texts that the expert wrote.
+        written: whether the expert wrote the texts itself.
         divergence_before: KL(expert ‖ stored) in nats per answer before tuning, the mean of held-out prompts.
         divergence_after: the same after tuning.
     """
 
     prompts: Annotated[int, Field(gt=0)]
-    data: str
+    data: str | None
+    written: bool = False
     divergence_before: float
     divergence_after: float
 

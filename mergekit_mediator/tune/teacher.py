@@ -39,8 +39,9 @@ def answer(
     pad: int,
     step: Callable[[int], Any] = lambda _: None,
     answer_tokens: int = ANSWER_TOKENS,
+    drawn: bool = False,
 ) -> list[Answered]:
-    """Answer prompts by greedy decoding, and keep the probabilities of the likeliest tokens.
+    """Answer prompts, and keep the probabilities of the likeliest tokens.
 
     Args:
         model: any `AutoModelForCausalLM`, which holds the expert's weights.
@@ -48,6 +49,7 @@ def answer(
         pad: the token that fills up rows.
         step: called after each batch with its number of prompts.
         answer_tokens: the most tokens of an answer.
+        drawn: draw the tokens of answers by their probabilities, instead of the likeliest ones.
 
     Returns:
         The answers in the order of the prompts.
@@ -60,7 +62,8 @@ def answer(
         prefix = read_prefix(model, prompts)
         for rows in batches([len(prompt) for prompt in prompts]):
             batch = [prompts[i] for i in rows]
-            pairs = list(zip(batch, _decode(model, batch, pad, answer_tokens), strict=True))
+            decoded = decode(model, batch, pad, answer_tokens, drawn)
+            pairs = list(zip(batch, decoded, strict=True))
             for i, pair, logits in zip(
                 rows, pairs, answer_logits(model, pairs, prefix), strict=True
             ):
@@ -101,10 +104,11 @@ def room(config: Any, prompt: int, answer_tokens: int = ANSWER_TOKENS) -> int:
     return tokens
 
 
-def _decode(
-    model: Any, prompts: Sequence[list[int]], pad: int, answer_tokens: int
+def decode(
+    model: Any, prompts: Sequence[list[int]], pad: int, answer_tokens: int, drawn: bool = False
 ) -> list[list[int]]:
-    """The answers, each with its end token if the model reached one."""
+    """Decode answers, each with its end token if the model reached one; see `answer`."""
+    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if drawn else {}
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad, device=model.device)
     mask = torch.zeros_like(ids)
@@ -115,7 +119,8 @@ def _decode(
         ids,
         attention_mask=mask,
         max_new_tokens=room(model.config, width, answer_tokens),
-        do_sample=False,
+        do_sample=drawn,
+        **how,
         pad_token_id=pad,
     )
     end = model.generation_config.eos_token_id

@@ -269,10 +269,10 @@ def test_the_commands_take_consent(own_artifact, tmp_path, data, task):
 
 
 def test_tuning_takes_the_consent_of_the_merge(own_artifact, tmp_path, data, monkeypatch):
-    from mergekit_mediator.merge.experts import tuning
+    from mergekit_mediator.merge import lessons
     from mergekit_mediator.tune.teacher import answer
 
-    monkeypatch.setattr(tuning, "answer", partial(answer, answer_tokens=4))
+    monkeypatch.setattr(lessons, "answer", partial(answer, answer_tokens=4))
     config = own_artifact[1].config(route="all", bits=2)
     config["models"][0]["parameters"]["prompts"] = data[1].partition("=")[2]
     path = tmp_path / "config.yml"

@@ -20,11 +20,10 @@ from mergekit_mediator.merge.lessons import Lessons
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import Workers
-from mergekit_mediator.models.prompts import pad_token
 from mergekit_mediator.store.expert_file import ExpertFile, ExpertWriter
 from mergekit_mediator.store.manifest import Tuned
 from mergekit_mediator.tune.fit import HELD_OUT, distil, divergence, seen
-from mergekit_mediator.tune.teacher import Answered, answer
+from mergekit_mediator.tune.teacher import Answered
 from mergekit_mediator.tune.tunable import tunable
 
 
@@ -119,7 +118,7 @@ class Tuning:
         readers = {expert: ExpertFile(path) for expert, path in files.items()}
         results = {}
         for expert, lesson in self._lessons.items():
-            count = len(lesson.prompts)
+            count = lesson.count
             with self._bar("tune", expert, self._unanswered(expert) + seen(count)) as step:
                 answers = self._answered(memory, expert, step)
                 memory.become_dense()
@@ -138,6 +137,7 @@ class Tuning:
             figures = Tuned(
                 prompts=count,
                 data=lesson.data,
+                written=lesson.data is None,
                 divergence_before=result.before,
                 divergence_after=result.after,
             )
@@ -151,14 +151,13 @@ class Tuning:
         """Let the expert answer its prompts, unless it has; the model may be the expert afterwards."""
         if expert not in self._answers:
             memory.become(expert)
-            prompts = self._lessons[expert].prompts
-            self._answers[expert] = answer(memory.model, prompts, pad_token(memory.model), step)
+            self._answers[expert] = self._lessons[expert].answered(memory.model, step)
             _warn_of_equal_answers(expert, self._answers[expert])
         return self._answers[expert]
 
     def _unanswered(self, expert: ModelReference) -> int:
         """Count the prompts that the expert has yet to answer."""
-        return 0 if expert in self._answers else len(self._lessons[expert].prompts)
+        return 0 if expert in self._answers else self._lessons[expert].count
 
     @contextmanager
     def _bar(self, task: str, expert: ModelReference, total: int) -> Iterator[Callable[[int], Any]]:

@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from mergekit_mediator.errors import ConfigError, InputError
 from mergekit_mediator.merge.lessons import Prompts, prepare_lessons, read_prompts_of
-from mergekit_mediator.merge.parameters import prompt_files, shared_parameters, sources
+from mergekit_mediator.merge.parameters import prompts_of_experts, shared_parameters, sources
 from mergekit_mediator.models.loading import load_plain
 from mergekit_mediator.models.locate import locate_weights
-from mergekit_mediator.models.prompts import pad_token
-from mergekit_mediator.tune.teacher import Answered, answer
+from mergekit_mediator.tune.teacher import Answered
 
 
 def read_prompts_of_all(config: MergeConfiguration, method: str) -> Prompts:
@@ -35,12 +34,12 @@ def read_prompts_of_all(config: MergeConfiguration, method: str) -> Prompts:
     for where, parameters in shared_parameters(config):
         if "prompts" in parameters:
             raise ConfigError(f"{where}: 'prompts' belongs to one model's parameters: put it there")
-    files = prompt_files(config)
+    files = prompts_of_experts(config)
     for model, _ in sources(config):
         if model != config.base_model and not files.get(model):
             raise ConfigError(
                 f"model {model}: prompts: a file of prompts required by {method}, got none: add "
-                "`prompts: FILE.jsonl` to its parameters"
+                "`prompts: FILE.jsonl` to its parameters, or the number of texts that it shall write itself"
             )
     if config.base_model in files:
         raise ConfigError(
@@ -146,11 +145,11 @@ class PromptedModels:
         LoaderCache().flush_all()  # mapped files stay in memory as far as they were read
 
     def answers(self, expert: ModelReference) -> list[Answered]:
-        """Let an expert answer its own prompts. It is the model in memory afterwards."""
+        """Let an expert answer its prompts, or write texts. It is the model in memory afterwards."""
         self.become(expert)
-        prompts = self._lessons[expert].prompts
-        with self.bar(f"answers of {expert}", len(prompts)) as bar:
-            return answer(self.model, prompts, pad_token(self.model), bar.update)
+        lesson = self._lessons[expert]
+        with self.bar(f"answers of {expert}", lesson.count) as bar:
+            return lesson.answered(self.model, bar.update)
 
     def bar(self, description: str, total: int) -> "tqdm[Any]":
         """Make a progress bar, which is hidden with --quiet."""

@@ -8,6 +8,7 @@ from mergekit.options import MergeOptions
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.estimate import dense_sizes, largest_activations, smallest_memory
 from mergekit_mediator.merge.inputs import HeaderInputs
+from mergekit_mediator.merge.lessons import count_of
 from mergekit_mediator.merge.method_parameters import check_parameters
 from mergekit_mediator.merge.preparation import prepared
 from mergekit_mediator.merge.prompted.models import read_prompts_of_all
@@ -75,7 +76,7 @@ def plan_prompted(
         memory += largest_activations(inputs, weights)
     return PromptedPlan(
         method=method.spec.name,
-        prompts={str(model): len(of_model) for model, of_model in prompts.items()},
+        prompts={str(model): count_of(of_model) for model, of_model in prompts.items()},
         read=method.times_read(config.parameters or {}) * each,
         dense=sum(size.bytes for size in sizes),
         scratch=(method.disk + method.disk_each * len(prompts)) * numbers,

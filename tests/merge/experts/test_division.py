@@ -9,6 +9,7 @@ import pytest
 from commands import call
 from mergekit.common import ModelReference
 
+from mergekit_mediator.merge import lessons
 from mergekit_mediator.merge.experts import division, tuning
 from mergekit_mediator.merge.experts.division import CORRECTIONS, measure_divergences
 from mergekit_mediator.merge.experts.spectra import Spectra
@@ -74,7 +75,7 @@ def wide(make):
 @pytest.fixture
 def config(wide, tmp_path, monkeypatch):
     """A budget, and prompts of two experts of three."""
-    monkeypatch.setattr(tuning, "answer", partial(answer, answer_tokens=8))
+    monkeypatch.setattr(lessons, "answer", partial(answer, answer_tokens=8))
     path = tmp_path / "prompts.jsonl"
     texts = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -86,11 +87,11 @@ def config(wide, tmp_path, monkeypatch):
 
 def test_prompts_divide_a_budget(wide, merged, config, monkeypatch):
     decomposed, answered = [], []
-    decompose, answers = Spectra.decompose, tuning.answer
+    decompose, answers = Spectra.decompose, lessons.answer
     monkeypatch.setattr(
         Spectra, "decompose", lambda *a: (decomposed.append(a[1:3]), decompose(*a))[1]
     )
-    monkeypatch.setattr(tuning, "answer", lambda *a: (answered.append(1), answers(*a))[1])
+    monkeypatch.setattr(lessons, "answer", lambda *a: (answered.append(1), answers(*a))[1])
     out = merged(config)
     assert len(decomposed) == len(set(decomposed))
     assert len(answered) == 2

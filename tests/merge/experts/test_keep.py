@@ -9,6 +9,7 @@ import pytest
 from commands import call, figures, write
 from mergekit.common import ModelReference
 
+from mergekit_mediator.merge import lessons
 from mergekit_mediator.merge.experts import tuning
 from mergekit_mediator.merge.experts.keep import CORRECTIONS, corrected
 from mergekit_mediator.store.manifest import read_manifest
@@ -82,7 +83,7 @@ def test_plan_without_weights_says_how_to_learn_the_bytes(wide, tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "answer", partial(answer, answer_tokens=8))
+    monkeypatch.setattr(lessons, "answer", partial(answer, answer_tokens=8))
     path = tmp_path / "prompts.jsonl"
     texts = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))

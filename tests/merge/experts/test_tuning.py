@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.cli.inspection import inspect_figures, inspect_report
 from mergekit_mediator.cli.main import main
-from mergekit_mediator.merge.experts import tuning
+from mergekit_mediator.merge import lessons
 from mergekit_mediator.models.prompts import render
 from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.store.verification import verify_files
@@ -28,7 +28,7 @@ TEXTS = [f"w{i} w{(7 * i) % 60} w{(3 * i + 1) % 60}" for i in range(16)]
 @pytest.fixture
 def prompts(tmp_path, monkeypatch):
     """A file of prompts, and answers that are short enough for a test."""
-    monkeypatch.setattr(tuning, "answer", short_answers)
+    monkeypatch.setattr(lessons, "answer", short_answers)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     return path
@@ -38,7 +38,9 @@ def tuned(family, prompts, *names, **settings):
     config = family.config(**settings)
     for entry in config["models"]:
         if entry["parameters"]["expert"] in names:
-            entry["parameters"]["prompts"] = str(prompts)
+            entry["parameters"]["prompts"] = (
+                prompts if isinstance(prompts, int | float) else str(prompts)
+            )
     return config
 
 
@@ -162,7 +164,7 @@ def test_an_expert_that_gives_all_prompts_the_same_answer_is_warned_of(
     def alike(model, ids, pad, step):
         return answer(model, [ids[0]] * len(ids), pad, step, answer_tokens=length)
 
-    monkeypatch.setattr(tuning, "answer", alike)
+    monkeypatch.setattr(lessons, "answer", alike)
     config = tuned(family, prompts, "math", bits=2, route="all")
     output = mergekit_yaml(config, tmp_path / "out").output
     (line,) = [line for line in output.splitlines() if "warning: model " in line]
@@ -216,6 +218,41 @@ def test_prompts_belong_to_one_model_and_are_one_file(family, refused, prompts):
     config = tuned(family, prompts, "math", bits=2)
     config["models"][0]["parameters"]["prompts"] = ["a", "b"]
     assert "prompts: one value required" in refused(config)
+
+
+def test_an_expert_without_prompts_writes_texts_itself(family, merged, tmp_path):
+    config = tuned(family, 16, "math", bits=2, route="all")
+    first, second = merged(config, name="first"), merged(config, name="second")
+    entry = read_manifest(first).experts[0]
+    assert (entry.tuned.prompts, entry.tuned.data, entry.tuned.written) == (16, None, True)
+    assert entry.tuned.divergence_after < entry.tuned.divergence_before
+    assert expert_bytes(first, "math") == expert_bytes(second, "math")
+    report = inspect_report(inspect_figures(first, read_manifest(first)))
+    assert "by 16 texts of its own" in report
+    peak = json.loads(plan(config, tmp_path).output)["peak_memory"]
+    plain = family.config(bits=2, route="all")
+    assert peak > json.loads(plan(plain, tmp_path).output)["peak_memory"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (4, "at least 5 texts that the expert writes required, or a file of prompts, got 4"),
+        (0, "at least 5 texts that the expert writes required, or a file of prompts, got 0"),
+        (64.5, "a file, or the number of texts that the expert writes, required, got 64.5"),
+    ],
+)
+def test_a_number_of_texts_that_is_none_is_refused(family, refused, given, message):
+    assert f"prompts: {message}" in refused(tuned(family, given, "math", bits=2))
+
+
+def test_a_tokenizer_that_begins_no_text_is_refused(make, refused):
+    family = make()
+    path = family.base / "tokenizer_config.json"
+    edit_json(path, bos_token=None, eos_token=None)
+    edit_json(family.base / "tokenizer.json", post_processor=None)
+    message = refused(tuned(family, 16, "math", bits=2))
+    assert "prompts: the tokenizer has no token that begins or ends a text" in message
 
 
 def test_a_prompt_that_is_too_long_is_refused(family, refused, prompts):
