@@ -205,6 +205,8 @@ class MediatorConfig(BaseModel):
         given: set[str] = set()
         for where, parameters in shared_parameters(config):
             for name, setting in parameters.items():
+                if name == "prompts":  # see `prompts_of_experts`
+                    continue
                 if name in PER_EXPERT:
                     raise ConfigError(
                         f"{where}: {name!r} belongs to one model's parameters: put it there"

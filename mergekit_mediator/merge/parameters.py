@@ -163,25 +163,43 @@ def named_experts(config: MergeConfiguration, names: Collection[str]) -> dict[Mo
 def prompts_of_experts(config: MergeConfiguration) -> dict[ModelReference, str | int]:
     """Find the file of prompts of each expert that is tuned, or the number of texts that it writes, by model.
 
+    A number among the parameters of all models holds for every expert that has neither.
+
     Raises:
-        ConfigError: a model has two of them, or `prompts` is neither.
+        ConfigError: a model has two of them, `prompts` is neither, or a file stands where it belongs to no model.
     """
+    of_all = None
+    for where, parameters in shared_parameters(config):
+        if "prompts" in parameters:
+            of_all = _file_or_number(parameters["prompts"], where)
+            if isinstance(of_all, str) or where != "parameters":
+                raise ConfigError(
+                    f"{where}: 'prompts' belongs to one model's parameters: put it there"
+                )
     found: dict[ModelReference, str | int] = {}
     for model, parameters in sources(config):
         if "prompts" in parameters:
-            given = scalar(parameters["prompts"], f"model {model}: prompts")
-            if isinstance(given, float):
-                if not given.is_integer():
-                    raise ConfigError(
-                        f"model {model}: prompts: a file, or the number of texts that the expert writes, required, "
-                        f"got {given}"
-                    )
-                given = int(given)
+            given = _file_or_number(parameters["prompts"], f"model {model}")
             if found.setdefault(model, given) != given:
                 raise ConfigError(
                     f"model {model}: prompts is both {found[model]!r} and {given!r}: choose one of them"
                 )
+    if of_all is not None:
+        for model, _ in sources(config):
+            if model != config.base_model:
+                found.setdefault(model, of_all)
     return found
+
+
+def _file_or_number(setting: ParameterSetting, where: str) -> str | int:
+    given: str | float = scalar(setting, f"{where}: prompts")
+    if isinstance(given, float):
+        if not given.is_integer():
+            raise ConfigError(
+                f"{where}: prompts: a file, or the number of texts that the expert writes, required, got {given}"
+            )
+        return int(given)
+    return given
 
 
 def _expert_name(model: ModelReference, explicit: str | None) -> str:

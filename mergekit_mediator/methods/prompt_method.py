@@ -15,7 +15,7 @@ from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.methods.task_vector_method import TaskVectorMethod, task_vector_spec
 from mergekit_mediator.methods.whole_model import FIGURES
 
-PROMPTS = ParameterSpec("prompts", str, ParameterScope.NON_BASE, default="")
+PROMPTS = ParameterSpec("prompts", str | int, ParameterScope.NON_BASE, default="")
 
 
 class Figures(Protocol):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mergekit_mediator.errors import ConfigError, InputError
 from mergekit_mediator.merge.lessons import Prompts, prepare_lessons, read_prompts_of
-from mergekit_mediator.merge.parameters import prompts_of_experts, shared_parameters, sources
+from mergekit_mediator.merge.parameters import prompts_of_experts, sources
 from mergekit_mediator.models.loading import load_plain
 from mergekit_mediator.models.locate import locate_weights
 from mergekit_mediator.tune.teacher import Answered
@@ -31,9 +31,6 @@ def read_prompts_of_all(config: MergeConfiguration, method: str) -> Prompts:
     Raises:
         ConfigError: an expert has no prompts, they stand in the wrong place, or a file cannot be read.
     """
-    for where, parameters in shared_parameters(config):
-        if "prompts" in parameters:
-            raise ConfigError(f"{where}: 'prompts' belongs to one model's parameters: put it there")
     files = prompts_of_experts(config)
     for model, _ in sources(config):
         if model != config.base_model and not files.get(model):

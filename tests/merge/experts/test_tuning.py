@@ -234,6 +234,15 @@ def test_an_expert_without_prompts_writes_texts_itself(family, merged, tmp_path)
     assert peak > json.loads(plan(plain, tmp_path).output)["peak_memory"]
 
 
+def test_a_number_for_all_experts_holds_for_those_without_prompts(family, merged, prompts):
+    config = tuned(family, prompts, "code", bits=2, route="all")
+    config["parameters"]["prompts"] = 8
+    out = merged(config)
+    found = {entry.name: entry.tuned for entry in read_manifest(out).experts}
+    assert [found[name].written for name in ("math", "code", "chat")] == [True, False, True]
+    assert [found[name].prompts for name in ("math", "code", "chat")] == [8, len(TEXTS), 8]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -284,6 +284,16 @@ def test_a_file_of_prompts_that_is_missing_is_refused(method, small, asked, refu
 
 
 @every_method
+def test_experts_without_prompts_write_texts_themselves(method, small, asked, merged):
+    config = asked(small, method, prompts=PROMPTS)
+    for entry in config["models"]:
+        del entry["parameters"]["prompts"]
+    out = merged(config)
+    for name, weight in AutoModelForCausalLM.from_pretrained(out).state_dict().items():
+        assert weight.isfinite().all(), name
+
+
+@every_method
 def test_prompts_of_all_models_together_are_refused(method, small, asked, refused):
     message = refused(asked(small, method, prompts="x.jsonl"))
     assert "'prompts' belongs to one model's parameters: put it there" in message
