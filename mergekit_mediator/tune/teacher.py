@@ -108,7 +108,8 @@ def decode(
     model: Any, prompts: Sequence[list[int]], pad: int, answer_tokens: int, drawn: bool = False
 ) -> list[list[int]]:
     """Decode answers, each with its end token if the model reached one; see `answer`."""
-    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if drawn else {}
+    # plain draws, whatever the model's own settings are
+    how = dict(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0) if drawn else {}
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad, device=model.device)
     mask = torch.zeros_like(ids)

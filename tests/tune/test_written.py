@@ -1,5 +1,7 @@
 """Experts write the texts that nobody has for them."""
 
+import copy
+
 import pico
 import pytest
 import torch
@@ -62,6 +64,13 @@ def test_texts_follow_the_probabilities_of_the_expert(model):
     assert mean == pytest.approx(
         -entropy, abs=0.3
     )  # the likeliest token alone would be far above it
+
+
+def test_settings_of_the_model_do_not_change_what_is_drawn(model):
+    plain = [text.answer for text in write(model, pico.tokenizer(), COUNT)]
+    own = copy.deepcopy(model)
+    own.generation_config.update(do_sample=True, temperature=0.1, top_k=1, repetition_penalty=9.0)
+    assert [text.answer for text in write(own, pico.tokenizer(), COUNT)] == plain
 
 
 def test_each_batch_is_told(model):
