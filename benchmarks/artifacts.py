@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,14 @@ def artifact(
     made: Rivals,
     label: str,
     parameters: dict[str, Any],
-    prompts: dict[str, Path] | None = None,
+    prompts: Mapping[str, Path | int] | None = None,
 ) -> tuple[MediatorModel, float]:
-    """Our merge of all experts with these parameters, tuned on prompts if any are given, and the CPU seconds
-    it took."""
-    own = {name: {"prompts": str(path)} for name, path in (prompts or {}).items()}
+    """Our merge of all experts with these parameters, tuned on prompts if any are given, or on so many texts that
+    experts write, and the CPU seconds it took."""
+    own = {
+        name: {"prompts": given if isinstance(given, int) else str(given)}
+        for name, given in (prompts or {}).items()
+    }
     config = {
         "merge_method": "mediator",
         "base_model": made.base,

@@ -6,16 +6,14 @@
 Each expert is stored in our form at a few rates. Four figures stand side by side, all relative to the base: the part of
 the gain that the weights predict; 1 − KL(expert ‖ stored) / KL(expert ‖ base) on texts that the expert writes; the same
 on held-out prompts of its task with its own answers, or on held-out text; and the part of the gain in log-likelihood
-that is kept there. Rows are added to results/own-texts.json one by one, and those that are there are not measured
-again.
+that is kept there. With --keep each expert is merged by `keep` instead, without and with texts of its own. Rows are
+added to results/own-texts.json expert by expert, and those that are there are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +22,24 @@ import heavy_texts
 import rates
 import record
 import torch
-from artifacts import DTYPE
+from artifacts import DTYPE, artifact
 from baselines import State, expert, load, task_config
 from stored_forms import Change, ours
 from train_experts import REPORT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.delta.kept import predicted_kept
+from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.tasks import from_reasoning_gym
 from mergekit_mediator.models.answers import answer_logits
 from mergekit_mediator.models.prompts import pad_token, render
+from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.tune.fit import divergence
 from mergekit_mediator.tune.teacher import Answered, answer
 from mergekit_mediator.tune.written import write
 
 NAME = "own-texts"
+Stored = tuple[State, float]  # the weights as they are given back, and bits per parameter
 RATES = (0.08, 0.15, 0.5, 1.0)
 _LIKELY = 128  # tokens whose probabilities are compared, as in a merge
 
@@ -56,7 +57,7 @@ def held_out_text(model: Any, rows: torch.Tensor) -> list[Answered]:
 
 def measured(
     change: Change, model: Any, texts: dict[str, list[Answered]], nats: rates.Nats
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """The figures of each rate."""
     places = dict(model.named_parameters())
 
@@ -76,6 +77,29 @@ def measured(
     return rows
 
 
+def merged(
+    made: Rivals, change: Change, nats: rates.Nats, keep: float, texts: int
+) -> list[dict[str, Any]]:
+    """The figures of a merge of one expert by `keep`, without and with texts of its own."""
+    (name,) = made.experts
+    rows = []
+    for label, prompts in (
+        (f"keep {keep:g}", {}),
+        (f"keep {keep:g}, {texts} texts", {name: texts}),
+    ):
+        model, _ = artifact(made, label, {"keep": keep}, prompts)
+        with model.mixture({name: 1.0}) as mixed:
+            weights = {key: mixed.state_dict()[key].clone() for key in change.differences}
+        bits = 8 * (model.root / f"mediator/experts/{name}.safetensors").stat().st_size
+        known = weights, bits / change.numel
+        (row,) = rates.measure(change, nats, {label: lambda _, known=known: known})
+        kept: Any = read_manifest(model.root).parameters["kept"]
+        rows.append(
+            {**row, "predicted": kept[name]["predicted"], "kept_own": kept[name]["measured"]}
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Do texts of its own tell what an expert keeps?")
     parser.add_argument("--base", type=Path, required=True)
@@ -87,6 +111,8 @@ def main() -> None:
     parser.add_argument("--kind", help="an expert of heavy")
     parser.add_argument("--tokens", type=int, default=147_456, help="that it has read")
     parser.add_argument("--texts", type=int, default=32, help="that an expert writes")
+    parser.add_argument("--keep", type=float, help="merge each expert by it instead")
+    parser.add_argument("--work", type=Path, default=Path("own-texts"))
     parser.add_argument("--prompts", type=int, default=32, help="of each task")
     parser.add_argument("--rows", type=int, default=32, help="of held-out text")
     parser.add_argument("--seed", type=int, default=REPORT_SEED)
@@ -101,29 +127,34 @@ def main() -> None:
     rows = record.read(NAME)["rows"] if record.exists(NAME) else []
     for folder in folders:
         head = {"base": args.base_name, "family": args.family, "expert": folder.name}
-        if any(all(row[key] == head[key] for key in head) for row in rows):
+        known = [row["form"] for row in rows if all(row[key] == head[key] for key in head)]
+        if any(form.startswith("keep" if args.keep else "ours") for form in known):
             continue
         change = Change(base, expert(base, folder))
         places = dict(model.named_parameters())
         for name, weight in {**base, **change.expert}.items():
             places[name].data.copy_(weight)
-        texts = {"own": write(model, tokenizer, args.texts)}
-        task: Callable[[], list[Answered]]
         if args.kind:
             # the split of the rows depends on how many the expert has read
             _, held = heavy_texts.rows(args.kind, tokenizer, args.tokens, args.heavy / "texts", [])
-            held = held[: args.rows]
-            task = partial(held_out_text, model, held)
-            nats = heavy.held_out(model, held, "cpu")
+            nats = heavy.held_out(model, held[: args.rows], "cpu")
         else:
             drawn = from_reasoning_gym(folder.name, args.prompts, args.seed, task_config(folder))
-            ids = [render(tokenizer, example.prompt) for example in drawn.examples]
-            task = partial(answer, model, ids, pad_token(model))
             nats = rates.answers(model, tokenizer, folder, args.prompts, args.seed)
-        texts["held_out"] = task()
-        about = {"texts": args.texts, "tokens_written": sum(len(t.answer) for t in texts["own"])}
-        for row in measured(change, model, texts, nats):
-            rows.append({**head, **about, **row})
+        if args.keep:
+            alone = Rivals(str(args.base), {folder.name: str(folder)}, args.work / folder.name)
+            found = merged(alone, change, nats, args.keep, args.texts)
+        else:
+            texts = {"own": write(model, tokenizer, args.texts)}
+            if args.kind:
+                texts["held_out"] = held_out_text(model, held[: args.rows])
+            else:
+                ids = [render(tokenizer, example.prompt) for example in drawn.examples]
+                texts["held_out"] = answer(model, ids, pad_token(model))
+            head["tokens_written"] = sum(len(text.answer) for text in texts["own"])
+            found = measured(change, model, texts, nats)
+        for row in found:
+            rows.append({**head, "texts": args.texts, **row})
             print(json.dumps(rows[-1]), flush=True)
         record.write(NAME, {"rows": rows}, {"report": args.seed})
 

@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from functools import partial
 
-from sections import comparison, engines, gpu, merging, rates, routing, serving, storing
+from sections import (
+    comparison,
+    engines,
+    expectations,
+    gpu,
+    merging,
+    rates,
+    routing,
+    serving,
+    storing,
+)
 from sections.markdown import about
 
 COMPARISONS = (
@@ -30,6 +40,7 @@ RECORDS = (
         "merge-cost",
     ),
     "methods",
+    "own-texts",
     *(
         "rates",
         "replicas",
@@ -66,7 +77,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "codec": storing.codec,
     "lossless": storing.lossless,
     "keep": storing.keep,
+    "own-texts": storing.own_texts,
     "rates": rates.rates,
+    "expectations": expectations.expectations,
     "rates ahead": rates.ahead,
     "heavy": rates.heavy,
     "heavy changes": rates.heavy_changes,

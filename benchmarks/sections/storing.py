@@ -79,14 +79,16 @@ def keep() -> str:
 
 def own_texts() -> str:
     """What an expert's own texts tell of its stored form, beside its weights and what is held out."""
-    head = ["family", "expert", "bits", "by weights", "by its own texts", "by held-out ones"]
+    head = ["family", "expert", "stored", "bits", "by weights", "by its own texts"]
+    columns = ("predicted", "kept_own", "kept_held_out", "gain_kept")
     rows = [
         [
             row["family"],
             row["expert"],
+            f"`{row['form']}`",
             f"{row['bits_per_parameter']:.2f}",
-            *(f"{row[key]:.3f}" for key in ("predicted", "kept_own", "kept_held_out", "gain_kept")),
+            *("" if row.get(key) is None else f"{row[key]:.3f}" for key in columns),
         ]
         for row in load("own-texts")["rows"]
     ]
-    return table([*head, "gain kept"], rows)
+    return table([*head, "by held-out ones", "gain kept"], rows)

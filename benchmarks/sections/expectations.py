@@ -1,0 +1,56 @@
+"""What users may expect: the gain that each kind of fine-tune keeps at each rate, from the results of other pages."""
+
+from collections.abc import Iterable, Mapping
+from statistics import mean
+from typing import Any
+
+from sections.markdown import load, table
+
+RATES = (0.05, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0)
+PARAMETERS = 7e9  # of the model that a reader has in mind
+_NEAR = 1.15  # a rate counts as one of the columns if it is within this factor
+
+
+def expectations() -> str:
+    """One row for each kind of fine-tune, with the gain kept at each number of bits per parameter."""
+    rows = [[kind, *(_cell(kept, bits) for bits in RATES)] for kind, kept in _kinds()]
+    head = ["kind of fine-tune", *(f"{bits:g} bits" for bits in RATES)]
+    sizes = [f"{PARAMETERS * bits / 8 / 1e9:.2g} GB" for bits in RATES]
+    return table(head, [*rows, ["an expert of a 7B model", *sizes]])
+
+
+def _kinds() -> list[tuple[str, Mapping[float, float]]]:
+    codec, rates = load("codec")["rows"], load("rates")["rows"]
+    kept = {
+        family: _by_bits(r for r in codec if r["family"] == family and r["codec"][:4] == "bits")
+        for family in ("adapters", "strong", "weak")
+    }
+    gemma = _by_bits(_ours(r for r in rates if r["base"].startswith("Gemma")))
+    begun = _by_bits(_ours(r for r in load("own-texts")["rows"] if r["expert"] == "python"))
+    heavy = _by_bits(_ours(load("heavy")["rows"]))
+    return [
+        ("LoRA adapters, one narrow task each", kept["adapters"]),
+        ("full fine-tunes, one narrow task each", kept["strong"]),
+        ("one of those, of Gemma 3 270M", gemma),
+        ("narrow tasks, training stopped early", kept["weak"]),
+        ("Python source, 0.15 million tokens", begun),
+        ("Python source, 18.6 million tokens", heavy),
+    ]
+
+
+def _ours(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["form"].startswith("ours")]
+
+
+def _by_bits(rows: Iterable[Mapping[str, Any]]) -> dict[float, float]:
+    """The gain kept by the bits per parameter, the mean of experts at the same rate."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        rate = float((row.get("codec") or row["form"]).split()[-1])
+        found.setdefault(rate, []).append(row.get("loss_recovered", row.get("gain_kept")))
+    return {rate: mean(parts) for rate, parts in found.items()}
+
+
+def _cell(kept: Mapping[float, float], bits: float) -> str:
+    near = [rate for rate in kept if bits / _NEAR <= rate <= bits * _NEAR]
+    return f"{100 * kept[near[0]]:.1f}" if near else ""
