@@ -217,7 +217,10 @@ def answers_of(tokenizer: Any, tasks: dict[str, Any]) -> dict[str, list[Pair]]:
     """Prompts and answers of each expert's task, as token ids."""
     return {
         name: [
-            (render(tokenizer, e.prompt), tokenizer(e.answer + tokenizer.eos_token).input_ids)
+            (
+                render(tokenizer, e.prompt),
+                tokenizer(e.answer + tokenizer.eos_token, add_special_tokens=False).input_ids,
+            )
             for e in task.examples
         ]
         for name, task in tasks.items()

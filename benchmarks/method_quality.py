@@ -32,6 +32,7 @@ from mergekit_mediator.evaluate.trials import Prompts, trials
 from mergekit_mediator.models.loading import load_tokenizer
 from mergekit_mediator.models.prompt_files import read_prompts
 
+OWN_TEXTS = 32  # that an expert writes, in place of prompts of its task
 # Tried as `evaluate` tries them, and those that are no rivals there.
 TRIALS: dict[str, StaticMethod] = {
     **STATIC,
@@ -41,6 +42,9 @@ TRIALS: dict[str, StaticMethod] = {
         "localize_and_stitch", tuple({"density": d} for d in (0.05, 0.2))
     ),
     "doge": StaticMethod("doge", tuple({"norm": 0.5, "density": d} for d in (0.3, 1.0)), SCALES),
+    "regmean_pp_own_texts": StaticMethod(
+        "regmean_pp", ({"prompts": OWN_TEXTS},), STATIC["regmean_pp"].factors
+    ),
     "expert_merging": StaticMethod("expert_merging", factors=(1.0, 2.0), needs_prompts=True),
 }
 
