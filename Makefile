@@ -81,6 +81,10 @@ bench: .venv/demo
 	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --tuned-on 128 --no-calibrated --rivals best_expert --name experts-4-again
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/third --draw 2
 	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/third --draw 2 --tuned-on 128 --no-calibrated --rivals best_expert --work $(EXPERTS)/third/work --name experts-4-third
+	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family strong4 --bits 0.15 --ranks 8,16,64 --mean-ranks 8,16,64 --extract-ranks 8,16,64 --work $(EXPERTS)/ranks
+	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family overlap --bits 0.15 --ranks 16,64 --mean-ranks 16,64 --extract-ranks 16,64 --work $(EXPERTS)/ranks
+	$(run)/own_texts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --tasks chain_sum,word_sequence_reversal --family strong --seed 1100007
+	$(run)/method_quality.py --family overlap --experts $(EXPERTS)
 	$(run)/ablations.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1
 	$(run)/replicas.py
 	$(run)/scale.py --part memory --base $(EXPERTS)/base
