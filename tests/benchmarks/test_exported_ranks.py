@@ -36,7 +36,7 @@ def rows(family, tmp_path_factory):
 def test_every_rank_is_measured_with_the_norms_that_a_server_can_have(rows):
     asked = [4, *exported_ranks.AUTO]
     expected = [("base", a, norms) for a in asked for norms in ("dense", "mean", "own")]
-    expected += [("mean", a, norms) for a in asked for norms in ("dense", "own")]
+    expected += [("mean", 4, norms) for norms in ("dense", "own")]
     assert [(r["reference"], r["auto"] or r["rank"], r["norms"]) for r in rows] == expected
     assert all(row["worst_gain_kept"] <= row["gain_kept"] for row in rows)
 
@@ -58,7 +58,8 @@ def test_extraction_of_a_rank_stands_beside_the_adapters_of_that_rank(rows):
 
 def test_auto_never_takes_less_for_more(rows):
     ranks = [row["rank"] for row in rows if row["auto"] and row["norms"] == "own"]
-    assert ranks[:3] == sorted(ranks[:3])
+    assert len(ranks) == len(exported_ranks.AUTO)
+    assert ranks == sorted(ranks)
     assert all(set(row["ranks"]) == set(PROMPTS) for row in rows)
 
 
