@@ -25,8 +25,8 @@ def write(
 ) -> list[Answered]:
     """Let an expert write texts, drawn at temperature 1, and keep the probabilities of the likeliest tokens.
 
-    With a chat template, every other text is a request that the expert writes and answers. All others begin with
-    nothing. Equal experts write equal texts on the same machine.
+    With a chat template, up to half of the texts are requests that the expert writes and answers. All others begin with
+    nothing. They come in any order. Equal experts write equal texts on the same machine.
 
     Args:
         model: any `AutoModelForCausalLM`, which holds the expert's weights.
