@@ -171,7 +171,7 @@ def _tuning(tuned: Mapping[str, Any] | None) -> str:
     if tuned is None:
         return "-"
     before, after = tuned["divergence_before"], tuned["divergence_after"]
-    by = "texts of its own" if tuned["written"] else "prompts"
+    by = "prompts" if tuned["data"] else "texts of its own"
     return f"{before:.2g} to {after:.2g} by {tuned['prompts']} {by}"
 
 

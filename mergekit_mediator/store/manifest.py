@@ -51,16 +51,19 @@ class Tuned(_Model):
     Attributes:
         prompts: the number of prompts.
         data: the digest of the prompts; None for texts that the expert wrote.
-        written: whether the expert wrote the texts itself.
         divergence_before: KL(expert ‖ stored) in nats per answer before tuning, the mean of held-out prompts.
         divergence_after: the same after tuning.
     """
 
     prompts: Annotated[int, Field(gt=0)]
     data: str | None
-    written: bool = False
     divergence_before: float
     divergence_after: float
+
+    @property
+    def written(self) -> bool:
+        """Whether the expert wrote the texts itself."""
+        return self.data is None
 
 
 class ExpertEntry(_Model):

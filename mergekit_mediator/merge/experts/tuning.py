@@ -137,7 +137,6 @@ class Tuning:
             figures = Tuned(
                 prompts=count,
                 data=lesson.data,
-                written=lesson.data is None,
                 divergence_before=result.before,
                 divergence_after=result.after,
             )
