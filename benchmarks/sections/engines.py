@@ -1,5 +1,7 @@
 """The sections about engines: the cost of routing on vLLM, ranks of exported experts, and clusters."""
 
+from typing import Any
+
 from sections.markdown import load, table
 
 # Of the simulated clusters, those on the page: requests a second and engines.
@@ -29,31 +31,44 @@ def serving() -> str:
     return table(["", ""], rows)
 
 
-# What stands in the table of ranks for the norms of a row that is not served with the dense expert's.
-_NORMS = {"mean": ", the mean baked in", "own": ", with its own norms"}
+# The columns of the table of ranks: the reference, and the norms that the served model has.
+_SERVED = {
+    "`reference: base`": ("base", "dense"),
+    "the same, the mean of the norms baked in": ("base", "mean"),
+    "`reference: mean`": ("mean", "dense"),
+}
+_EXTRACTED = {
+    "`mergekit-extract-lora`": "extract_lora",
+    "the same without norms": "extract_lora_no_norms",
+}
 
 
 def exported() -> str:
-    """What adapters of each rank keep."""
-    shown = load("serving")["exported"]
-    # Later runs measured more than the first.
-    later = {
-        "worst_gain_kept": "worst gain kept, %",
-        "extract_lora_no_norms_gain_kept": "the same without norms, %",
-    }
-    worst, extracted = ([n] if any(n in row for row in shown) else [] for n in later)
-    keys = ["gain_kept", *worst, "answers_kept", "extract_lora_gain_kept", *extracted]
-    rows = []
-    for row in shown:
+    """What adapters of each rank keep, family by family."""
+    served: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in load("serving")["exported"]:
         norms = row.get("norms") or ("mean" if row.get("baked") else "dense")
-        name = f"{row['family']}, `reference: {row['reference']}`{_NORMS.get(norms, '')}"
         rank = f"auto, {100 * row['auto']:g}%" if row.get("auto") else str(row["rank"])
-        values = [row.get(key) for key in keys]
-        cells = ["not run" if value is None else f"{100 * value:.2f}" for value in values]
-        rows.append([name, rank, str(row["largest_rank"]), *cells])
-    head = ["experts", "rank", "largest used", "gain kept, %", *(later[n] for n in worst)]
-    head += ["answers kept, %", "`mergekit-extract-lora`, gain kept, %"]
-    return table([*head, *(later[n] for n in extracted)], rows)
+        served.setdefault((row["family"], rank), {})[row["reference"], norms] = row
+    rows = []
+    for (family, rank), variants in served.items():
+        some = next(iter(variants.values()))
+        ours = [_kept(variants.get(key), "") for key in _SERVED.values()]
+        theirs = [_kept(some, f"{name}_") for name in _EXTRACTED.values()]
+        shown = [variants[key] for key in _SERVED.values() if key in variants]
+        answers = min(row["answers_kept"] for row in shown)
+        largest = max(row["largest_rank"] for row in shown)
+        rows.append([family, rank, str(largest), *ours, f"{100 * answers:.1f}", *theirs])
+    head = ["experts", "rank", "largest used", *_SERVED, "answers kept, least, %", *_EXTRACTED]
+    return table(head, rows)
+
+
+def _kept(row: dict[str, Any] | None, prefix: str) -> str:
+    """The gain that is kept, the mean over experts and the worst in brackets, in percent."""
+    mean, worst = ((row or {}).get(f"{prefix}{part}gain_kept") for part in ("", "worst_"))
+    if mean is None:
+        return "not run"
+    return f"{100 * mean:.2f}" + (f" ({100 * worst:.2f})" if worst is not None else "")
 
 
 def rank_errors() -> str:
