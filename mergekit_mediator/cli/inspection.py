@@ -211,8 +211,8 @@ def _reason(settings: Mapping[str, Any]) -> str:
         least, most = min(slopes.values()), max(slopes.values())
         rate = f"{least:.2g}" if least == most else f"{least:.2g} to {most:.2g}, by expert,"
         return (
-            f"a number is stored if it saves a squared error of {rate} or more, weighted by its "
-            "layer's place, so that no byte would save more elsewhere in its expert"
+            f"a number is stored if it saves a squared error of {rate} or more, so that no byte would save "
+            "more elsewhere in its expert"
         )
     rules = ("conflict_threshold", "routed_fraction", "routed_by", "routed_layers", "route")
     return ", ".join(f"{rule}: {settings[rule]}" for rule in rules if rule in settings)
