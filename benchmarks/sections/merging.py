@@ -92,6 +92,32 @@ def method_quality() -> str:
     return "\n\n".join(parts)
 
 
+def dense() -> str:
+    """Dense experts, and what experts add to them, within the same budgets."""
+    figures = load("dense")
+    parts = ("dense", "own", "routed")
+    rows = [
+        [
+            row["family"],
+            f"`{row['dense']}`",
+            f"{row['bytes_over_base']:.3f}",
+            *(f"{row[f'{part}_mean']:.1f} ({row[f'{part}_worst']:.1f})" for part in parts),
+            f"{row['dense_recovered']:.1f}",
+            f"{row['own_recovered']:.1f}",
+            f"{100 * row['routing_accuracy']:.0f}",
+        ]
+        for row in figures["rows"]
+    ]
+    head = ["experts", "`reference`", "bytes / one model", "dense expert alone, %", "own expert, %"]
+    head += ["routed, %", "likelihood regained, dense, %", "the same, own expert, %"]
+    about = " ".join(
+        f"`{family}`: {how['experts']} experts, {how['prompts_per_task']} held-out prompts a task, {how['asked']} others "
+        "of each task for the merge."
+        for family, how in figures["families"].items()
+    )
+    return f"{table([*head, 'routed right, %'], rows)}\n\n{about}"
+
+
 def scale_memory() -> str:
     """Memory and time of a merge as the experts become more."""
     merges = load("scale")["memory"]["merges"]

@@ -105,6 +105,11 @@ def plan(
     kind = OpenInputs if conflict or curve else HeaderInputs
     with prepared(kind, merge_config, merge_options, source) as preparation:
         inputs, weights = preparation.inputs, preparation.weights
+        if curve and inputs.config.reference_is_merged:
+            raise click.UsageError(
+                "--curve predicts experts relative to the base, and with `reference: "
+                f"{inputs.config.reference}` they are relative to a merge that is not there yet"
+            )
         measured: dict[str, Measured] = {}
         points: list[Point] = []
         kept: list[KeptPoint] = []
@@ -134,10 +139,16 @@ def plan(
         text += f"\nHow many bytes keep {inputs.config.keep:g} depends on the weights: --curve predicts it."
     elif inputs.config.density_decides:
         text += "\nA budget keeps more in as many bytes, but not bit for bit: --curve predicts how much."
-    if inputs.config.reference != "base":
+    reference = inputs.config.reference
+    if inputs.config.reference_is_merged:
+        text += (
+            f"\nThe dense expert is merged by {reference} first, which reads all models more often, and lies on disk "
+            "twice until the merge ends."
+        )
+    if reference != "base":
         text += (
             "\nEngines serve experts as adapters: with `reference: base` each needs its own rank alone, and with "
-            "`mean` the sum of all."
+            f"`{reference}` the sum of all."
         )
     click.echo(json.dumps(figures, indent=1) if as_json else text)
 

@@ -19,11 +19,10 @@ from mergekit_mediator.models.modules import input_embedding
 from mergekit_mediator.models.prompts import render
 from mergekit_mediator.route.calibrated import CalibratedRouter
 from mergekit_mediator.route.calibrated_file import check_known
-from mergekit_mediator.route.decision import RoutingDecision, for_experts
+from mergekit_mediator.route.decision import RoutingDecision, Thresholds, for_experts
 from mergekit_mediator.route.features import mean_embedding
+from mergekit_mediator.serve.routers import unsure_of
 from mergekit_mediator.store.manifest import ROUTER, Manifest
-
-Thresholds = tuple[float | None, float | None]
 
 
 class Decider(Protocol):
@@ -31,8 +30,7 @@ class Decider(Protocol):
 
     Attributes:
         name: the router's name, with its accuracy if `calibrate` measured it.
-        thresholds: the router's thresholds of normalised entropy and of the out-of-distribution score, each
-            None if it has none.
+        thresholds: the router's thresholds.
     """
 
     name: str
@@ -82,7 +80,9 @@ class EmbeddingDecider:
         self._table = DenseCheckpoint(root).weight(input_embedding(root))
         self.name = f"embedding{_accuracy(manifest)}"
         numbers = self._router.numbers
-        self.thresholds: Thresholds = (numbers["entropy_threshold"], numbers["ood_threshold"])
+        self.thresholds = Thresholds(
+            numbers["entropy_threshold"], numbers["ood_threshold"], unsure_of(manifest)
+        )
 
     async def decide(self, prompts: Sequence[Routable], route_on: RouteOn) -> RoutingDecision:
         """See `Decider.decide`; it runs in a thread."""

@@ -124,7 +124,7 @@ class Service:
         self._fallback = (
             None if settings.fallback is None else Mixture.of(settings.fallback, experts)
         )
-        has_threshold = settings.ood_threshold is not None or decider.thresholds[1] is not None
+        has_threshold = settings.ood_threshold is not None or decider.thresholds.ood is not None
         if settings.ood_action != "blend" and not has_threshold:
             raise SettingError(
                 f"MEDIATOR_OOD_ACTION: {settings.ood_action} needs a router with a threshold for requests "

@@ -190,8 +190,8 @@ class StoredExperts:
             return
         for name, file in self._files.items():
             for weight, description in file.weights.items():
-                if description.values != "steps":
+                if description.values != "steps" or self.manifest.merged_by is not None:
                     raise ExportError(
                         f"expert {name!r}: {weight} is stored relative to the dense expert: export "
-                        "relative to dense, or merge again with `reference: base`, `bits` or `budget`"
+                        "relative to dense, or merge again with `reference: base` and `bits` or a `budget`"
                     )

@@ -138,6 +138,8 @@ def _metadata(manifest: Manifest, models: Sequence[str]) -> dict[str, Any]:
 
 
 def _dense(manifest: Manifest) -> str:
+    if manifest.merged_by is not None:
+        return f"the experts' merge by `{manifest.merged_by}`"
     if manifest.parameters.get("reference") != "base":
         return "the experts' weighted mean"
     if all(layer.routed for layer in manifest.layers):

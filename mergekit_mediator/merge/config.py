@@ -12,6 +12,7 @@ from mergekit_mediator.delta.value_forms import Values
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.conflict import Metric
 from mergekit_mediator.merge.layers import Selection
+from mergekit_mediator.merge.merged_reference import check_reference
 from mergekit_mediator.merge.parameters import (
     PER_EXPERT,
     PER_WEIGHT,
@@ -31,6 +32,8 @@ _STORAGE = frozenset({"density", "values", "bits", "budget", "rank", "keep"})
 # These parameters have a meaning only where layers are averaged.
 _OF_AVERAGED = frozenset({"conflict", "denoise", "lambda"})
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+# All but the first two are merge methods.
+Reference = Literal["mean", "base", "regmean_pp", "tsvm", "wudi"]
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(x|[kmgt]?b)")
 
@@ -62,7 +65,8 @@ class MediatorConfig(BaseModel):
         basis: `own` or `shared`: whether the triples of `rank` are each expert's own, or one basis that all experts
             share, with coefficients for each; see `methods.shared_basis`.
         storage_given: whether the configuration has `density`, `values`, `bits`, `budget`, `rank` or `keep`.
-        reference: the dense expert's weights in routed layers: the weighted mean, or the base.
+        reference: the dense expert's weights in routed layers: the weighted mean, or the base. The name of a merge
+            method makes it the merge of the experts by this method, in all layers; see `merge.reference`.
         base_model: the model of which all experts are fine-tunes.
         experts: the name of each expert by its model, in the order of the configuration.
         prompts: by model, a file of prompts on which the stored form of this expert is tuned, see
@@ -85,7 +89,7 @@ class MediatorConfig(BaseModel):
     rank: Annotated[int, Field(ge=1)] | None = None
     basis: Literal["own", "shared"] | None = None
     storage_given: bool = False
-    reference: Literal["mean", "base"] = "mean"
+    reference: Reference = "mean"
     base_model: ModelReference
     experts: dict[ModelReference, str]
     prompts: dict[ModelReference, str | int] = {}
@@ -114,6 +118,11 @@ class MediatorConfig(BaseModel):
         return keep
 
     @property
+    def reference_is_merged(self) -> bool:
+        """Whether the dense expert is a merge of the experts by another method."""
+        return self.reference not in ("mean", "base")
+
+    @property
     def needs_costs(self) -> bool:
         """Whether the stored form of an expert depends on the costs of its weights."""
         return any(rate is not None for rate in (self.bits, self.budget, self.keep))
@@ -127,10 +136,10 @@ class MediatorConfig(BaseModel):
     def keeps_factors(self) -> bool:
         """Whether experts may keep their own factors.
 
-        They may if all are adapters of the base, if the base is no adapter itself, and if no parameter says
-        how to store experts.
+        They may if all are adapters of the base, if the base is no adapter itself, if no parameter says how to
+        store experts, and if they are not stored relative to another merge.
         """
-        if self.storage_given or self.base_model.lora is not None:
+        if self.storage_given or self.base_model.lora is not None or self.reference_is_merged:
             return False
         return all(
             model.lora is not None and model.model == self.base_model.model
@@ -180,16 +189,24 @@ class MediatorConfig(BaseModel):
             parsed = parsed._of_one_expert()
         if parsed.route == "auto" and parsed.keeps_factors:
             return parsed.model_copy(update={"route": "all"})
+        if parsed.reference_is_merged:
+            check_reference(config, parsed.reference)
+            return parsed._of_all_layers()
         return parsed
 
     @classmethod
     def of_added_expert(cls, config: MergeConfiguration) -> "MediatorConfig":
-        """Read and check the parameters of one expert that is added to an artifact. It has no share in the mean.
+        """Read and check the parameters of one expert that is added to an artifact. It has no share in the dense expert.
 
         Raises:
             ConfigError: see `from_merge_config`.
         """
-        return cls._parse(config).model_copy(update={"reference": "base"})
+        parsed = cls._parse(config)
+        return (
+            parsed
+            if parsed.reference_is_merged
+            else parsed.model_copy(update={"reference": "base"})
+        )
 
     @classmethod
     def _parse(cls, config: MergeConfiguration) -> "MediatorConfig":
@@ -239,7 +256,7 @@ class MediatorConfig(BaseModel):
         layers_given = given & {"route", *_RULES, *_OF_AVERAGED}
         if not (storage or layers_given or parsed.keeps_factors):
             parsed = parsed.model_copy(update={"keep": DEFAULT_KEEP})
-        if parsed.prompts and not parsed.needs_costs:
+        if parsed.prompts and not (parsed.needs_costs or parsed.reference_is_merged):
             raise ConfigError(
                 "prompts: they tune experts that are stored by `keep`, `bits` or a `budget`: give one of these"
             )
@@ -258,12 +275,17 @@ class MediatorConfig(BaseModel):
                 "models: one expert is stored by `keep`, `bits` or a `budget`, got none: give one of these, or "
                 "add models"
             )
-        if self.reference == "mean" and "reference" in self.model_fields_set:
+        if self.reference != "base" and "reference" in self.model_fields_set:
             raise ConfigError(
-                "reference: the mean of one expert is this expert, and nothing would be left to store: remove it"
+                f"reference: the {self.reference} of one expert is this expert, and nothing would be left to store: "
+                "remove it"
             )
+        return self.model_copy(update={"reference": "base"})._of_all_layers()
+
+    def _of_all_layers(self) -> "MediatorConfig":
+        """Route all layers, unless a parameter chooses them: nothing is averaged of which experts would be a part."""
         chosen = {"route", *_RULES} & self.model_fields_set
-        return self.model_copy(update={"reference": "base"} | ({} if chosen else {"route": "all"}))
+        return self if chosen else self.model_copy(update={"route": "all"})
 
 
 def _check_alone(names: Sequence[str]) -> None:

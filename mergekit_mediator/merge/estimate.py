@@ -118,6 +118,8 @@ def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int, r
     density = max((max(w.densities.values()) for w in weights), default=0.0)
     encoding = _APPROXIMATING_BYTES if config.needs_costs else _KEPT_BYTES * density
     storing = round(encoding * sum(sizes[:1])) * workers
+    if config.reference_is_merged:  # the merge holds one weight of all models in float32
+        measuring = max(measuring, _TUNED_BYTES * (len(inputs.models) + 2) * sum(sizes[:1]))
     shard = min(inputs.options.out_shard_size, dense)
     peak: int = smallest_memory(inputs, weights) + shard + max(measuring, storing)
     if config.prompts:

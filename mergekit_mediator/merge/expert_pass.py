@@ -25,6 +25,7 @@ from mergekit_mediator.merge.experts.spectra import SPECTRA, Spectra
 from mergekit_mediator.merge.experts.storing import encode_experts
 from mergekit_mediator.merge.experts.tuning import Tuning
 from mergekit_mediator.merge.lessons import Lessons
+from mergekit_mediator.merge.merged_reference import REFERENCE
 from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import Workers
@@ -112,7 +113,7 @@ def write_experts(
     predicted = {}
     if config.keep is not None or divergences:
         predicted = predict_kept(names, dense.measured, slopes)
-    warn_of_cap(config, predicted)
+    warn_of_cap(config, targets, predicted)
     return ExpertPass(
         slopes,
         {name: expert.figures for name, expert in tuned.items()},
@@ -159,7 +160,8 @@ def _write(
 
 def _written(out: Path) -> tuple[int, int]:
     """Count the bytes of the checkpoint, and those of all other files so far."""
-    names = [name for name in files_below(out) if not name.startswith(f"{SPECTRA}/")]
+    passing = (f"{SPECTRA}/", f"{REFERENCE}/")
+    names = [name for name in files_below(out) if not name.startswith(passing)]
     sizes = {name: (out / name).stat().st_size for name in names}
     checkpoint = sum(size for name, size in sizes.items() if "/" not in name)
     return checkpoint, sum(sizes.values()) - checkpoint

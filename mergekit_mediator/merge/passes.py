@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mergekit_mediator.delta.narrow import check_range, narrowed, range_error
 from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.errors import InputError, first_line
-from mergekit_mediator.merge.conflict import Accumulator, Conflict
+from mergekit_mediator.merge.conflict import Accumulator, Conflict, task_vectors
 from mergekit_mediator.merge.experts.spectra import Spectra
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
@@ -88,6 +88,7 @@ class Passes:
         workers: Workers,
         allow_nonfinite: bool = False,
         spectra: Spectra | None = None,
+        reference: Callable[[str], Tensor] | None = None,
     ) -> None:
         """Prepare the passes.
 
@@ -97,9 +98,11 @@ class Passes:
             allow_nonfinite: accept NaN and infinity in the inputs.
             spectra: keeps the decompositions of the weights whose costs are measured, if a later pass encodes
                 them.
+            reference: reads a weight of the dense expert by name, if it is there already; then costs are those of
+                the difference from it.
         """
         self.inputs, self._workers, self._allow_nonfinite = inputs, workers, allow_nonfinite
-        self._spectra = spectra
+        self._spectra, self._reference = spectra, reference
         self.device = inputs.options.device or "cpu"
         load_linear_algebra(self.device)
 
@@ -179,6 +182,7 @@ class Passes:
         equal = len(set(shares)) == 1 and not self._allow_nonfinite
         weighted = None if equal else WeightedSum(base, shares, self.device)
         with_directions = is_measured(base.shape, inputs.hidden_size)
+        reference = None if self._reference is None else self._reference(name)
         costs: list[Tensor] = []
         directions: list[Tensor] = []
         widest = base.dtype
@@ -186,13 +190,20 @@ class Passes:
             widest = torch.promote_types(widest, expert.dtype)
             if weighted is not None:
                 weighted.add(expert)
+            stored = tau
+            if reference is not None and name in costed:
+                (stored,) = task_vectors(reference, [expert], self.device)
             del expert  # frees it before the next one is loaded
             if name in costed:
-                costs.append(self._cost(weight, model, tau))
+                costs.append(self._cost(weight, model, stored))
+            del stored
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
         total = accumulator.total if weighted is None else weighted.total
         measured = Measured(accumulator.conflict(), tuple(costs))
+        if reference is not None:
+            dense = narrowed(reference, self._dtype(weight, widest), name).cpu()
+            return Averaged(measured, tuple(directions), DenseVersions(dense, dense))
         return Averaged(
             measured, tuple(directions), self._dense(weight, base, total, routed, widest)
         )
@@ -248,6 +259,10 @@ class Passes:
         except (TypeError, ValueError) as error:
             raise InputError(f"{weight.info.name}: {first_line(error)}") from error
 
+    def _dtype(self, weight: PlannedWeight, widest: torch.dtype) -> torch.dtype:
+        """The dtype of a weight of the dense expert, given the widest one of the models."""
+        return dtype_from_name(weight.info.force_dtype or self.inputs.out_dtype) or widest
+
     def _dense(
         self,
         weight: PlannedWeight,
@@ -256,7 +271,7 @@ class Passes:
         routed: Container[str] | None,
         widest: torch.dtype,
     ) -> DenseVersions:
-        dtype = dtype_from_name(weight.info.force_dtype or self.inputs.out_dtype) or widest
+        dtype = self._dtype(weight, widest)
         shares = [weight.shares[model] for model in self.inputs.experts]
         averaged_scale = weight.scale
         routed_scale = 0.0 if self.inputs.config.reference == "base" else 1.0

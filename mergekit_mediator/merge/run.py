@@ -8,6 +8,7 @@ depends neither on the number of layers nor on that of experts. A merge reads th
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mergekit_mediator.merge.experts.spectra import spectra_in
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.lessons import prepare_lessons
 from mergekit_mediator.merge.loaders import OpenInputs
+from mergekit_mediator.merge.merged_reference import merged_reference
 from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.preparation import Preparation, prepared
@@ -126,22 +128,28 @@ def _merge(
     _check_space(out, inputs, weights)
     write_model_files(inputs, merge_config, out)
     lessons = prepare_lessons(preparation.prompts, out, inputs.options.trust_remote_code)
-    with workers() as threads, ThreadPoolExecutor(1) as beside:
+    with ExitStack() as stack:
+        reference = None
+        if inputs.config.reference_is_merged:
+            named = (inputs.config.reference, inputs.options, out, inputs.reader)
+            reference = stack.enter_context(merged_reference(merge_config, *named))
+        threads = stack.enter_context(workers())
+        beside = stack.enter_context(ThreadPoolExecutor(1))
         base_digests = beside.submit(digest_base, inputs)
         with spectra_in(out) as spectra:
-            passes = Passes(inputs, threads, allow_nonfinite, spectra)
+            passes = Passes(inputs, threads, allow_nonfinite, spectra, reference)
             dense = write_dense(passes, preparation, out)
             _write_directions(inputs, dense, out)
             experts = write_experts(passes, threads, weights, dense, lessons, spectra, out)
-        merged = Merged(
-            layers=dense.plans,
-            parameter_count=dense.parameter_count,
-            base_digests=base_digests.result(),
-            slopes=experts.slopes,
-            tuned=experts.tuned,
-            kept=experts.kept,
-        )
-        return describe(inputs, merge_config, config_source, merged, out, history)
+    merged = Merged(
+        layers=dense.plans,
+        parameter_count=dense.parameter_count,
+        base_digests=base_digests.result(),
+        slopes=experts.slopes,
+        tuned=experts.tuned,
+        kept=experts.kept,
+    )
+    return describe(inputs, merge_config, config_source, merged, out, history)
 
 
 def _write_directions(inputs: Inputs, dense: DensePass, out: Path) -> None:

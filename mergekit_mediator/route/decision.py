@@ -7,7 +7,7 @@ tensors only, neither prompts nor models.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +16,24 @@ from mergekit_mediator.errors import RoutingError
 
 Policy = Literal["hard", "soft", "auto"]
 OodAction = Literal["blend", "dense", "fallback", "refuse"]
+Unsure = Literal["blend", "dense"]
 # A mixture whose weights sum to less is replaced by the dense expert alone.
 _NEGLIGIBLE = 0.01
+
+
+class Thresholds(NamedTuple):
+    """The answers of a router to the doubts about a request.
+
+    Attributes:
+        entropy: the normalised entropy from which on it is not sure; None if it has no threshold.
+        ood: the out-of-distribution score above which a request is far from the known; None likewise.
+        unsure: what answers where it is not sure: a blend, or the dense expert where that is a good merge, of which a
+            blend of all experts would be nothing but the mean.
+    """
+
+    entropy: float | None
+    ood: float | None
+    unsure: Unsure = "blend"
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,7 @@ def apply_policy(
     policy: Policy = "auto",
     entropy_threshold: float = 0.5,
     *,
+    unsure: Unsure = "blend",
     ood_threshold: float | None = None,
     ood_action: OodAction = "blend",
     fallback: str | None = None,
@@ -110,8 +127,10 @@ def apply_policy(
     Args:
         decision: the router's decision.
         policy: `hard` takes the likeliest expert alone, `soft` every expert by its probability. `auto` is
-            `hard` if the normalised entropy is below `entropy_threshold`, otherwise `soft`.
+            `hard` if the normalised entropy is below `entropy_threshold`, otherwise as `unsure` says.
         entropy_threshold: a fraction of log(n_experts), from 0 to 1.
+        unsure: of `auto`: `blend` is `soft`, and `dense` a row of zeros: the dense expert alone. With `dense`, no
+            `ood_action` blends what the policy does not.
         ood_threshold: a request whose `ood` is above it gets `ood_action` instead of `policy`. A NaN is never
             above it. None for no such requests.
         ood_action: `blend` is `soft` times `exp(-(ood - ood_threshold)² / 2)`: the farther the request, the
@@ -142,7 +161,8 @@ def apply_policy(
         "soft": torch.zeros_like(decision.entropy, dtype=torch.bool),
         "auto": decision.normalized_entropy < entropy_threshold,
     }[policy]
-    weights = torch.where(sure[:, None], hard, soft)
+    otherwise = torch.zeros_like(soft) if policy == "auto" and unsure == "dense" else soft
+    weights = torch.where(sure[:, None], hard, otherwise)
     if ood_threshold is None:
         return weights
     far = decision.ood > ood_threshold
@@ -153,7 +173,8 @@ def apply_policy(
             f"the calibrated {ood_threshold:.3g}: set ood_action to blend, dense or fallback to answer it"
         )
     nearness = (-(decision.ood - ood_threshold).clamp_min(0).square() / 2).exp()
-    ood_weights = soft * torch.where(nearness < _NEGLIGIBLE, 0, nearness)[:, None]
+    blended = weights if unsure == "dense" else soft
+    ood_weights = blended * torch.where(nearness < _NEGLIGIBLE, 0, nearness)[:, None]
     if ood_action == "dense":
         ood_weights = torch.zeros_like(soft)
     elif ood_action == "fallback":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mergekit_mediator.errors import MixtureError, RoutingError
 from mergekit_mediator.models.contexts import Contexts, RouteOn
-from mergekit_mediator.route.decision import RoutingDecision, apply_policy
+from mergekit_mediator.route.decision import RoutingDecision, Thresholds, apply_policy
 from mergekit_mediator.serve import caches
 from mergekit_mediator.serve.mixer import Mixer
 from mergekit_mediator.serve.mixture import DENSE_NAME, Mixture, Named
@@ -21,7 +21,7 @@ _UNCALIBRATED_ENTROPY = 0.5
 def mixtures_of(
     decision: RoutingDecision,
     settings: Settings,
-    thresholds: tuple[float | None, float | None],
+    thresholds: Thresholds,
     experts: Sequence[str],
 ) -> Tensor:
     """Turn a routing decision into mixtures, `[batch, n_experts]` float32.
@@ -29,15 +29,14 @@ def mixtures_of(
     Args:
         decision: the decision of a router.
         settings: the policy, the action, and thresholds that replace those of the router.
-        thresholds: the router's thresholds of normalised entropy and of the out-of-distribution score, each
-            None if the router has none.
+        thresholds: those of the router.
         experts: the artifact's experts.
 
     Raises:
         RoutingError: see `decision.apply_policy`; or the settings have an action for requests that are
             out of distribution, and the router has no threshold for them.
     """
-    entropy, ood = thresholds
+    entropy, ood, unsure = thresholds
     entropy = _UNCALIBRATED_ENTROPY if entropy is None else entropy
     if settings.entropy_threshold is not None:
         entropy = settings.entropy_threshold
@@ -55,6 +54,7 @@ def mixtures_of(
         decision,
         settings.policy,
         entropy,
+        unsure=unsure,
         ood_threshold=ood,
         ood_action=action,
         fallback=fallback,

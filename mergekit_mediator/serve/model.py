@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mergekit_mediator.models.contexts import Contexts, RouteOn
 from mergekit_mediator.models.loading import DenseCheckpoint
-from mergekit_mediator.route.decision import RoutingDecision
+from mergekit_mediator.route.decision import RoutingDecision, Thresholds
 from mergekit_mediator.serve import caches
 from mergekit_mediator.serve.artifact import attach_artifact, load_artifact
 from mergekit_mediator.serve.batch_forms import Apply, Serving
@@ -208,17 +208,14 @@ class MediatorModel(SettingAttributes):
         ids, mask = self._batches.tokens(prompts, attention_mask)
         return self._choice.decide(ids, mask, router, temperature, route_on)
 
-    def describe_router(
-        self, router: Router | None = None
-    ) -> tuple[str, tuple[float | None, float | None]]:
+    def describe_router(self, router: Router | None = None) -> tuple[str, Thresholds]:
         """Return the name of a router and its thresholds.
 
         Args:
             router: the router's name; the default is the best router that the artifact has.
 
         Returns:
-            The name, and the thresholds of normalised entropy and of the out-of-distribution score, each
-            None if the router has none.
+            The name and the thresholds.
 
         Raises:
             ArtifactError: a router's file is damaged or does not fit the model.

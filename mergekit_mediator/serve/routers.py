@@ -15,7 +15,13 @@ from mergekit_mediator.models.contexts import Contexts
 from mergekit_mediator.models.prompts import pad_token
 from mergekit_mediator.route.calibrated import CalibratedRouter, Kind
 from mergekit_mediator.route.calibrated_file import Limits, check_known
-from mergekit_mediator.route.decision import RoutingDecision, decide_from_scores, for_experts
+from mergekit_mediator.route.decision import (
+    RoutingDecision,
+    Thresholds,
+    Unsure,
+    decide_from_scores,
+    for_experts,
+)
 from mergekit_mediator.route.features import hidden_features, mean_embedding
 from mergekit_mediator.route.response import ResponseRouter
 from mergekit_mediator.serve.mixer import Mixer
@@ -67,7 +73,7 @@ class Routers:
             return "calibrated"
         return "likelihood" if self._response is None else "response"
 
-    def describe(self, router: Router | None) -> tuple[str, tuple[float | None, float | None]]:
+    def describe(self, router: Router | None) -> tuple[str, Thresholds]:
         """Return the name of a router (None is the default one) and its thresholds.
 
         Raises:
@@ -75,12 +81,13 @@ class Routers:
         """
         return router or self.default, self.thresholds(router)
 
-    def thresholds(self, router: Router | None) -> tuple[float | None, float | None]:
-        """Return the thresholds of normalised entropy and of the out-of-distribution score, or None each."""
+    def thresholds(self, router: Router | None) -> Thresholds:
+        """Return the thresholds of a router; None is the default one."""
+        unsure = unsure_of(self._manifest)
         if (router or self.default) not in _CALIBRATED or self._calibrated is None:
-            return None, None
+            return Thresholds(None, None, unsure)
         numbers = self._calibrated.numbers
-        return numbers["entropy_threshold"], numbers["ood_threshold"]
+        return Thresholds(numbers["entropy_threshold"], numbers["ood_threshold"], unsure)
 
     @torch.no_grad()
     def decide(
@@ -198,3 +205,8 @@ class Routers:
         tokens = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         likelihood: Tensor = (tokens * (counted[:, 1:] * mask[:, :-1])).sum(dim=1)
         return likelihood
+
+
+def unsure_of(manifest: Manifest) -> Unsure:
+    """Tell what answers for an artifact where its router is not sure; see `Thresholds`."""
+    return "blend" if manifest.merged_by is None else "dense"

@@ -55,9 +55,11 @@ def limits(manifest: Manifest, evaluation: Evaluation | None) -> list[str]:
             f"Alone it keeps {dense.normalized_mean:.0f}% of the experts' exact match, and "
             f"{dense.normalized_worst or 0:.0f}% on its worst task."
         )
+    skill = "which has none of the experts' full skill"
+    if manifest.merged_by is not None:
+        skill = f"their merge by `{manifest.merged_by}`, not any of the experts"
     return [
-        "Tools that know nothing of mergekit-mediator load the dense expert, which has none of the experts' "
-        f"full skill. {worth}",
+        f"Tools that know nothing of mergekit-mediator load the dense expert, {skill}. {worth}",
         _fidelity(manifest),
         "The router knows the wordings of the prompts that it was calibrated with; other wordings are routed "
         "worse."

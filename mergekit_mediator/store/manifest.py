@@ -172,6 +172,12 @@ class Manifest(_Model):
         return experts
 
     @property
+    def merged_by(self) -> str | None:
+        """The method by which the experts were merged into the dense expert; None if it is their mean or the base."""
+        reference = self.parameters.get("reference", "mean")
+        return None if reference in ("mean", "base") else str(reference)
+
+    @property
     def expert_names(self) -> tuple[str, ...]:
         """The names of the experts, in the order of the configuration."""
         return tuple(expert.name for expert in self.experts)

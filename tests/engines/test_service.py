@@ -9,6 +9,7 @@ from mergekit_mediator.engines.names import name_of
 from mergekit_mediator.engines.service import RequestError
 from mergekit_mediator.engines.settings import ServiceSettings
 from mergekit_mediator.errors import EngineError, ExportError, MixtureError, SettingError
+from mergekit_mediator.route.decision import Thresholds
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_request_without_text_gets_the_fallback_if_there_is_one(fake):
 def test_settings_that_no_request_could_be_answered_with_are_refused_at_the_start(fake):
     with pytest.raises(MixtureError, match="unknown expert 'law'"):
         service(fake, fallback="law")
-    fake.thresholds = (0.5, None)
+    fake.thresholds = Thresholds(0.5, None)
     with pytest.raises(
         SettingError, match=r"refuse needs a router with a threshold .*fake has none"
     ):

@@ -7,7 +7,7 @@ import torch
 from mergekit_mediator.engines.names import name_of
 from mergekit_mediator.engines.service import Service
 from mergekit_mediator.engines.settings import ServiceSettings
-from mergekit_mediator.route.decision import decide_from_scores
+from mergekit_mediator.route.decision import Thresholds, decide_from_scores
 
 EXPERTS = ("math", "code", "chat")
 
@@ -15,7 +15,7 @@ EXPERTS = ("math", "code", "chat")
 class FakeEngine:
     """Notes its adapters; its router gives the scores that it is told."""
 
-    name, thresholds, dense_names = "fake", (0.5, 1.0), frozenset({"served"})
+    name, thresholds, dense_names = "fake", Thresholds(0.5, 1.0), frozenset({"served"})
 
     def __init__(self):
         self.loaded, self.log, self.scores, self.ood = set(), [], [9.0, 0.0, 0.0], 0.0

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekit_mediator.errors import RoutingError
-from mergekit_mediator.route.decision import RoutingDecision, apply_policy, decide_from_scores
+from mergekit_mediator.route.decision import (
+    RoutingDecision,
+    Thresholds,
+    apply_policy,
+    decide_from_scores,
+)
 from mergekit_mediator.serve.choice import mixtures_of
 from mergekit_mediator.serve.settings import Settings
 
@@ -100,6 +105,21 @@ def test_auto_is_hard_for_sure_rows_and_soft_for_others() -> None:
     assert torch.equal(got[1], both.weights[1])
 
 
+def test_auto_may_leave_unsure_rows_to_the_dense_expert() -> None:
+    both = decision([[0.98, 0.01, 0.01], [0.4, 0.3, 0.3]])
+    got = apply_policy(both, "auto", 0.5, unsure="dense")
+    assert torch.equal(got[:1], one_hot(0))
+    assert got[1].tolist() == [0.0, 0.0, 0.0]
+    assert torch.equal(apply_policy(both, "soft", unsure="dense"), both.weights)
+
+
+def test_far_requests_lean_on_the_dense_expert_as_the_policy_chose() -> None:
+    far = decision([[0.98, 0.01, 0.01], [0.4, 0.3, 0.3]], [5 + math.sqrt(2)] * 2)
+    got = apply_policy(far, "auto", 0.5, unsure="dense", ood_threshold=5)
+    assert got[0].tolist() == pytest.approx([1 / math.e, 0.0, 0.0])
+    assert got[1].tolist() == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("calibrated", "set_by_user", "blends"),
     [(0.0, None, True), (None, None, False), (0.0, 1.0, False), (1.0, 0.0, True)],
@@ -107,7 +127,7 @@ def test_auto_is_hard_for_sure_rows_and_soft_for_others() -> None:
 def test_the_threshold_is_the_users_or_the_calibrated_one(calibrated, set_by_user, blends) -> None:
     settings = Settings(entropy_threshold=set_by_user)
     sure = decision([[0.98, 0.01, 0.01]])
-    got = mixtures_of(sure, settings, (calibrated, None), sure.experts)
+    got = mixtures_of(sure, settings, Thresholds(calibrated, None), sure.experts)
     assert torch.equal(got, sure.weights if blends else one_hot(0))
 
 

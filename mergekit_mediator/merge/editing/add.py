@@ -54,8 +54,8 @@ def add_expert(
 ) -> Edited:
     """Add an expert. It has a version of its own in the routed layers; averaged layers stay as they are.
 
-    The expert comes last in the order of experts. It is stored relative to the dense expert, or to the base if
-    the other experts are.
+    The expert comes last in the order of experts. It is stored relative to the dense expert, or to the base, as the
+    other experts are.
 
     Args:
         out: the artifact's directory.
@@ -93,7 +93,10 @@ def add_expert(
         _check_not_sliced(work)
         base_model = _base(work.manifest, base)
         form = storage(work, parameters)
-        config = merge_configuration(base_model, model_of(model, base_model), name, form)
+        method = work.manifest.merged_by
+        reference = {} if method is None else {"reference": method}
+        source = model_of(model, base_model)
+        config = merge_configuration(base_model, source, name, {**form, **reference})
         options = MergeOptions(trust_remote_code=trust_remote_code)
         with prepared(AddedInputs, config, options) as preparation:
             verify_base(preparation.inputs.base_directory(), work.manifest)
@@ -179,7 +182,8 @@ def _write(work: Workspace, preparation: Preparation[AddedInputs]) -> _Added:
     measured: dict[str, Measured] = {}
     directions: dict[str, Tensor] = {}
     with workers() as threads, spectra_in(work.root) as spectra:
-        passes = Passes(inputs, threads, spectra=spectra)
+        reference = work.dense.weight if inputs.config.reference_is_merged else None
+        passes = Passes(inputs, threads, spectra=spectra, reference=reference)
         for weight, averaged in passes.average(weights, routed, costed):
             measured[weight.info.name] = averaged.measured
             if averaged.directions:

@@ -60,6 +60,8 @@ def where_it_stays(work: Workspace, name: str) -> str:
     manifest = work.manifest
     if work.entry(name).weight == 0:  # such as an expert that was added after the merge
         return "the dense expert never held it"
+    if manifest.merged_by is not None:
+        return f"the dense expert, a merge of all by {manifest.merged_by}, still holds it"
     averaged = sum(not layer.routed for layer in manifest.layers)
     stays = f"the average of {averaged} averaged layers still holds it" if averaged else ""
     if manifest.parameters.get("reference") == "base":

@@ -47,7 +47,7 @@ def storage(work: Workspace, given: Mapping[str, Any]) -> dict[str, Any]:
         EditError: the experts of the artifact are stored relative to the other reference.
     """
     parameters = work.manifest.parameters
-    is_of_both = parameters.get("reference") == "base"
+    is_of_both = parameters.get("reference", "mean") != "mean"
     for name in given:
         if name in _OF_DENSE and work.is_relative_to_base and not is_of_both:
             raise EditError(

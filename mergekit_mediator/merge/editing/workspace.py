@@ -94,7 +94,8 @@ class Workspace:
     def is_relative_to_base(self) -> bool:
         """Whether experts are stored relative to the base, which `bits`, a `budget` and factors of adapters need.
 
-        With `reference: base` the dense expert's routed weights are the base's.
+        With `reference: base` the dense expert's routed weights are the base's. With the name of a merge method, `bits`
+        and a `budget` are of the difference from the dense expert, in the same forms.
         """
         parameters = self.manifest.parameters
         if parameters.get("reference") == "base" or "slopes" in parameters:

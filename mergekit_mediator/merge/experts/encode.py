@@ -71,7 +71,7 @@ class Encoder:
         """
         where = f"{weight.info.name} of {model}"
         share = weight.shares[model] / sum(weight.shares.values())
-        share = 0.0 if self._config.reference == "base" else share
+        share = share if self._config.reference == "mean" else 0.0
         if self._adapters:
             factors = self._adapters[model].get(weight.names[model].name)
             if factors is None:
@@ -83,7 +83,9 @@ class Encoder:
             # a task vector has a lower rank than the difference from the mean of all experts
             expert = load(model)
             check_range(expert, dense.dtype, where)
-            (tau,) = task_vectors(load(self._config.base_model), [expert], self._device)
+            merged = self._config.reference_is_merged
+            reference = dense if merged else load(self._config.base_model)
+            (tau,) = task_vectors(reference, [expert], self._device)
             slope = self._slopes[model]
             name = self._config.experts[model]
             components = self._spectra.read(name, weight.info.name, self._device)

@@ -1,7 +1,8 @@
 """The part of its gain that an expert keeps: predicted from its weights, and corrected by what prompts measure.
 
 The gain of an expert is what it adds to the dense expert. With prompts it is measured as divergence in nats:
-kept = 1 − KL(expert ‖ stored) / KL(expert ‖ dense).
+kept = 1 − KL(expert ‖ stored) / KL(expert ‖ dense). If the dense expert is a merge by another method, the measured gain
+is over the base.
 """
 
 import math
@@ -38,6 +39,7 @@ CORRECTIONS = 2
 _TOO_LITTLE, _TOO_MUCH = 0.4, 1.1
 _LEAST_LOST, _MOST_LOST = 1e-4, 0.9  # of a measured loss, which scatters around 0 and 1
 _LARGEST_POWER = 3.0  # of one correction
+_ROUNDING = 1e-6  # of a predicted part
 
 
 def corrected(keep: float, targets: Parts, measured: Parts) -> dict[ModelReference, float]:
@@ -75,17 +77,21 @@ def is_capped(config: MediatorConfig, predicted: Parts) -> bool:
     """
     if config.budget is None or not predicted:
         return False
-    return config.keep is None or min(predicted.values()) < config.keep - 1e-6
+    return config.keep is None or min(predicted.values()) < config.keep - _ROUNDING
 
 
-def warn_of_cap(config: MediatorConfig, predicted: Parts) -> None:
+def warn_of_cap(config: MediatorConfig, targets: Parts, predicted: Parts) -> None:
     """Say what can be kept if a budget allows less than `keep` asks for.
 
     Args:
         config: the configuration of the merge.
+        targets: the predicted part that was aimed at, for each expert; less than `keep` where prompts showed that
+            less is enough.
         predicted: the predicted part of each expert within the budget.
     """
-    if config.keep is None or not is_capped(config, predicted):
+    if config.keep is None or config.budget is None:
+        return
+    if all(part >= targets[model] - _ROUNDING for model, part in predicted.items()):
         return
     least = min(predicted, key=lambda model: predicted[model])
     tqdm.write(

@@ -46,10 +46,10 @@ class ModelInMemory:
                 self._floating.append(weight)
         self._places = locate_weights(self.model, shapes, shapes)
 
-    def become(self, expert: ModelReference) -> None:
-        """Take the expert's own weights."""
+    def become(self, model: ModelReference) -> None:
+        """Take the own weights of an expert or of the base."""
         for weight in self._floating:
-            self._places[weight.info.name].copy_(self._inputs.load(weight, expert))
+            self._places[weight.info.name].copy_(self._inputs.load(weight, model))
 
     def become_dense(self) -> None:
         """Take the weights of the dense expert."""
@@ -78,13 +78,14 @@ class ModelInMemory:
     def changes(
         self, expert: ModelReference, names: Container[str]
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield the name of each named weight, its place in the model, and its change from the base in the expert."""
-        load = self._inputs.load
+        """Yield the name of each named weight, its place in the model, and the change that the expert stores of it."""
+        load, is_merged = self._inputs.load, self._inputs.config.reference_is_merged
         for weight in self._floating:
-            if weight.info.name in names:
-                place = self._places[weight.info.name]
-                change = load(weight, expert).to(place) - load(weight, self._inputs.base).to(place)
-                yield weight.info.name, place, change
+            name = weight.info.name
+            if name in names:
+                place = self._places[name]
+                reference = self._read_dense(name) if is_merged else load(weight, self._inputs.base)
+                yield name, place, load(weight, expert).to(place) - reference.to(place)
 
 
 def _versions(

@@ -34,7 +34,8 @@ class TunedExpert:
     Attributes:
         figures: the figures that the manifest states.
         kept: the part of the gain over the dense expert that the tuned form keeps, at most 1:
-            1 − KL(expert ‖ stored) / KL(expert ‖ dense) on the held-out prompts.
+            1 − KL(expert ‖ stored) / KL(expert ‖ dense) on the held-out prompts. If the dense expert is a merge by
+            another method, which has most of the gain itself, the base takes its place.
     """
 
     figures: Tuned
@@ -121,7 +122,10 @@ class Tuning:
             count = lesson.count
             with self._bar("tune", expert, self._unanswered(expert) + seen(count)) as step:
                 answers = self._answered(memory, expert, step)
-                memory.become_dense()
+                if self._inputs.config.reference_is_merged:
+                    memory.become(self._inputs.base)
+                else:
+                    memory.become_dense()
                 without = divergence(memory.model, answers[::HELD_OUT])
                 memory.become_stored(expert, readers)
                 forms = {name: readers[expert].read(name) for name in readers[expert].weights}

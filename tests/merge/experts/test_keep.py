@@ -10,8 +10,9 @@ from commands import call, figures, write
 from mergekit.common import ModelReference
 
 from mergekit_mediator.merge import lessons
+from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.experts import tuning
-from mergekit_mediator.merge.experts.keep import CORRECTIONS, corrected
+from mergekit_mediator.merge.experts.keep import CORRECTIONS, corrected, warn_of_cap
 from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.tune.teacher import answer
 
@@ -137,3 +138,17 @@ def test_a_measured_part_that_is_near_enough_is_left_alone(measured):
 @pytest.mark.parametrize("measured", [-0.5, 1.0, 1.2])
 def test_a_correction_of_scattered_figures_is_bounded(measured):
     assert 0 < corrected(0.99, {MATH: 0.99}, {MATH: measured})[MATH] < 1
+
+
+@pytest.mark.parametrize(("budget", "warns"), [("2x", True), (None, False)])
+def test_a_budget_is_too_little_only_if_less_is_kept_than_was_aimed_at(capsys, budget, warns):
+    config = MediatorConfig(
+        base_model=MATH, experts={MATH: "math", CODE: "code"}, keep=0.99, budget=budget
+    )
+    # prompts showed that 0.9 by prediction are enough
+    targets = {MATH: 0.9, CODE: 0.99}
+    warn_of_cap(config, targets, {MATH: 0.9, CODE: 0.99})
+    assert not any(capsys.readouterr())
+    warn_of_cap(config, targets, {MATH: 0.88, CODE: 0.99})
+    said = "".join(capsys.readouterr())
+    assert ("math is predicted to keep 0.8800 of its gain" in said) == warns
