@@ -84,7 +84,8 @@ bench: .venv/demo
 	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family strong4 --bits 0.15 --ranks 8,16,64 --mean-ranks 8,16,64 --extract-ranks 8,16,64 --work $(EXPERTS)/ranks
 	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family overlap --bits 0.15 --ranks 16,64 --mean-ranks 16,64 --extract-ranks 16,64 --work $(EXPERTS)/ranks
 	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family eight --bits 0.15 --mean-ranks 16,64 --work $(EXPERTS)/ranks
-	$(run)/dense.py --family strong4 --experts $(EXPERTS)
+	$(run)/dense.py --family strong4 --experts $(EXPERTS) --dense mean
+	$(run)/dense.py --family strong4 --experts $(EXPERTS) --dense regmean_pp --budgets "1.02x,keep 0.99"
 	$(run)/dense.py --family eight --experts $(EXPERTS) --prompts 32 --dense regmean_pp --budgets 1.04x
 	$(run)/own_texts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --tasks chain_sum,word_sequence_reversal --family strong --seed 1100007
 	$(run)/method_quality.py --family overlap --experts $(EXPERTS)

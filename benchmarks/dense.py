@@ -54,7 +54,7 @@ def rows(
     base = base_system(scorer, tasks, made.base).scores
     (experts,) = expert_systems(scorer, tasks, made.experts, each=False)
     for budget in budgets:
-        label, stored_in = f"{dense} {budget}", {"reference": dense, "budget": budget}
+        label, stored_in = f"{dense} {budget}", {"reference": dense, **storage(budget)}
         model, seconds = artifact(made, label, stored_in, prompts)
         systems = artifact_systems(made, scorer, tasks, label, stored_in, prompts=prompts)
         found = {system.name: system for system in systems}
@@ -71,6 +71,12 @@ def rows(
         row["bytes_over_base"] = round(found[OWN_EXPERT].figures["total_bytes_over_base"], 4)
         row["routing_accuracy"] = round(found[ROUTED].figures["routing_accuracy"], 3)
         yield {**row, "bits_per_parameter": bits(model)}
+
+
+def storage(budget: str) -> dict[str, Any]:
+    """The parameters of a budget, or of a part of the gain that is to be kept."""
+    part = budget.removeprefix("keep ")
+    return {"budget": budget} if part == budget else {"keep": float(part)}
 
 
 def bits(model: Any) -> float:
@@ -101,7 +107,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=16, help="prompts of an expert, for the merge")
     parser.add_argument("--draw", type=int, default=0, help="train_experts' --draw")
     parser.add_argument("--dense", default="mean,regmean_pp", help="with commas")
-    parser.add_argument("--budgets", default="1.0595x,1.02x", help="with commas")
+    parser.add_argument("--budgets", default="1.0595x,1.02x", help="with commas; or `keep 0.99`")
     args = parser.parse_args()
     if not (args.tasks or args.family in FAMILIES):
         parser.error(f"--family {args.family}: --tasks is required")

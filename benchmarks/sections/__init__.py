@@ -72,6 +72,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "methods": merging.methods,
     "method-quality": merging.method_quality,
     "dense": merging.dense,
+    "dense kept": merging.dense_kept,
     "faults": merging.faults,
     "scale-memory": merging.scale_memory,
     "scale": merging.scale,

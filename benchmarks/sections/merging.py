@@ -2,6 +2,9 @@
 
 from sections.markdown import load, script, table
 
+# Families of results/dense.json that README.md tells of.
+_COUNTED = {"strong4": "four of these tasks", "eight": "eight tasks"}
+
 
 def demo() -> str:
     """Systems against skills, and the sizes."""
@@ -100,6 +103,7 @@ def dense() -> str:
         [
             row["family"],
             f"`{row['dense']}`",
+            f"`{row['budget'].replace('keep ', 'keep: ')}`",
             f"{row['bytes_over_base']:.3f}",
             *(f"{row[f'{part}_mean']:.1f} ({row[f'{part}_worst']:.1f})" for part in parts),
             f"{row['dense_recovered']:.1f}",
@@ -108,7 +112,14 @@ def dense() -> str:
         ]
         for row in figures["rows"]
     ]
-    head = ["experts", "`reference`", "bytes / one model", "dense expert alone, %", "own expert, %"]
+    head = [
+        "experts",
+        "`reference`",
+        "`budget`",
+        "bytes / one model",
+        "dense expert alone, %",
+        "own expert, %",
+    ]
     head += ["routed, %", "likelihood regained, dense, %", "the same, own expert, %"]
     about = " ".join(
         f"`{family}`: {how['experts']} experts, {how['prompts_per_task']} held-out prompts a task, {how['asked']} others "
@@ -116,6 +127,25 @@ def dense() -> str:
         for family, how in figures["families"].items()
     )
     return f"{table([*head, 'routed right, %'], rows)}\n\n{about}"
+
+
+def dense_kept() -> str:
+    """What the smallest artifact of each family keeps whose dense expert is a merge by prompts."""
+    figures = load("dense")
+    told = []
+    for family, tasks in _COUNTED.items():
+        rows = [r for r in figures["rows"] if (r["family"], r["dense"]) == (family, "regmean_pp")]
+        row = min(rows, key=lambda row: row["bytes_over_base"])
+        told.append(
+            f"{tasks} kept {row['routed_mean']:.1f}% ({row['routed_worst']:.1f}% of the worst) in "
+            f"{row['bytes_over_base']:.3f}x, the dense expert alone {row['dense_mean']:.1f}% "
+            f"({row['dense_worst']:.1f}%)"
+        )
+    asked = next(iter(figures["families"].values()))["asked"]
+    return (
+        f"With {asked} prompts of each task and `reference: regmean_pp`, {'; '.join(told)}: routed, and without "
+        "calibration ([how](docs/results/dense.md))."
+    )
 
 
 def scale_memory() -> str:

@@ -29,5 +29,26 @@ def test_rows_of_the_same_family_dense_expert_and_budget_are_replaced(tmp_path, 
     ]
     monkeypatch.setattr(merging, "load", record.read)
     table = merging.dense()
-    assert "| strong4 | `wudi` | 1.020 | 70.0 (99.0) | 99.0 (99.0) |" in table
+    assert "| strong4 | `wudi` | `1.02x` | 1.020 | 70.0 (99.0) | 99.0 (99.0) |" in table
     assert "`eight`: 8 experts, 64 held-out prompts a task, 16 others" in table
+
+
+def test_a_part_that_is_kept_is_asked_for_in_place_of_a_budget():
+    assert dense.storage("1.02x") == {"budget": "1.02x"}
+    assert dense.storage("keep 0.99") == {"keep": 0.99}
+
+
+def test_the_readme_tells_of_the_smallest_artifact_of_each_family(monkeypatch):
+    small = row("regmean_pp", "keep 0.99", bytes_over_base=1.002, routed_mean=100.4)
+    rows = [
+        {"family": family, **r}
+        for family in ("strong4", "eight")
+        for r in (row("regmean_pp", "1.02x"), small)
+    ]
+    families = {"strong4": ABOUT, "eight": {**ABOUT, "experts": 8}}
+    monkeypatch.setattr(merging, "load", lambda _: {"rows": rows, "families": families})
+    told = merging.dense_kept()
+    assert told.startswith(
+        "With 16 prompts of each task and `reference: regmean_pp`, four of these"
+    )
+    assert "eight tasks kept 100.4% (99.0% of the worst) in 1.002x, the dense expert alone" in told
