@@ -66,7 +66,7 @@ class MediatorConfig(BaseModel):
             share, with coefficients for each; see `methods.shared_basis`.
         storage_given: whether the configuration has `density`, `values`, `bits`, `budget`, `rank` or `keep`.
         reference: the dense expert's weights in routed layers: the weighted mean, or the base. The name of a merge
-            method makes it the merge of the experts by this method, in all layers; see `merge.reference`.
+            method makes it the merge of the experts by this method, in all layers; see `merge.merged_reference`.
         base_model: the model of which all experts are fine-tunes.
         experts: the name of each expert by its model, in the order of the configuration.
         prompts: by model, a file of prompts on which the stored form of this expert is tuned, see
