@@ -31,13 +31,15 @@ def check_reference(config: MergeConfiguration, method: str) -> None:
         method: the method of `reference`.
 
     Raises:
-        ConfigError: the configuration has slices, weights of experts, or too few prompts for the method.
+        ConfigError: the configuration has slices, weights of experts, or an expert without the prompts that the method
+            needs.
     """
     if config.models is None:
         raise ConfigError(
             f"reference: {method} merges whole models: leave out `slices` and `modules`, or take mean or base"
         )
-    for where, parameters in (("parameters", config.parameters or {}), *sources(config)):
+    of_models = ((f"model {model}", parameters) for model, parameters in sources(config))
+    for where, parameters in (("parameters", config.parameters or {}), *of_models):
         for name in ("weight", "lambda"):
             if name in parameters:
                 raise ConfigError(

@@ -219,7 +219,9 @@ def test_a_merge_that_the_method_cannot_make_is_refused(family, refused, paramet
 def test_a_weight_of_one_expert_is_refused(family, refused):
     config = family.config(bits=4, reference="wudi")
     config["models"][1]["parameters"]["weight"] = 2.0
-    assert "code: weight belongs to the mean of the experts" in refused(config)
+    message = refused(config)
+    assert message.startswith("Error: model ")
+    assert "code: weight belongs to the mean of the experts" in message
 
 
 def test_slices_are_refused(family, refused):
