@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm test-llama-cpp test-browser gpu demo serve-demo bench bench-gemma bench-heavy bench-serving \
+.PHONY: test test-fast test-vllm test-llama-cpp test-browser gpu demo serve-demo bench bench-gemma bench-broad bench-heavy bench-serving \
 	docs tables fuzz quality format clean
 
 # One thread each: threads of two processes on two cores wait for each other.
@@ -60,7 +60,9 @@ bench: .venv/demo
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))
 	$(run)/merge_cost.py $(EXPERTS)/base $(addprefix $(EXPERTS)/,$(subst $(comma), ,$(STRONG)))
 	$(run)/methods.py --base $(EXPERTS)/base --work $(EXPERTS)/methods
+	$(run)/methods.py --experts $(EXPERTS) --family strong4 --work $(EXPERTS)/methods
 	$(run)/method_quality.py --family strong4 --experts $(EXPERTS)
+	$(run)/method_quality.py --family eight --experts $(EXPERTS) --prompts 32
 	$(run)/lossless.py --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
@@ -103,13 +105,20 @@ bench-gemma: .venv/demo .venv/gemma
 	$(run)/keep.py --base $(EXPERTS)/gemma/base --experts $(EXPERTS)/gemma --tasks $(GEMMA) --family gemma
 	$(run)/experts.py --family gemma --experts $(EXPERTS)/gemma --keep 0.99 --tuned-on 0 --prompts 64 --rivals average,ties,best_expert --name experts-gemma
 	$(run)/dense.py --family gemma --tasks chain_sum,products,lcm --experts $(EXPERTS)/gemma --prompts 48 --budgets 1.02x
-	$(run)/method_quality.py --family gemma --experts $(EXPERTS)/gemma --prompts 64
+	$(run)/method_quality.py --family gemma --tasks products,lcm,word_sequence_reversal --experts $(EXPERTS)/gemma --prompts 32
 	$(run)/exported_ranks.py $(EXPERTS)/gemma/base --experts $(EXPERTS)/gemma --family gemma --bits 0.15 --mean-ranks 8,16,32,64,128 --work $(EXPERTS)/gemma/serving
 
 # Fine-tunes of 20 million tokens each: minutes on a GPU, days on a processor; what is done is kept.
 DEVICE := cuda
 bench-heavy: .venv/demo
 	$(run)/heavy.py --out $(EXPERTS)/heavy --device $(DEVICE)
+	$(run)/method_gains.py --experts $(EXPERTS)/heavy --kind python --kind german --kind reasoning
+
+# The same merges of fine-tunes on a few hundred rows of text each, which a processor trains in half an hour.
+bench-broad: .venv/demo
+	$(run)/heavy.py --out $(EXPERTS)/broad --part train --kind reasoning --kind python --kind german --tokens 102400 --batch 4 --lr 1e-4
+	$(run)/heavy.py --out $(EXPERTS)/broad --part measure --kind python --kind german --kind reasoning --tokens 102400 --name broad --family broad --held-out 8 --forms "random signs,ours 0.15,ours 0.5"
+	$(run)/method_gains.py --experts $(EXPERTS)/broad --kind python --kind german --kind reasoning --label broad --rows 8
 
 # Full fine-tunes as adapters on a real vLLM: answers, throughput, latency, and what each rank keeps.
 bench-serving: .venv/demo .venv-vllm/ready

@@ -4,7 +4,7 @@
     python benchmarks/method_quality.py --family strong4 --experts experts [--method NAME]...
 
 Every method merges the family with two or three usual coefficients; those that do best on prompts of another seed
-are scored on the prompts of the report. Methods that need prompts get others again. Trials that differ in a factor of
+are scored on the prompts of the report. Methods that need prompts get others again. Those that store experts are routed. Trials that differ in a factor of
 the merged task vector alone are made of one merge in float32. Rows of these methods and of the family in
 results/methods.json are replaced, and all others stay; name `ties` too, or times are set against those of the last run
 with it. Experts that were trained anew are others: give them a --label, because rows of one table are compared. Merges
@@ -14,6 +14,7 @@ and scores in the work folder are used again.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ import mergekit.merge_methods  # noqa: F401 (before the package, so that the sta
 import record
 import torch
 from artifacts import CALIBRATION_SEED, DTYPE, TUNE_SEED, prompt_files, source, tasks_of
+from method_artifacts import STORED, stored
 from train_experts import FAMILIES, REPORT_SEED
 
-from mergekit_mediator.evaluate.contenders import checkpoint
-from mergekit_mediator.evaluate.results import Score, normalized
+from mergekit_mediator.evaluate.contenders import Contender, adapted, checkpoint
+from mergekit_mediator.evaluate.results import DENSE, OWN_EXPERT, ROUTED, Score, normalized
 from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
 from mergekit_mediator.evaluate.static_methods import SCALES, STATIC, StaticMethod
-from mergekit_mediator.evaluate.trials import Prompts, trials
+from mergekit_mediator.evaluate.systems import mediator_systems
+from mergekit_mediator.evaluate.trials import Prompts, Trial, trials
 from mergekit_mediator.models.loading import load_tokenizer
 from mergekit_mediator.models.prompt_files import read_prompts
 
@@ -46,6 +49,8 @@ TRIALS: dict[str, StaticMethod] = {
         "regmean_pp", ({"prompts": OWN_TEXTS},), STATIC["regmean_pp"].factors
     ),
     "expert_merging": StaticMethod("expert_merging", factors=(1.0, 2.0), needs_prompts=True),
+    # of adapters; it writes one
+    "lora_lego": StaticMethod("lora_lego", tuple({"lambda": x} for x in (0.5, 1.0, 2.0))),
 }
 
 
@@ -60,10 +65,10 @@ def row(
     """Merge with each choice of coefficients, and score the best one on the prompts of the report."""
     tried = []
     for trial in trials(made, method, TRIALS[method], prompts):
-        scores = scorer.alike(f"{trial.label}, tuning", tuning[0], checkpoint(trial.folder))
+        scores = scorer.alike(f"{trial.label}, tuning", tuning[0], answering(made, trial))
         tried.append((normalized(scores, tuning[1])[0], trial))
     _, chosen = max(tried, key=lambda scored: scored[0])
-    scores = scorer.alike(f"{method}, report", report[0], checkpoint(chosen.folder))
+    scores = scorer.alike(f"{method}, report", report[0], answering(made, chosen))
     mean, worst = normalized(scores, report[1])
     return {
         "method": method,
@@ -73,6 +78,29 @@ def row(
         "tried": len(tried),
         "merge_cpu_seconds": round(chosen.seconds, 1),
     }
+
+
+def stored_row(
+    name: str,
+    made: Rivals,
+    files: Mapping[str, Path],
+    scorer: Scorer,
+    report: tuple[Tasks, dict[str, Score]],
+) -> dict[str, Any]:
+    """Merge into an artifact, and score it routed as it routes without data."""
+    model, figures = stored(made, name, files)
+    found = {system.name: system.scores for system in mediator_systems(model, scorer, report[0])}
+    row: dict[str, Any] = {"method": name}
+    for part, system in {"normalized": ROUTED, "own": OWN_EXPERT, "dense": DENSE}.items():
+        mean, worst = normalized(found[system], report[1])
+        row |= {f"{part}_mean": round(mean, 1), f"{part}_worst": round(worst, 1)}
+    return {**row, **figures}
+
+
+def answering(made: Rivals, trial: Trial) -> Contender:
+    """The merged checkpoint, or the base with the merged adapter."""
+    adapter = (trial.folder / "adapter_config.json").exists()
+    return adapted(made.base, trial.folder) if adapter else checkpoint(trial.folder)
 
 
 def write(family: str, rows: list[dict[str, Any]], figures: dict[str, Any]) -> Path:
@@ -105,7 +133,8 @@ def write(family: str, rows: list[dict[str, Any]], figures: dict[str, Any]) -> P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="strong4")
+    parser.add_argument("--family", default="strong4", help=f"{', '.join(FAMILIES)}, or any name")
+    parser.add_argument("--tasks", help="folders of --experts, with commas; else those of --family")
     parser.add_argument(
         "--label", help="what to call the experts in the results; --family unless given"
     )
@@ -114,10 +143,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="prompts a task in the report")
     parser.add_argument("--tuning-prompts", type=int, default=8)
     parser.add_argument("--asked", type=int, default=16, help="prompts of an expert, for methods")
-    parser.add_argument("--method", action="append", choices=sorted(TRIALS))
+    parser.add_argument("--method", action="append", choices=[*TRIALS, *STORED])
     args = parser.parse_args()
+    if not (args.tasks or args.family in FAMILIES):
+        parser.error(f"--family {args.family}: --tasks is required")
     torch.set_num_threads(1)
-    names = FAMILIES[args.family]
+    names = args.tasks.split(",") if args.tasks else FAMILIES[args.family]
     base = args.experts / "base"
     folders = {name: args.experts / name for name in names}
     work = args.work or args.experts / "work" / f"methods-{args.family}"
@@ -138,8 +169,14 @@ def main() -> None:
     how |= {"prompts_per_task": args.prompts, "tuning_prompts_per_task": args.tuning_prompts}
     how |= {"prompts_of_methods": args.asked, "experts": len(names)}
     rows: list[dict[str, Any]] = []
-    for method in args.method or TRIALS:
-        rows.append(row(method, made, asked, scorer, report, tuning))
+    full = not any((folder / "adapter_config.json").exists() for folder in folders.values())
+    of_full_models = [method for method in TRIALS if not (full and method == "lora_lego")]
+    for method in args.method or [*of_full_models, *STORED]:
+        rows.append(
+            stored_row(method, made, files, scorer, report)
+            if method in STORED
+            else row(method, made, asked, scorer, report, tuning)
+        )
         print(rows[-1], flush=True)
         path = write(args.label or args.family, rows, how)
     print(path)

@@ -20,6 +20,7 @@ from mergekit_mediator.delta.approximate import NORM_POWER, approximate, as_matr
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Components
 from mergekit_mediator.delta.mixing import mix_
+from mergekit_mediator.delta.random_sign import encode_random_sign
 from mergekit_mediator.store.codec import encode_bytes
 
 RATES = (0.05, 0.08, 0.15, 0.2, 0.25, 0.5, 1.0, 2.0)
@@ -27,6 +28,7 @@ RANKS = (4, 16, 64, 256)
 COME_RATES = (0.2, 0.5, 1.0, 2.0)
 SIGN_FIRST_RANKS = (4, 16)
 DENSITIES = (0.01, 0.05, 0.2, 0.5)
+SIGN_SHARES = (0.03, 0.1, 0.3)
 SETTING_RATES = (0.08, 0.15, 0.5)
 # What counts more of the squared error: nothing, the middle blocks, or small changes.
 Weigh = Literal["alike", "middle", "relative"]
@@ -152,6 +154,7 @@ def forms(only: str = "") -> dict[str, Form]:
         "two bits": partial(of_matrices, store=lambda c, n: peers.one_bit(c.matrices[n], 2)),
         **{f"8-3-2 bits {bits:g}": partial(come, bits=bits) for bits in COME_RATES},
         **{f"sign first, rank {rank}": partial(sign_first, rank=rank) for rank in SIGN_FIRST_RANKS},
+        **{f"random signs {share:g}": partial(random_signs, share=share) for share in SIGN_SHARES},
         **{f"ternary {density:g}": partial(ternary, density=density) for density in DENSITIES},
     }
     return {name: form for name, form in known.items() if begins(name, only)}
@@ -205,6 +208,17 @@ def of_matrices(change: Change, store: Callable[[Change, str], Stored]) -> tuple
 def ternary(change: Change, density: float) -> tuple[State, float]:
     matrices = {name: matrix.to(change.device) for name, matrix in change.matrices.items()}
     return _kept(change, peers.ternary(matrices, density))
+
+
+def random_signs(change: Change, share: float) -> tuple[State, float]:
+    """Signs at a share of the coordinates, made larger to stand for the others: `values: random_sign`."""
+
+    def store(c: Change, name: str) -> Stored:
+        base = c.base[name]
+        stored = encode_random_sign(c.expert[name], base, share)
+        return Stored(as_matrix(stored.change(base)), 8 * encode_bytes(stored)[0].numel())
+
+    return of_matrices(change, store)
 
 
 def come(change: Change, bits: float) -> tuple[State, float]:

@@ -1,6 +1,6 @@
 """Sections about merges: the demo's, what a merge costs, and many experts."""
 
-from sections.markdown import load, script, table
+from sections.markdown import load, table
 
 # Families of results/dense.json that README.md tells of.
 _COUNTED = {"strong4": "four of these tasks", "eight": "eight tasks"}
@@ -48,51 +48,6 @@ def merge_cost() -> str:
         f"{table(head, rows)}\n\n{figures['experts']} experts, density {figures['density']} for "
         f"`ties` and for `route`, the median of {figures['runs']} runs."
     )
-
-
-def methods() -> str:
-    """Time and memory of the data-free methods beside `ties`."""
-    figures = load("methods")
-    rows = [
-        [
-            f"`{row['method']}`",
-            f"{row['time_over_ties']:.2f}",
-            f"{row['peak_memory_over_ties']:.2f}",
-        ]
-        for row in figures["rows"]
-        if row["family"] == "random"
-    ]
-    head = ["", "processor time / `ties`", "peak memory / `ties`"]
-    return f"{table(head, rows)}\n\n{figures['experts']} experts, {figures['threads']} thread."
-
-
-def method_quality() -> str:
-    """What each static method keeps of the experts' skills, best first, by family."""
-    figures = load("methods")
-    parts = []
-    for family, how in figures["quality"].items():
-        own = [row for row in figures["rows"] if row["family"] == family]
-        rows = [
-            [
-                f"`{row['method']}`",
-                f"{row['normalized_mean']:.1f}",
-                f"{row['normalized_worst']:.1f}",
-                f"`{row['coefficients']}`" if row["coefficients"] else "",
-                str(row["tried"]),
-                f"{row['time_over_ties']:.1f}",
-            ]
-            for row in sorted(own, key=lambda row: -row["normalized_mean"])
-        ]
-        head = ["", "mean, %", "worst, %", "best coefficients", "tried", "processor time / `ties`"]
-        seeds = ", ".join(f"{name} {seed}" for name, seed in how["seeds"].items())
-        runs = [how, *reversed(how.get("earlier", []))]
-        commands = " ".join(f"Command: `{script(run['command'])}`." for run in runs)
-        parts.append(
-            f"{table(head, rows)}\n\n{how['experts']} experts (`{family}`), {how['prompts_per_task']} prompts a task, "
-            f"{how['tuning_prompts_per_task']} others a task to choose coefficients, {how['prompts_of_methods']} others "
-            f"again for methods with prompts. {commands} Seeds: {seeds}."
-        )
-    return "\n\n".join(parts)
 
 
 def dense() -> str:

@@ -14,9 +14,9 @@ def rates() -> str:
     return "\n\n".join(f"### {base}\n\n{_table(rows)}" for base, rows in by("base").items())
 
 
-def heavy_changes() -> str:
+def heavy_changes(name: str = "heavy") -> str:
     """What heavy fine-tunes changed, to compare with one's own."""
-    rows = {row["expert"]: row for row in load("heavy")["rows"]}
+    rows = {row["expert"]: row for row in load(name)["rows"]}
     head = ["expert", "tokens, millions", "norm over the base's", "mean change of a weight"]
     head += ["weights changed, %", "ranks that hold 90% of a matrix, %"]
     lines = [
@@ -33,9 +33,9 @@ def heavy_changes() -> str:
     return table(head, lines)
 
 
-def heavy() -> str:
+def heavy(name: str = "heavy") -> str:
     """What each form keeps of heavy fine-tunes."""
-    rows = load("heavy")["rows"]
+    rows = load(name)["rows"]
     head = ["expert", "form", "bits", "gain kept, %", "change left out, %"]
     return table(
         head,

@@ -27,7 +27,9 @@ _base = click.option(
 @click.option("--budget", help="The size of the whole directory with the expert: 1.5x or 24GB.")
 @click.option("--density", type=float, help="The fraction of the differences to keep.")
 @click.option(
-    "--values", type=click.Choice(["exact", "int8", "int4", "sign"]), help="The form of the values."
+    "--values",
+    type=click.Choice(["exact", "int8", "int4", "sign", "random_sign"]),
+    help="The form of the values.",
 )
 @click.option("--rank", type=int, help="The rank of each difference.")
 @_base

@@ -14,6 +14,7 @@ from mergekit_mediator.delta.full_precision import full_precision
 _LARGEST_GRAM = 1536
 _SMALL = 128  # all components of a matrix up to this width are looked at
 _ROUNDS = 3  # of the random projection
+_SPARE = 8  # vectors more than components, which make the last components good
 _LEAST = 1e-5  # of the largest singular value: below it, a component is the rounding of larger ones
 _SQUARED = (
     1e-30,
@@ -22,7 +23,9 @@ _SQUARED = (
 
 
 @full_precision()
-def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
+def decompose(
+    matrix: Tensor, largest_gram: int = _LARGEST_GRAM, most: int | None = None
+) -> Components:
     """Compute the leading components of a matrix: an eighth of them, and at least 128. A matrix of zeros has none.
 
     Small matrices are decomposed by the eigenvectors of their Gram matrix, large ones by random projection
@@ -31,6 +34,7 @@ def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
     Args:
         matrix: `[out, in]` float32.
         largest_gram: a matrix with more rows and columns than this is projected.
+        most: the number of components, if a few are enough; these take a few products with the matrix.
     """
     out, width = matrix.shape
     energy = squared_norm(matrix)
@@ -40,14 +44,17 @@ def decompose(matrix: Tensor, largest_gram: int = _LARGEST_GRAM) -> Components:
         )
     if not _SQUARED[0] < energy < _SQUARED[1]:
         unit = 2.0 ** round(math.log2(energy) / 2)
-        scaled = decompose(matrix / unit, largest_gram)
+        scaled = decompose(matrix / unit, largest_gram, most)
         return Components(scaled.left, scaled.values * unit, scaled.right, energy)
     if out < width:
-        other = decompose(matrix.T, largest_gram)
+        other = decompose(matrix.T, largest_gram, most)
         return Components(other.right, other.values, other.left, other.energy)
     count = width if width <= _SMALL else max(_SMALL, width // 8)
     vectors = _projected if width > largest_gram else _of_gram
-    right = vectors(matrix, count)
+    if most is None:
+        right = vectors(matrix, count)
+    else:
+        right = _projected(matrix, min(most + _SPARE, width))[:, :most]
     # The eigenvalues of the Gram matrix lose small singular values; the products with its eigenvectors do not.
     left = matrix @ right
     values = left.norm(dim=0)

@@ -157,7 +157,19 @@ class Components:
         Returns:
             The factors, or None if no component is worth its numbers.
         """
-        chosen = self.fineness(slope)
+        return self.rounded(self.fineness(slope), matrix)
+
+    @full_precision()
+    def rounded(self, chosen: Tensor, matrix: Tensor) -> Factors | None:
+        """Round the first components to int8 codes whose scales bring their product nearest to a matrix.
+
+        Args:
+            chosen: `[rank]` int64, the fineness of each, see `factor_steps`.
+            matrix: `[out, in]` float32, the matrix of which these are the components.
+
+        Returns:
+            The factors, or None for rank 0.
+        """
         if not chosen.numel():
             return None
         left = codes(self.left[:, : chosen.numel()], chosen)

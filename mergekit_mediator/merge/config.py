@@ -8,7 +8,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mergekit_mediator.delta.value_forms import Values
+from mergekit_mediator.delta.value_forms import StoredValues
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.conflict import Metric
 from mergekit_mediator.merge.layers import Selection
@@ -51,7 +51,8 @@ class MediatorConfig(BaseModel):
         routed_fraction: route this fraction in [0, 1] of the layers, those nearest the middle block, or those
             of most conflict if the configuration has `conflict`.
         routed_layers: route these layers, such as `embed,0-3,30`.
-        values: the form in which sparse experts store their values.
+        values: the form in which sparse experts store their values. `random_sign` routes all layers unless one of
+            the parameters above chooses them.
         bits: bits per parameter of the routed weights for each expert, instead of `density` and `values`.
             Experts are then low rank plus sparse, and weights share the bits so that least squared error
             remains.
@@ -82,7 +83,7 @@ class MediatorConfig(BaseModel):
     conflict_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     routed_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     routed_layers: str | None = None
-    values: Values = "exact"
+    values: StoredValues = "exact"
     bits: Annotated[float, Field(gt=0, le=64)] | None = None
     budget: str | None = None
     keep: float | None = None
@@ -191,6 +192,7 @@ class MediatorConfig(BaseModel):
             return parsed.model_copy(update={"route": "all"})
         if parsed.reference_is_merged:
             check_reference(config, parsed.reference)
+        if parsed.reference_is_merged or parsed.values == "random_sign":
             return parsed._of_all_layers()
         return parsed
 

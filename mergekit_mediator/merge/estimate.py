@@ -32,7 +32,7 @@ _ACTIVATIONS, _LOGITS = 25, 2
 # Tuning of factors: bytes per code for its values, its gradient and the state of Adam, the bits of a code in
 # the file, and the largest number of codes per parameter.
 _CODE_BYTES, _BITS_OF_A_CODE, _MOST_CODES = 20, 2, 0.25
-_CODE_BITS = {"int8": 8, "int4": 4, "sign": 1}
+_CODE_BITS = {"int8": 8, "int4": 4, "sign": 1, "random_sign": 1.3}
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,9 @@ def _expert_bytes(inputs: Inputs, weight: PlannedWeight, rate: float | None) -> 
     total = 0.0
     for density in weight.densities.values():
         count = count_kept(numel, density)
-        total += numel * _entropy(count / numel) + count * code_bits
+        # random coordinates follow from their number
+        places = 0.0 if inputs.config.values == "random_sign" else numel * _entropy(count / numel)
+        total += places + count * code_bits
     return round(total / 8)
 
 

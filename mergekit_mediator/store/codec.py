@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import by_exponent, from_ordered, raw_bytes, to_ordered
+from mergekit_mediator.delta.random_sign import MAGNITUDES, levels_of, random_positions
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import ArtifactError
 from mergekit_mediator.store.description import Description
@@ -19,8 +20,10 @@ from mergekit_mediator.store.streams import (
     byte_planes,
     from_byte_planes,
     from_gap_streams,
+    from_sign_bits,
     gap_streams,
     pack,
+    sign_bits,
     unpack,
 )
 
@@ -41,6 +44,7 @@ def encode_bytes(sparse: StoredWeight, dense: Tensor | None = None) -> tuple[Ten
     """
     positions, numel = sparse.positions, math.prod(sparse.shape)
     exact, relative = sparse.values == "exact", sparse.values == "exact" and dense is not None
+    random = sparse.values == "random_sign"  # its positions follow from their number
     d = Description(
         shape=sparse.shape,
         dtype=str(sparse.dtype).removeprefix("torch."),
@@ -50,7 +54,8 @@ def encode_bytes(sparse: StoredWeight, dense: Tensor | None = None) -> tuple[Ten
         shift=sparse.shift,
         share=sparse.share,
         relative=relative,
-        implied=(relative or not exact) and positions.numel() > _IMPLIED_DENSITY * numel,
+        implied=(relative or not (exact or random))
+        and positions.numel() > _IMPLIED_DENSITY * numel,
         check=_checksum(sparse.codes, sparse.factors),
     )
     codes = to_ordered(sparse.codes) if exact else sparse.codes
@@ -63,15 +68,20 @@ def encode_bytes(sparse: StoredWeight, dense: Tensor | None = None) -> tuple[Ten
     array: Integers = codes.numpy()
     if reference is not None:
         array = array[by_exponent(reference)]
-    parts = [] if d.implied else gap_streams(positions.numpy(), d.wide)
-    streams = [pack(part) for part in [*parts, *byte_planes(array)]]
+    parts = []
+    if random and d.heads:
+        parts = [levels_of(positions, codes, d.heads[0], sparse.shape[-1]).numpy()]
+    elif not d.implied and not random:
+        parts = gap_streams(positions.numpy(), d.wide)
+    planes = sign_bits(array) if random else byte_planes(array)
+    streams = [pack(part) for part in [*parts, *planes]]
     sizes = tuple(len(stream) for stream in streams)
     factors = None
     if sparse.factors:
         factor_streams, factors = encode_factors(sparse.factors)
         streams += factor_streams
     content = np.frombuffer(b"".join(streams), dtype=np.uint8).copy()
-    gaps = parts[0].size if parts else 0
+    gaps = parts[0].size if parts and not random else 0
     update = {"gaps": gaps, "sizes": sizes, "factors": factors}
     return torch.from_numpy(content), d.model_copy(update=update)
 
@@ -105,13 +115,22 @@ def decode_bytes(
         raise ArtifactError(f"{where}: {sum(sizes)} bytes required, got {stream.numel()}")
     streams = _cut(stream.numpy(), sizes)
     factors = decode_factors(streams[len(d.sizes) :], d, d.factors, where) if d.factors else None
+    of_codes, array = streams[len(d.heads) : len(d.sizes)], np.zeros(0, dtype=np.int16)
+    random = d.values == "random_sign"
+    if not random:
+        planes = [unpack(s, d.plane_bytes, where) for s in of_codes]
+        array = from_byte_planes(planes, d.code_bytes)
     places: Tensor | None = None
-    if not d.implied:
+    if random:
+        places = random_positions(d.numel, d.count)
+        if d.heads:
+            levels = torch.from_numpy(unpack(streams[0], d.heads[0], where).astype(np.int64))
+            of_rows = MAGNITUDES[levels.clamp(max=len(MAGNITUDES) - 1)].to(torch.int16)
+            signs = from_sign_bits(of_codes, d.count, where)
+            array = signs * of_rows[places.long() // d.shape[-1]].numpy()
+    elif not d.implied:
         heads = [unpack(s, n, where) for s, n in zip(streams, d.heads, strict=False)]
         places = torch.from_numpy(from_gap_streams(heads, d.numel, where))
-    coded = d.numel if d.implied else d.count
-    planes = [unpack(s, coded, where) for s in streams[len(d.heads) : len(d.sizes)]]
-    array = from_byte_planes(planes, d.code_bytes)
     if d.relative:
         ordered = np.empty_like(array)
         ordered[by_exponent(_dense_values(dense, places))] = array

@@ -90,10 +90,26 @@ class Description(BaseModel):
         return 2 if self.values == "steps" else 1
 
     @property
+    def plane_bytes(self) -> int:
+        """The decoded size, in bytes, of each stream of codes."""
+        if self.values == "random_sign":
+            return -(-self.count // 8)
+        return self.numel if self.implied else self.count
+
+    @property
+    def most_planes(self) -> int:
+        """The largest possible number of streams of codes."""
+        if not self.plane_bytes:
+            return 0
+        return 2 if self.values == "random_sign" else self.code_bytes
+
+    @property
     def heads(self) -> tuple[int, ...]:
-        """The decoded sizes, in bytes, of the streams of positions; the streams of codes follow them."""
+        """The decoded sizes, in bytes, of the streams of positions, or of the levels of rows; codes follow them."""
         if self.implied:
             return ()
+        if self.values == "random_sign":
+            return (self.numel // max(1, self.shape[-1]),) if self.count else ()
         return (self.gaps, self.count) if self.wide else (self.gaps,)
 
     @property
@@ -141,18 +157,18 @@ def parse_description(fields: Any, where: str, shape: tuple[int, ...] | None = N
         raise ArtifactError(f"{where}: shape {_short(d.shape)} is out of range")
     if d.count > d.numel:
         raise ArtifactError(f"{where}: {d.count} coordinates do not fit shape {list(d.shape)}")
-    least, most = (0, 0) if d.implied else (d.count, d.most_gaps)
+    without = d.implied or d.values == "random_sign"
+    least, most = (0, 0) if without else (d.count, d.most_gaps)
     if not least <= d.gaps <= most:
         raise ArtifactError(
             f"{where}: gaps of {least} to {most} bytes required for {d.count} coordinates of shape "
             f"{list(d.shape)}, got {d.gaps}"
         )
     planes = len(d.sizes) - len(d.heads)
-    coded = d.numel if d.implied else d.count
-    if min(d.sizes, default=0) < 0 or not min(coded, 1) <= planes <= min(coded, 1) * d.code_bytes:
+    if min(d.sizes, default=0) < 0 or not min(d.plane_bytes, 1) <= planes <= d.most_planes:
         raise ArtifactError(f"{where}: sizes {_short(d.sizes)} do not fit its streams")
     if (d.relative and d.values != "exact") or (
-        d.implied and d.values == "exact" and not d.relative
+        d.implied and (d.values == "random_sign" or (d.values == "exact" and not d.relative))
     ):
         raise ArtifactError(
             f"{where}: {d.values} values cannot have relative {d.relative} and implied {d.implied}"

@@ -151,6 +151,38 @@ def byte_planes(codes: Integers, all_planes: bool = False) -> list[Bytes]:
     return [(zigzag >> (8 * byte)).astype(np.uint8) for byte in range(width)]
 
 
+def sign_bits(codes: Integers) -> list[Bytes]:
+    """Encode the signs of codes as bits, eight a byte: if any is 0, which are not, and which of these are above 0.
+
+    Args:
+        codes: `[k]`.
+
+    Returns:
+        One stream of ⌈k / 8⌉ bytes or two, none if k is 0.
+    """
+    changed = codes != 0
+    masks = [*([] if changed.all() else [changed]), codes[changed] > 0]
+    return [np.packbits(mask) for mask in masks] if codes.size else []
+
+
+def from_sign_bits(stored: list[Bytes], count: int, where: str) -> NDArray[np.int16]:
+    """Decode signs `[count]`, −1, 0 and 1, from stored streams; the inverse of `sign_bits`.
+
+    Raises:
+        ArtifactError: the streams have other sizes.
+    """
+    signs = np.ones(count, dtype=np.int16)
+    if not count:
+        return signs
+    *mask, positive = stored
+    if mask:
+        signs[:] = np.unpackbits(unpack(mask[0], -(-count // 8), where), count=count)
+    changed = signs.nonzero()[0]
+    bits = np.unpackbits(unpack(positive, -(-changed.size // 8), where), count=changed.size)
+    signs[changed] = 2 * bits.view(np.int8) - 1
+    return signs
+
+
 def from_byte_planes(planes: list[Bytes], itemsize: int) -> Integers:
     """Decode signed integers `[k]`; the inverse of `byte_planes`.
 

@@ -7,7 +7,13 @@ from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.weight_patch import weight_patches
 
-FORMS = [{"density": 0.3}, {"density": 1.0}, {"bits": 1.0}, {"density": 0.2, "values": "int4"}]
+FORMS = [
+    {"density": 0.3},
+    {"density": 1.0},
+    {"bits": 1.0},
+    {"density": 0.2, "values": "int4"},
+    {"density": 0.2, "values": "random_sign"},
+]
 
 
 def patched(out, mixture, dtype):

@@ -22,7 +22,7 @@ def by_hand(model, row, mask, mixture, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3"])
-@pytest.mark.parametrize("values", ["exact", "int4"])
+@pytest.mark.parametrize("values", ["exact", "int4", "random_sign"])
 def test_rows_and_merge_give_the_same_logits_to_round_off(family, values, make, tmp_path, batch):
     written = make(make=pico.ARCHITECTURES[family], dtype=torch.float32)
     model = build(tmp_path / "out", written, density=0.3, values=values)

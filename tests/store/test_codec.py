@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.float_bits import bit_patterns
+from mergekit_mediator.delta.random_sign import encode_random_sign
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.value_forms import VALUES
 from mergekit_mediator.errors import ArtifactError
@@ -49,8 +50,20 @@ def approximations(draw):
     return replace(stored, factors=Factors(left, right, stored.factors.scales))
 
 
+@st.composite
+def random_signs(draw):
+    """Signs at random places, of changes of which some coordinates or whole rows are zero."""
+    shape, dtype = draw(st.sampled_from([(9, 5), (20, 31), (2, 6, 4), (40, 3)])), draw(DTYPES)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    delta = torch.randn(shape, generator=generator)
+    delta[draw(st.integers(0, shape[0] - 1)) :] *= draw(st.sampled_from([0.0, 1e-9, 1.0]))
+    delta *= torch.rand(shape, generator=generator) < draw(st.floats(0.3, 1))
+    dense = torch.zeros(shape, dtype=dtype)
+    return encode_random_sign(delta.to(dtype), dense, draw(st.floats(0.01, 1)))
+
+
 def stored_tensors():
-    return stored_pairs().map(lambda pair: pair[0]) | approximations()
+    return stored_pairs().map(lambda pair: pair[0]) | approximations() | random_signs()
 
 
 def same(a, b):

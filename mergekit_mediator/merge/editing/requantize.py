@@ -111,6 +111,10 @@ def _check_values(work: Workspace, name: str, values: Values) -> None:
     for weight, d in work.files[name].weights.items():
         where = f"expert {name!r}: {weight}"
         if d.values not in _VALUES or d.factors:
+            if d.values == "random_sign":
+                raise EditError(
+                    f"{where} has random_sign values, and no form is smaller: merge again"
+                )
             raise EditError(
                 f"{where} is stored as low rank plus sparse, which has no `values`: give --bits instead"
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.narrow import check_range, narrowed
+from mergekit_mediator.delta.random_sign import encode_random_sign
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.merge.adapters.config import adapter_directory
@@ -101,6 +102,8 @@ class Encoder:
         expert = narrowed(load(model), dense.dtype, where)
         if self._config.rank is not None:
             return truncated(expert, dense, self._config.rank, self._device)
+        if values == "random_sign":
+            return encode_random_sign(expert, dense, density, self._device)
         return encode(expert, dense, density, values, self._device)
 
 
