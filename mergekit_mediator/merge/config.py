@@ -272,10 +272,10 @@ class MediatorConfig(BaseModel):
         Raises:
             ConfigError: nothing says how few bytes the expert takes, or the mean of the experts is asked for.
         """
-        if not (self.needs_costs or self.keeps_factors):
+        if not (self.needs_costs or self.keeps_factors or self.values == "random_sign"):
             raise ConfigError(
-                "models: one expert is stored by `keep`, `bits` or a `budget`, got none: give one of these, or "
-                "add models"
+                "models: one expert is stored by `keep`, `bits`, a `budget` or `values: random_sign`, got none: give "
+                "one of these, or add models"
             )
         if self.reference != "base" and "reference" in self.model_fields_set:
             raise ConfigError(

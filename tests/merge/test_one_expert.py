@@ -60,11 +60,11 @@ def test_layers_may_be_chosen_for_one_expert(one, merged):
     [
         (
             {"route": "auto"},
-            "models: one expert is stored by `keep`, `bits` or a `budget`, got none",
+            "models: one expert is stored by `keep`, `bits`, a `budget` or `values: random_sign`, got none",
         ),
         (
             {"density": 0.1},
-            "models: one expert is stored by `keep`, `bits` or a `budget`, got none",
+            "models: one expert is stored by `keep`, `bits`, a `budget` or `values: random_sign`, got none",
         ),
         (
             {"bits": 2, "reference": "mean"},

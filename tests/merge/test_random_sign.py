@@ -88,3 +88,29 @@ def test_an_expert_may_be_added_in_this_form(random, merged, family, tmp_path):
     with model.mixture("law") as mixed:
         assert all(bool(w.isfinite().all()) for w in mixed.state_dict().values())
     assert [expert.name for expert in read_manifest(out).experts][-1] == "law"
+
+
+def test_one_expert_is_stored_relative_to_the_base(make, merged, read):
+    one = make(experts=("math",))
+    out = merged(one.config(values="random_sign", density=1.0))
+    base = read(one.base)
+    assert all(torch.equal(weight, base[name]) for name, weight in read(out).items())
+    model = MediatorModel.from_pretrained(out)
+    with model.mixture("math") as mixed:
+        assert any(not torch.equal(w, base[n]) for n, w in mixed.state_dict().items() if n in base)
+
+
+def test_an_added_expert_takes_the_form_of_the_others(random, merged, family, tmp_path):
+    out, law = merged(random()), edits.one_more(family, tmp_path / "law")
+    added = call("add-expert", out, law, "--name", "law")
+    assert added.exit_code == 0, added.output
+    stored = ExpertFile(out / "mediator/experts/law.safetensors").weights.values()
+    matrices = [entry for entry in stored if len(entry.shape) == 2]
+    assert {entry.values for entry in matrices} == {"random_sign"}
+    assert all(entry.count == round(0.2 * entry.numel) for entry in matrices)
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_an_artifact_is_verified_and_described(command, random, merged):
+    checked = call(command, merged(random()))
+    assert checked.exit_code == 0, checked.output
