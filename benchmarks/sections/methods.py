@@ -49,26 +49,25 @@ def summary() -> str:
     return table(["mean (worst), %", *families], rows)
 
 
-def random_signs() -> str:
-    """Whole merges with signs at random places, beside a budget and the best static merges of the same eight experts."""
+def random_signs(family: str) -> str:
+    """Whole merges with signs at random places, beside a budget and the best static merges of the same experts."""
     figures = load("methods")
-    own = [row for row in figures["rows"] if row["family"] == "eight"]
+    own = [row for row in figures["rows"] if row["family"] == family]
     static = sorted(
-        (row for row in own if "own_mean" not in row), key=lambda row: -row["normalized_mean"]
+        (row for row in own if "dense_mean" not in row), key=lambda row: -row["normalized_mean"]
     )
     stored = [row for row in own if row["method"].startswith("mediator")]
     rows = [
         [
             f"`{row['coefficients']}`" if row in stored else f"`{row['method']}`",
             f"{row['normalized_mean']:.1f} ({row['normalized_worst']:.1f})",
-            f"{row['own_mean']:.1f} ({row['own_worst']:.1f})" if row in stored else "",
             f"{row.get('bytes_over_base', 1):.3f}",
             f"{row['merge_cpu_seconds']:.0f}",
         ]
-        for row in [*stored, *static[:2], *(row for row in static if row["method"] == "ties")]
+        for row in [*stored, *static[:2], *(row for row in static[2:] if row["method"] == "ties")]
     ]
-    head = ["", "routed, %", "own expert, %", "bytes / one model", "merge, CPU s"]
-    return f"{table(head, rows)}\n\n{_measured_on('eight', figures['quality']['eight'])}"
+    head = ["", "kept, %", "bytes / one model", "merge, CPU s"]
+    return f"{table(head, rows)}\n\n{_measured_on(family, figures['quality'][family])}"
 
 
 def _rank(rows: list[dict[str, Any]], own: dict[str, dict[str, Any]]) -> float:
