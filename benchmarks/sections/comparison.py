@@ -71,9 +71,8 @@ def against() -> str:
     return (
         f"On a second draw of the same four tasks it kept {again['normalized_mean']:.1f}%, and "
         f"{again['normalized_worst']:.1f}% of the worst, and on a third {third['normalized_mean']:.1f}% and "
-        f"{third['normalized_worst']:.1f}%. On a slower machine, where the training of two of them was cut "
-        f"short, the second draw kept {short['normalized_mean']:.1f}% and {short['normalized_worst']:.1f}%: the budget went "
-        "to the wrong experts ([why](docs/results/four-experts-again.md)). Of the same four, trained anew, a static merge by "
+        f"{third['normalized_worst']:.1f}%. Where the training of two of them was cut short, it kept "
+        f"{short['normalized_mean']:.1f}% and {short['normalized_worst']:.1f}% ([why](docs/results/four-experts-again.md)). Of the same four, trained anew, a static merge by "
         f"`{static['method']}` with a few prompts of each task kept {static['normalized_mean']:.1f}% "
         f"({static['normalized_worst']:.1f}% of the worst) in the bytes of one model, and `{data_free['method']}` without "
         f"prompts {data_free['normalized_mean']:.1f}% ({data_free['normalized_worst']:.1f}%) "
