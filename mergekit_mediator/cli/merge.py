@@ -137,6 +137,11 @@ def plan(
         text += f"\n\n{plan_tables.kept_report(kept)}\n\n{plan_tables.curve_report(points)}"
     elif inputs.config.keep is not None:
         text += f"\nHow many bytes keep {inputs.config.keep:g} depends on the weights: --curve predicts it."
+    elif inputs.config.values == "random_sign":
+        text += (
+            "\nThe smaller `density` is, the more noise comes with each expert. An adapter that is exported for an engine "
+            "holds it, too."
+        )
     elif inputs.config.density_decides:
         text += "\nA budget keeps more in as many bytes, but not bit for bit: --curve predicts how much."
     reference = inputs.config.reference

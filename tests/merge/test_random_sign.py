@@ -65,6 +65,12 @@ def test_plan_predicts_the_bytes(make, tmp_path):
     assert planned == pytest.approx(actual, rel=0.1)
 
 
+def test_plan_tells_of_the_noise_and_of_no_budget(random, tmp_path):
+    told = call("plan", write(random(), tmp_path / "config.yml")).output
+    assert "The smaller `density` is, the more noise comes with each expert." in told
+    assert "A budget keeps more" not in told
+
+
 def test_no_form_is_smaller(random, merged):
     out = merged(random())
     failed = call("requantize", out, "--values", "sign")
