@@ -23,7 +23,7 @@ class StoredWeight:
         values: the form of `codes`.
         positions: `[k]`, int32 (int64 for weights of 2^31 coordinates or more), flat and ascending.
         codes: `[k]`; for `exact` the expert's own weights in `dtype`, else int8 multiples of `scale`
-            (int16 for `steps`).
+            (int16 for `steps` and `random_sign`).
         scale: of the codes; 1 for `exact`.
         shift: for `steps`, the magnitude of a code less that of its value, in steps.
         factors: the low-rank part, of the weight as a matrix `[..., in]`; never with `exact` codes.

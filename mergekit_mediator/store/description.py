@@ -87,7 +87,7 @@ class Description(BaseModel):
         """The bytes of one code in memory."""
         if self.values == "exact":
             return _DTYPES[self.dtype]
-        return 2 if self.values == "steps" else 1
+        return 2 if self.values in ("steps", "random_sign") else 1
 
     @property
     def plane_bytes(self) -> int:
