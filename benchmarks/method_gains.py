@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.trials import Trial, trials
+from mergekit_mediator.models.prompt_files import read_prompts
 
 RCP, REASONING = "rcp", "reasoning"
 PENALTIES = (1.0, 100.0)
@@ -88,10 +89,7 @@ def beginnings(rows: Rows, count: int, tokenizer: Any, file: Path) -> Path:
 def tried(made: Rivals, method: str, files: Mapping[str, Path]) -> Iterator[Trial]:
     """The merges by one method, with each choice of coefficients."""
     if method != RCP:
-        lines = {
-            name: file.read_text(encoding="utf-8").splitlines() for name, file in files.items()
-        }
-        asked = {name: [json.loads(line)["prompt"] for line in own] for name, own in lines.items()}
+        asked = {name: read_prompts(file) for name, file in files.items()}
         yield from trials(made, method, TRIALS[method], asked)
         return
     for penalty in PENALTIES:

@@ -85,7 +85,8 @@ def encode_random_sign(
 ) -> StoredWeight:
     """Store an expert's difference from the dense expert as signs at random coordinates, and its few largest components.
 
-    The signs' mean is what the components leave, but for numbers of more than three times their row's size. Vectors are kept whole, and so are changes of so few coordinates that this takes no more bits.
+    The signs' mean is what the components leave, but for numbers of more than three times their row's size. Vectors are
+    kept whole, and so are changes of so few coordinates that this takes no more bits.
 
     Args:
         expert: any shape, in the dtype of the dense expert.
@@ -165,8 +166,8 @@ def levels_of(positions: Tensor, codes: Tensor, rows: int, width: int) -> Tensor
 def largest_components(matrix: Tensor, share: float) -> Factors | None:
     """Quantise the components that are worth more than the signs that their bits would be.
 
-    The noise of signs at a share p of N coordinates is ‖R‖² ρ / p, with ρ about 2. A component of squared norm σ² that takes b bits
-    reduces it by σ² ρ / p, and b more signs by ‖R‖² ρ b / (p² N). So it is stored if σ² ≥ ‖R‖² b / (p N).
+    The noise of signs at a share p of N coordinates is ‖R‖² ρ / p, with ρ about 2. A component of squared norm σ² that
+    takes b bits reduces it by σ² ρ / p, and b more signs by ‖R‖² ρ b / (p² N). So it is stored if σ² ≥ ‖R‖² b / (p N).
 
     Args:
         matrix: `[out, in]` float32.

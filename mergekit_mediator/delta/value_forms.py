@@ -9,4 +9,3 @@ StoredValues = Literal["exact", "int8", "int4", "sign", "random_sign"]
 # `bits` and `budget` choose `steps`.
 Form = Literal["exact", "int8", "int4", "sign", "random_sign", "steps"]
 VALUES: tuple[Values, ...] = get_args(Values)
-STORED_VALUES: tuple[StoredValues, ...] = get_args(StoredValues)

@@ -20,7 +20,8 @@ from mergekit_mediator.tune.fit import TOKENS_AT_ONCE
 # Python with torch, transformers and mergekit loaded.
 _PROCESS_BYTES = 700_000_000
 # Bytes per parameter of a large embedding: its sums and its task vector during the first pass; in the second
-# pass those for each coordinate that an expert keeps, or for each parameter within `bits`, `budget` or `keep`.
+# pass those for each coordinate that an expert keeps, or for each parameter within `bits`, `budget` or `keep`, and for
+# `random_sign`.
 _MEASURING_BYTES = 9
 _KEPT_BYTES = 30
 _APPROXIMATING_BYTES = 20
@@ -116,7 +117,8 @@ def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int, r
     largest = max((_dense_bytes(inputs, weight) for weight in weights), default=0)
     measuring = _MEASURING_BYTES * sum(sizes[:workers]) + workers * largest
     density = max((max(w.densities.values()) for w in weights), default=0.0)
-    encoding = _APPROXIMATING_BYTES if config.needs_costs else _KEPT_BYTES * density
+    whole = config.needs_costs or config.values == "random_sign"
+    encoding = _APPROXIMATING_BYTES if whole else _KEPT_BYTES * density
     storing = round(encoding * sum(sizes[:1])) * workers
     if config.reference_is_merged:  # the merge holds one weight of all models in float32
         measuring = max(measuring, _TUNED_BYTES * (len(inputs.models) + 2) * sum(sizes[:1]))
