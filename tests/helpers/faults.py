@@ -2,11 +2,12 @@
 
 import errno
 import functools
+import gc
 import io
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -42,7 +43,10 @@ class Steps:
 
 @contextmanager
 def faults(at: int = 0, fault: str = "kill", lasting: bool = False) -> Iterator[Steps]:
-    """Count the steps that write, and let one fail."""
+    """Count the steps that write, and let one fail.
+
+    Garbage of earlier code waits until the end: a temporary directory that is collected removes its files.
+    """
     steps = Steps(at, fault, lasting)
 
     def counted(function: Callable, writes: Callable[..., bool] = lambda *_, **__: True):
@@ -60,21 +64,32 @@ def faults(at: int = 0, fault: str = "kill", lasting: bool = False) -> Iterator[
     def by_mode(path, mode="r", *_, **__):
         return any(letter in mode for letter in "wax+")
 
-    with mock.patch.multiple(os, **{name: counted(getattr(os, name)) for name in _STEPS}):
-        opened = counted(io.open, by_mode)
-        with (
-            mock.patch("os.open", counted(os.open, by_flags)),
-            mock.patch("io.open", opened),
-            mock.patch("builtins.open", opened),
-        ):
-            with suppress(ImportError, AttributeError):
-                import mergekit_mediator.store.durable as durable
+    opened = counted(io.open, by_mode)
+    patches = [
+        mock.patch.multiple(os, **{name: counted(getattr(os, name)) for name in _STEPS}),
+        mock.patch("os.open", counted(os.open, by_flags)),
+        mock.patch("io.open", opened),
+        mock.patch("builtins.open", opened),
+    ]
+    with suppress(ImportError, AttributeError):
+        import mergekit_mediator.store.durable as durable
 
-                exchanged = counted(durable.exchange)
-                with mock.patch.object(durable, "exchange", exchanged):
-                    yield steps
-                return
-            yield steps
+        patches.append(mock.patch.object(durable, "exchange", counted(durable.exchange)))
+    with _garbage_waits(), ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield steps
+
+
+@contextmanager
+def _garbage_waits() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def in_child(action: Callable[[], object], seconds: int = 120) -> int:
