@@ -1,6 +1,6 @@
 """Does an expert keep the part of its gain that `keep` predicts?
 
-    python benchmarks/keep.py --base BASE --experts experts --tasks A,B,C --family strong
+    python benchmarks/keep.py --base BASE --experts experts --tasks A,B,C --family strong [--values random_sign]
 
 Every expert is stored in the fewest bytes at which it is predicted to keep each part, from its weights alone.
 `measured` is the way from the average (0) to the expert (1) that the stored expert goes, in nats per answer
@@ -17,12 +17,17 @@ from typing import Any
 import record
 import torch
 from codec import Family, State
+from torch import Tensor
 from train_experts import REPORT_SEED
 
 from mergekit_mediator.delta.allocation import Allocation
 from mergekit_mediator.delta.approximate import approximate, as_matrix, is_vector
 from mergekit_mediator.delta.decomposition import decompose
+from mergekit_mediator.delta.factors import Components
+from mergekit_mediator.delta.loss_law import LEFT_OUT, NOISE
 from mergekit_mediator.delta.mixing import mix_
+from mergekit_mediator.delta.random_sign import encode_random_sign
+from mergekit_mediator.delta.random_sign_costs import density_at, random_sign_tradeoff
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.store.codec import encode_bytes
@@ -33,15 +38,19 @@ KEEP = (0.9, 0.97, 0.99, 0.999)
 class Stored:
     """One expert with the costs and the decompositions of its weights."""
 
+    law = LEFT_OUT
+
     def __init__(self, family: Family, task: str) -> None:
         self.family, self.task = family, task
-        self.components, costs = {}, 0
-        for name in family.base:
-            tau = family.difference(task, name)
-            known = None if is_vector(tau) else decompose(as_matrix(tau)).storable()
-            self.components[name] = known
-            costs = costs + tradeoff(tau, known)
-        self.allocation = Allocation([costs])
+        self.components: dict[str, Components | None] = {}
+        costs = sum(self.costs(name) for name in family.base)
+        self.allocation = Allocation([costs], law=self.law)
+
+    def costs(self, name: str) -> Tensor:
+        tau = self.family.difference(self.task, name)
+        known = None if is_vector(tau) else decompose(as_matrix(tau)).storable()
+        self.components[name] = known
+        return tradeoff(tau, known)
 
     def at(self, slope: float) -> tuple[float, State]:
         """Bits per parameter and the weights of the stored expert, on the base."""
@@ -58,21 +67,42 @@ class Stored:
         return approximate(tau, slope, dtype, 0.0, self.components[name])
 
 
-def rows(family: Family, task: str, name: str) -> list[dict[str, Any]]:
-    """One row for each `keep` of one expert."""
+class StoredAsSigns(Stored):
+    """One expert as random signs."""
+
+    law = NOISE
+
+    def costs(self, name: str) -> Tensor:
+        return random_sign_tradeoff(self.family.difference(self.task, name))
+
+    def form(self, name: str, slope: float) -> StoredWeight:
+        expert, base = self.family.experts[self.task][name], self.family.base[name]
+        density = density_at(self.family.difference(self.task, name), slope)
+        return encode_random_sign(expert, base, density)
+
+
+# By `values`; none stands for low rank plus sparse.
+FORMS: dict[str, type[Stored]] = {"": Stored, "random_sign": StoredAsSigns}
+
+
+def rows(family: Family, task: str, name: str, values: str) -> list[dict[str, Any]]:
+    """One row for each `keep` of one expert that the form can keep."""
     figure = "answer_log_likelihood"
     best = getattr(family.score(task, family.experts[task]), figure)
     least = getattr(family.score(task, family.mean), figure)
-    stored = Stored(family, task)
+    stored = FORMS[values](family, task)
     result = []
     for keep in KEEP:
         (slope,) = stored.allocation.slopes_to_keep([keep])
         (predicted,) = stored.allocation.kept([slope])
+        if predicted < keep:
+            break
         bits, state = stored.at(slope)
         measured = (getattr(family.score(task, state), figure) - least) / (best - least)
         row = {
             "family": name,
             "expert": task,
+            "values": values,
             "keep": keep,
             "predicted": round(predicted, 5),
             "measured": round(measured, 5),
@@ -89,6 +119,7 @@ def main() -> None:
     parser.add_argument("--experts", type=Path, required=True)
     parser.add_argument("--tasks", required=True, help="folders of experts, separated by commas")
     parser.add_argument("--family", required=True, help="what to call these experts")
+    parser.add_argument("--values", choices=list(FORMS), default="", help="the form")
     parser.add_argument("--only", default="", help="measure these experts, separated by commas")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seed", type=int, default=REPORT_SEED)
@@ -99,10 +130,11 @@ def main() -> None:
     path = record.RESULTS / "keep.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     measured = args.only.split(",") if args.only else family.tasks
-    others = [r for r in kept if r["family"] != args.family or r["expert"] not in measured]
+    replaced = {(args.family, task, args.values) for task in measured}
+    others = [r for r in kept if (r["family"], r["expert"], r["values"]) not in replaced]
     new: list[dict[str, Any]] = []
     for task in measured:
-        new += rows(family, task, args.family)
+        new += rows(family, task, args.family, args.values)
         record.write(
             "keep", {"prompts": args.prompts, "rows": others + new}, {"prompts": args.seed}
         )

@@ -85,6 +85,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "codec": storing.codec,
     "lossless": storing.lossless,
     "keep": storing.keep,
+    "keep, random signs": partial(storing.keep, "random_sign"),
     "own-texts": storing.own_texts,
     "rates": rates.rates,
     "expectations": expectations.expectations,

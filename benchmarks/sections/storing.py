@@ -51,9 +51,9 @@ def lossless() -> str:
     return f"{table(head, rows)}\n\nNot compared, since not installed: {', '.join(absent)}."
 
 
-def keep() -> str:
+def keep(values: str = "") -> str:
     """The predicted and the measured part of its gain that each expert keeps, and how far they are apart."""
-    figures = load("keep")["rows"]
+    figures = [row for row in load("keep")["rows"] if row["values"] == values]
     rows = [
         [
             row["expert"],

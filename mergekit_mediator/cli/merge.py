@@ -133,11 +133,13 @@ def plan(
         {"curve": [vars(p) for p in points], "keep": [vars(p) for p in kept]} if curve else {}
     )
     text = plan_tables.plan_report(estimated)
+    is_noise = inputs.config.values == "random_sign"
     if curve:
-        text += f"\n\n{plan_tables.kept_report(kept)}\n\n{plan_tables.curve_report(points)}"
+        curves = plan_tables.curve_report(points, is_noise)
+        text += f"\n\n{plan_tables.kept_report(kept)}\n\n{curves}"
     elif inputs.config.keep is not None:
         text += f"\nHow many bytes keep {inputs.config.keep:g} depends on the weights: --curve predicts it."
-    elif inputs.config.values == "random_sign":
+    elif is_noise:
         text += (
             "\nThe smaller `density` is, the more noise comes with each expert. An adapter that is exported for an engine "
             "holds it, too."

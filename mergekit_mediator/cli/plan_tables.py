@@ -91,25 +91,32 @@ def kept_report(points: Sequence[KeptPoint]) -> str:
     return table(["keep", "of one model", "everything", "experts", "bits/param"], rows)
 
 
-def curve_report(points: Sequence[Point]) -> str:
-    """Write the predicted quality of every budget as a table."""
+def curve_report(points: Sequence[Point], is_noise: bool = False) -> str:
+    """Write the predicted quality of every budget as a table.
+
+    Args:
+        points: the budgets.
+        is_noise: whether the squared error is noise, not a part of the change that is left out.
+    """
     rows = [
         [
             f"{point.over_dense:g}x",
             size(point.total_bytes),
             f"{point.bits:.3f}",
-            f"{100 * (1 - point.left):.1f}",
+            f"{100 * (point.left if is_noise else 1 - point.left):.1f}",
             f"{100 * point.loss_recovered:.1f}",
         ]
         for point in points
     ]
-    header = ["budget", "everything", "bits/param", "change kept, %", "loss recovered, %"]
+    second = "noise, %" if is_noise else "change kept, %"
+    header = ["budget", "everything", "bits/param", second, "loss recovered, %"]
+    first = "noise is over" if is_noise else "change kept is a part of"
     return "\n".join(
         [
             table(header, rows),
             "",
-            "The weights alone predict these figures, for all layers routed. The change kept is a part of",
-            "the squared change from base to experts; the loss recovered is what as large a part recovered",
+            f"The weights alone predict these figures, for all layers routed. The {first}",
+            "the squared change from base to experts; the loss recovered is what as much of it recovered",
             "for fine-tunes that were measured before.",
         ]
     )

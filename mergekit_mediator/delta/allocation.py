@@ -1,8 +1,8 @@
 """How experts share a budget: the predicted loss of all experts together is least.
 
 Squared error alone would leave an expert that changed little with hardly any bits. The loss of an expert is
-predicted as the fifth power of the part of its own squared change that is left out. Where prompts measured how far
-its answers diverge, the loss is this divergence.
+predicted from its squared error over its own squared change, see `loss_law`. Where prompts measured how far its answers
+diverge, the loss is this divergence.
 """
 
 import math
@@ -13,14 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_mediator.delta.divergence import divergence_curves
-from mergekit_mediator.delta.kept import predicted_kept
+from mergekit_mediator.delta.loss_law import LEFT_OUT, LossLaw
 from mergekit_mediator.delta.tradeoff import SLOPES
 from mergekit_mediator.errors import ConfigError
 
-# The part of the loss between average and expert that is not recovered is about this power of the part of the
-# squared change that is left out. In benchmarks/results/codec.json the power is 5 for weak fine-tunes at half a
-# bit and more, and 7 for strong ones.
-LOSS_POWER = 5
 _STEPS = 64  # places of the finer grid between two slopes
 _ROUNDS = 80  # halvings of the interval in which the price lies
 _SMALLEST = 1e-300  # stands for a squared error of 0, which has no logarithm
@@ -31,29 +27,37 @@ Divergences = Mapping[float, float]
 
 
 class Allocation:
-    """The bits and the remaining errors of experts at each slope, and how experts share any number of bits."""
+    """The bits and the remaining errors of experts at each slope, and how experts share any number of bits.
+
+    Attributes:
+        law: how the loss follows from squared error.
+    """
 
     def __init__(
-        self, tradeoffs: Sequence[Tensor], divergences: Sequence[Divergences] = ()
+        self,
+        tradeoffs: Sequence[Tensor],
+        divergences: Sequence[Divergences] = (),
+        law: LossLaw = LEFT_OUT,
     ) -> None:
         """Interpolate the curve of each expert between the slopes.
 
         Args:
-            tradeoffs: of each expert, `[2, len(SLOPES)]` float64: the bits and the squared error of all its
-                weights at each slope; see `tradeoff.tradeoff`.
+            tradeoffs: of each expert, `[3, len(SLOPES)]` float64: the bits and the squared error of all its
+                weights at each slope, and that of storing nothing; see `tradeoff.tradeoff`.
             divergences: of each expert, what was measured; empty for an expert without prompts, whose divergence is
-                then taken to be that of the others where as much is left out.
+                then taken to be that of the others where the error is as large.
+            law: how the loss follows from squared error.
         """
-        count = len(SLOPES)
+        count, self.law = len(SLOPES), law
         self._grid = np.linspace(0, count - 1, (count - 1) * _STEPS + 1)
         curves = [self._curve(tradeoff.numpy()) for tradeoff in tradeoffs]
         self._bits, self._left = (np.stack(rows) for rows in zip(*curves, strict=True))
-        self._loss = self._left**LOSS_POWER
+        self._loss = self._left**law.power
         if any(divergences):
             measured = [
                 {int(self._places([slope])[0]): d for slope, d in ds.items()} for ds in divergences
             ]
-            self._loss = divergence_curves(self._left, measured)
+            self._loss = divergence_curves(self._left, measured, law.divergence_power)
 
     @property
     def count(self) -> int:
@@ -71,7 +75,7 @@ class Allocation:
         return float(self._bits[:, -1].sum())
 
     def left(self, bits: float) -> list[float]:
-        """Predict the part of its squared change, in [0, 1], that each expert leaves out.
+        """Predict the squared error of each expert, over its squared change.
 
         Args:
             bits: that all experts may take together.
@@ -106,7 +110,7 @@ class Allocation:
 
     def kept(self, slopes: Sequence[float]) -> list[float]:
         """Predict the part of its gain, in [0, 1], that each expert keeps at its slope."""
-        kept: list[float] = predicted_kept(self._of(self._left, self._places(slopes))).tolist()
+        kept: list[float] = self.law.kept(self._of(self._left, self._places(slopes))).tolist()
         return kept
 
     def slopes_to_keep(self, keep: Sequence[float]) -> list[float]:
@@ -118,7 +122,7 @@ class Allocation:
         Returns:
             One slope for each expert, in the order of the tradeoffs.
         """
-        enough = predicted_kept(self._left) >= np.asarray(keep)[:, None]
+        enough = self.law.kept(self._left) >= np.asarray(keep)[:, None]
         enough[:, -1] = True
         return self._slopes(enough.argmax(axis=1))
 
@@ -131,10 +135,10 @@ class Allocation:
         return places
 
     def _curve(self, tradeoff: Floats) -> tuple[Floats, Floats]:
-        """Bits and the part left out on the finer grid; between two slopes their logarithms are nearly linear."""
+        """Bits and the part of the error on the finer grid; between two slopes their logarithms are nearly linear."""
         places = np.arange(len(SLOPES))
-        bits, error = tradeoff
-        whole = max(float(error[0]), _SMALLEST)
+        bits, error, nothing = tradeoff
+        whole = max(float(nothing[0]), _SMALLEST)
         return (
             np.expm1(np.interp(self._grid, places, np.log1p(bits))),
             np.exp(np.interp(self._grid, places, np.log(np.maximum(error, _SMALLEST) / whole))),

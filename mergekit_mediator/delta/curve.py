@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mergekit_mediator.delta.allocation import LOSS_POWER, Allocation
+from mergekit_mediator.delta.allocation import Allocation
 
 # Budgets, as multiples of the dense expert's checkpoint.
 _SIZES = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.35, 1.5, 1.75, 2, 3, 4, 6, 8)
@@ -21,8 +21,8 @@ class Point:
         over_dense: the bytes of the artifact over those of the dense expert's checkpoint, as in `budget`.
         total_bytes: of the artifact.
         bits: per parameter and expert.
-        left: the part of the squared change from base to expert that is not stored, in [0, 1], mean of
-            experts.
+        left: the squared error over the squared change from base to expert, mean of experts. It is what is not stored, in
+            [0, 1]; of random signs it is noise, and may be several times the change.
         loss_recovered: the predicted part of the loss between the average and the expert that the stored
             form recovers, in [0, 1], mean of experts.
     """
@@ -56,10 +56,16 @@ class KeptPoint:
 def kept_curve(
     allocation: Allocation, numel: int, checkpoint_bytes: int, fixed_bytes: int
 ) -> list[KeptPoint]:
-    """Predict the bytes at which every expert keeps each of a few parts of its gain; the arguments are `curve`'s."""
+    """Predict the bytes at which every expert keeps each of a few parts of its gain, if the form can.
+
+    The arguments are `curve`'s.
+    """
     points = []
     for keep in _PARTS:
-        bits = allocation.spent(allocation.slopes_to_keep([keep] * allocation.count))
+        slopes = allocation.slopes_to_keep([keep] * allocation.count)
+        if min(allocation.kept(slopes)) < keep:
+            break  # no slope keeps as much
+        bits = allocation.spent(slopes)
         total = round(fixed_bytes + bits / 8)
         points.append(
             KeptPoint(keep, total / checkpoint_bytes, total, round(bits / 8), bits / numel)
@@ -92,15 +98,7 @@ def curve(
                 round(size * checkpoint_bytes),
                 stored / numel,
                 math.fsum(left) / len(left),
-                math.fsum(map(predicted_loss_recovered, left)) / len(left),
+                math.fsum(map(allocation.law.recovered, left)) / len(left),
             )
         )
     return points
-
-
-def predicted_loss_recovered(left: float) -> float:
-    """Predict the recovered part of the loss, in [0, 1], from the part of the squared change that is left out.
-
-    The formula is `1 - left ** LOSS_POWER`; `allocation` has the evidence for the power.
-    """
-    return float(1 - left**LOSS_POWER)

@@ -18,7 +18,7 @@ from mergekit_mediator.delta.approximate import as_matrix, is_vector
 from mergekit_mediator.delta.chunks import float_on
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factor_steps import BITS
-from mergekit_mediator.delta.factors import Factors, squared_norm
+from mergekit_mediator.delta.factors import Components, Factors, squared_norm
 from mergekit_mediator.delta.kth_largest import count_kept
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
@@ -44,9 +44,9 @@ _GOLDEN, _FIRST, _SECOND = (
     np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 # With fewer changed coordinates than this part of those that are kept, exact values take no more bits than signs.
-_FEW = 1 / 16
+FEW = 1 / 16
 # A change has few components that are worth their bits; their vectors take about four bits a number.
-_MOST_COMPONENTS, _FINENESS = 8, 6
+MOST_COMPONENTS, FINENESS = 8, 6
 
 
 def random_positions(numel: int, count: int) -> Tensor:
@@ -106,7 +106,7 @@ def encode_random_sign(
             "random_sign values require finite weights: set `values: exact`, which stores all weights"
         )
     count, changed = count_kept(delta.numel(), density), int(delta.count_nonzero())
-    if changed <= _FEW * count:
+    if changed <= FEW * count:
         return encode(expert, dense, 1.0, "exact", device)
     factors = largest_components(delta, count / delta.numel())
     if factors is not None:
@@ -176,10 +176,23 @@ def largest_components(matrix: Tensor, share: float) -> Factors | None:
     Returns:
         The factors, or None if no component is worth its bits.
     """
-    components = decompose(matrix, most=_MOST_COMPONENTS)
+    components = decompose(matrix, most=MOST_COMPONENTS)
+    rank = int(worth_storing(components, sum(matrix.shape), torch.tensor([share * matrix.numel()])))
+    return components.rounded(torch.full((rank,), FINENESS), matrix)
+
+
+def worth_storing(components: Components, length: int, counts: Tensor) -> Tensor:
+    """Count the components that are worth more than the signs that their bits would be, see `largest_components`.
+
+    Args:
+        components: the leading ones of a matrix `[out, in]`.
+        length: out + in.
+        counts: `[n]`, of signs.
+
+    Returns:
+        `[n]` int64, one for each number of signs.
+    """
     squares = components.squares
     left_over = (components.energy - squares.cumsum(0)).clamp(min=0)
-    bits = float(BITS[_FINENESS]) * sum(matrix.shape)
-    worth = squares >= left_over * bits / (share * matrix.numel())
-    rank = int(worth.to(torch.int64).cumprod(0).sum())
-    return components.rounded(torch.full((rank,), _FINENESS), matrix)
+    least = left_over * float(BITS[FINENESS]) * length
+    return (squares * counts[:, None] >= least).to(torch.int64).cumprod(1).sum(1)

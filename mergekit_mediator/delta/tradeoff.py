@@ -46,12 +46,13 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
         components: of the difference as a matrix; computed if they are None.
 
     Returns:
-        `[2, len(SLOPES)]` float64: bits in the first row, squared error in the second.
+        `[3, len(SLOPES)]` float64: bits in the first row, squared error in the second, and in every column of the third
+        the error of storing nothing.
     """
     numel = difference.numel()
     if is_vector(difference):
         stored = torch.full((len(SLOPES),), _VECTOR_BITS * numel, dtype=torch.float64)
-        return torch.stack([stored, torch.zeros_like(stored)])
+        return torch.stack([stored, *torch.zeros(2, len(SLOPES), dtype=torch.float64)])
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
@@ -89,7 +90,7 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
             coded = loss * entropy * numel + (_CODES_BITS if entropy else 0)
             bits.append(of_factors + coded)
             errors.append(more * error * numel)
-    return torch.tensor([bits, errors], dtype=torch.float64)
+    return torch.tensor([bits, errors, errors[:1] * len(errors)], dtype=torch.float64)
 
 
 def slope_for(costs: Tensor, numel: int, bits: float) -> float:

@@ -244,7 +244,8 @@ class MediatorConfig(BaseModel):
         _check_alone([name for name in ("route", *_RULES) if name in settings.keys() - capped])
         storage = _storage_parameters(config)
         if storage & {"bits", "budget", "rank", "keep"}:
-            _check_alone(sorted(storage - capped))
+            takes_rate = settings.get("values") == "random_sign" and "rank" not in storage
+            _check_alone(sorted(storage - capped - ({"values"} if takes_rate else set())))
         settings["storage_given"] = bool(storage)
         try:
             parsed = cls(

@@ -91,7 +91,7 @@ def write_experts(
     spare, corrections = 0, CORRECTIONS if config.keep is not None else 0
     divergences: Mapping[ModelReference, Divergences] = {}
     if lessons and is_capped(
-        config, predict_kept(names, dense.measured, rate(others, targets, {}))
+        config, predict_kept(config, names, dense.measured, rate(others, targets, {}))
     ):
         divergences = measure_divergences(tuning, partial(rate, others, targets), write)
     while True:
@@ -112,7 +112,7 @@ def write_experts(
             path.unlink()
     predicted = {}
     if config.keep is not None or divergences:
-        predicted = predict_kept(names, dense.measured, slopes)
+        predicted = predict_kept(config, names, dense.measured, slopes)
     warn_of_cap(config, targets, predicted)
     return ExpertPass(
         slopes,

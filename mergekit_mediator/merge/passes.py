@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_mediator.delta.narrow import check_range, narrowed, range_error
+from mergekit_mediator.delta.random_sign_costs import random_sign_tradeoff
 from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict, task_vectors
@@ -35,7 +36,7 @@ class Measured:
 
     Attributes:
         conflict: the conflict between the experts' task vectors; all zero for a buffer of integers.
-        costs: for each expert the bits and the error of its task vector at each slope, `[2, n_slopes]`
+        costs: for each expert the bits and the error of its task vector at each slope, `[3, n_slopes]`
             float64, see `delta.tradeoff`; empty for a buffer, and unless the caller asked for costs.
     """
 
@@ -210,6 +211,8 @@ class Passes:
 
     def _cost(self, weight: PlannedWeight, model: ModelReference, tau: Tensor) -> Tensor:
         """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
+        if self.inputs.config.values == "random_sign":
+            return random_sign_tradeoff(tau)
         components = None
         if self._spectra is not None:
             expert = self.inputs.config.experts[model]

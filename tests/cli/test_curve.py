@@ -5,7 +5,8 @@ from commands import call, figures, write
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.delta.allocation import Allocation
-from mergekit_mediator.delta.curve import curve, predicted_loss_recovered
+from mergekit_mediator.delta.curve import curve
+from mergekit_mediator.delta.loss_law import predicted_loss_recovered
 from mergekit_mediator.delta.tradeoff import SLOPES
 
 
@@ -53,7 +54,8 @@ def test_the_table_and_the_picture_show_the_same_budgets(wide, points, tmp_path)
 
 def test_budgets_below_the_fixed_bytes_are_left_out():
     bits = torch.linspace(800, 8000, len(SLOPES), dtype=torch.float64)
-    tradeoff = torch.stack([bits, 2.0 ** -torch.arange(len(SLOPES), dtype=torch.float64)])
+    left = 2.0 ** -torch.arange(len(SLOPES), dtype=torch.float64)
+    tradeoff = torch.stack([bits, left, torch.ones_like(left)])
     points = curve(Allocation([tradeoff]), 1000, checkpoint_bytes=1000, fixed_bytes=1100)
     sizes = [p.over_dense for p in points]
     assert min(sizes) == 1.25

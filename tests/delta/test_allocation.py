@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from mergekit_mediator.delta.allocation import LOSS_POWER, Allocation
-from mergekit_mediator.delta.divergence import DIVERGENCE_POWER
+from mergekit_mediator.delta.allocation import Allocation
+from mergekit_mediator.delta.loss_law import DIVERGENCE_POWER, LOSS_POWER, NOISE
 from mergekit_mediator.delta.tradeoff import SLOPES, tradeoff
 from mergekit_mediator.errors import ConfigError
 
@@ -14,7 +14,7 @@ AT = torch.arange(len(SLOPES), dtype=torch.float64)
 
 def exponential(scale, half, energy=1.0):
     """Bits that grow with the slope's place, and an error that halves every `half` places."""
-    return torch.stack([scale * AT, energy * 2.0 ** (-AT / half)])
+    return torch.stack([scale * AT, energy * 2.0 ** (-AT / half), torch.full_like(AT, energy)])
 
 
 def place(slope):
@@ -117,3 +117,40 @@ def test_the_expert_whose_answers_diverge_more_gets_the_bits():
     assert 0.16 * (first / equal) ** power == pytest.approx(
         0.01 * (second / equal) ** power, rel=0.05
     )
+
+
+def noise(share, energy=1.0):
+    """Bits in proportion to a density that grows with the slope's place up to 1, and the noise of it."""
+    density = (share * 2.0 ** (AT / 4)).clamp(max=1)
+    return torch.stack([1000 * density, energy * 2 / density, torch.full_like(AT, energy)])
+
+
+def test_noise_is_kept_to_what_the_part_of_the_gain_allows():
+    shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], law=NOISE)
+    slopes = shared.slopes_to_keep([0.99, 0.98])
+    assert shared.kept(slopes) == pytest.approx([0.99, 0.98], abs=1e-3)
+    # a noise of 5 and of 10 times the change, of densities 0.4 and 0.2
+    assert shared.spent(slopes) == pytest.approx(600, rel=0.02)
+
+
+def test_experts_with_as_much_noise_get_as_many_bits():
+    shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], law=NOISE)
+    first, second = (float(place(slope)) for slope in shared.slopes(200))
+    assert 1e-4 * 2 ** (first / 4) == pytest.approx(1e-3 * 2 ** (second / 4), rel=0.02)
+    assert shared.spent(shared.slopes(200)) == pytest.approx(200, rel=0.01)
+
+
+def test_bits_go_where_noise_diverges_more():
+    """The divergence is in proportion to the noise, so of least sum the densities are as its square roots."""
+    shared = Allocation([noise(1e-3)] * 2, law=NOISE)
+    equal = shared.slopes(400)[0]
+    shared = Allocation([noise(1e-3)] * 2, [{equal: 0.16}, {equal: 0.01}], NOISE)
+    first, second = (float(place(slope)) for slope in shared.slopes(400))
+    assert 2 ** ((first - second) / 4) == pytest.approx(4, rel=0.02)
+
+
+def test_the_finest_slope_is_taken_where_none_keeps_enough():
+    shared = Allocation([noise(1e-3)], law=NOISE)
+    slopes = shared.slopes_to_keep([0.9999])
+    assert shared.kept(slopes)[0] < 0.9999
+    assert shared.spent(slopes) == pytest.approx(shared.most)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mergekit_mediator.delta.kept import predicted_kept
+from mergekit_mediator.delta.kept import predicted_kept, predicted_kept_in_noise
 
 
 def test_an_expert_that_leaves_out_everything_keeps_nothing():
@@ -19,3 +19,10 @@ def test_measured_points_are_met(left, kept):
 
 def test_more_left_out_keeps_less():
     assert (np.diff(predicted_kept(np.linspace(0.01, 1, 500))) < 0).all()
+
+
+def test_what_is_lost_to_noise_is_in_proportion_to_it():
+    lost = 1 - predicted_kept_in_noise([0.0, 2.0, 8.0])
+    assert lost[0] == 0
+    assert lost[2] == pytest.approx(4 * lost[1])
+    assert predicted_kept_in_noise(1e6) == 0

@@ -1,13 +1,19 @@
 """`values: random_sign`: experts as signs at random coordinates."""
 
+from pathlib import Path
+
 import edits
 import pico
 import pytest
 import torch
 from commands import call, figures, write
+from mergekit.config import MergeConfiguration
 
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.delta.random_sign import random_positions
+from mergekit_mediator.errors import ConfigError
+from mergekit_mediator.merge.config import MediatorConfig
+from mergekit_mediator.models.loading import load_plain
 from mergekit_mediator.store.expert_file import ExpertFile
 from mergekit_mediator.store.manifest import read_manifest
 
@@ -18,6 +24,10 @@ def random(family):
         return family.config(values="random_sign", density=density, **parameters)
 
     return configured
+
+
+def parsed(config):
+    return MediatorConfig.from_merge_config(MergeConfiguration.model_validate(config))
 
 
 def test_a_matrix_holds_signs_at_random_places_and_a_vector_all_its_numbers(
@@ -69,6 +79,92 @@ def test_plan_tells_of_the_noise_and_of_no_budget(random, tmp_path):
     told = call("plan", write(random(), tmp_path / "config.yml")).output
     assert "The smaller `density` is, the more noise comes with each expert." in told
     assert "A budget keeps more" not in told
+
+
+@pytest.fixture(scope="module")
+def wide(make):
+    return make(lambda: pico.llama(hidden_size=128, intermediate_size=256, vocab_size=512))
+
+
+@pytest.mark.parametrize("asked", [0.3, 1.0])
+def test_experts_take_the_bits_that_were_asked_for(wide, tmp_path, asked):
+    config = write(wide.config(values="random_sign", bits=asked), tmp_path / "config.yml")
+    assert call("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+    of_signs = 0.0
+    for file in (tmp_path / "out/mediator/experts").iterdir():
+        entries = ExpertFile(file).weights.values()
+        assert {entry.values for entry in entries if len(entry.shape) == 2} == {"random_sign"}
+        of_signs += sum(8 * sum(entry.sizes) for entry in entries)
+    parameters = sum(w.numel() for w in load_plain(tmp_path / "out").state_dict().values())
+    assert of_signs / parameters / len(wide.experts) == pytest.approx(asked, rel=0.15)
+
+
+def test_a_budget_is_kept_to_and_spent(wide, tmp_path):
+    config = write(wide.config(values="random_sign", budget="1.3x"), tmp_path / "config.yml")
+    assert call("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+    files = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    sizes = {path: (tmp_path / "out" / path).stat().st_size for path in files}
+    dense = sum(size for path, size in sizes.items() if len(path.parts) == 1)
+    assert 1.2 < sum(sizes.values()) / dense <= 1.3
+
+
+def test_every_expert_takes_the_signs_that_keep_its_part(wide, tmp_path):
+    """A larger part takes more bits, and the artifact states the prediction."""
+    taken = []
+    for keep in (0.97, 0.99):
+        config = write(wide.config(values="random_sign", keep=keep), tmp_path / f"{keep}.yml")
+        assert call("merge", config, tmp_path / str(keep), "--quiet").exit_code == 0
+        kept = read_manifest(tmp_path / str(keep)).parameters["kept"].values()
+        assert all(part["predicted"] == pytest.approx(keep, abs=2e-3) for part in kept)
+        taken.append(
+            sum(f.stat().st_size for f in (tmp_path / f"{keep}/mediator/experts").iterdir())
+        )
+    assert taken[0] < taken[1]
+
+
+def test_more_than_signs_can_keep_is_told_in_one_line(wide, tmp_path):
+    config = write(wide.config(values="random_sign", keep=0.9999), tmp_path / "config.yml")
+    merged = call("merge", config, tmp_path / "out", "--quiet")
+    assert merged.exit_code == 0
+    assert "warning: keep: random signs cannot keep 0.9999: " in merged.output
+    assert "leave out `values`, or lower keep" in merged.output
+
+
+def test_the_curve_tells_of_noise(wide, tmp_path):
+    config = write(wide.config(values="random_sign", keep=0.9), tmp_path / "config.yml")
+    told = call("plan", config, "--curve", "--quiet").output
+    assert "noise, %" in told
+    assert "change kept" not in told
+    parts = [point["keep"] for point in figures("plan", config, "--curve", "--quiet")["keep"]]
+    assert parts == [0.9, 0.97, 0.99]  # and none that signs cannot keep
+
+
+@pytest.mark.parametrize("other", [{"density": 0.1, "keep": 0.9}, {"rank": 8}])
+def test_signs_take_one_rate_and_no_rank(wide, other):
+    with pytest.raises(ConfigError, match="contradict each other: give one of them"):
+        parsed(wide.config(values="random_sign", **other))
+
+
+def test_other_values_take_no_rate(wide):
+    with pytest.raises(ConfigError, match="keep and values contradict each other"):
+        parsed(wide.config(values="int4", keep=0.9))
+
+
+def test_an_expert_is_added_at_the_rate_of_the_others(wide, family, tmp_path):
+    config = write(wide.config(values="random_sign", keep=0.97), tmp_path / "config.yml")
+    out = tmp_path / "out"
+    assert call("merge", config, out, "--quiet").exit_code == 0
+    again = next(iter(wide.experts.values()))
+    assert call("add-expert", out, again, "--name", "again").exit_code == 0
+    added = ExpertFile(out / "mediator/experts/again.safetensors").weights.values()
+    assert {entry.values for entry in added} == {"random_sign", "exact"}
+    signs = sum(sum(e.sizes) for e in added if e.values == "random_sign")
+    others = ExpertFile(
+        out / "mediator/experts" / f"{Path(again).name}.safetensors"
+    ).weights.values()
+    assert signs == pytest.approx(
+        sum(sum(e.sizes) for e in others if e.values == "random_sign"), rel=0.2
+    )
 
 
 def test_no_form_is_smaller(random, merged):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_mediator.delta.allocation import Allocation, Divergences
 from mergekit_mediator.delta.curve import KeptPoint, Point, curve, kept_curve
+from mergekit_mediator.delta.loss_law import LEFT_OUT, NOISE, LossLaw
 from mergekit_mediator.delta.tradeoff import slope_for
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.config import MediatorConfig
@@ -70,7 +71,8 @@ def slopes_for(
             model: slope_for(tradeoff[0], numel, config.bits)
             for model, tradeoff in zip(models, of_experts, strict=True)
         }
-    allocation = Allocation(of_experts, [divergences.get(model, {}) for model in models])
+    diverging = [divergences.get(model, {}) for model in models]
+    allocation = Allocation(of_experts, diverging, loss_law(config))
     required = None
     if config.keep is not None:
         required = allocation.slopes_to_keep([targets[model] for model in models])
@@ -89,7 +91,13 @@ def slopes_for(
     return dict(zip(models, allocation.slopes(bits), strict=True))
 
 
+def loss_law(config: MediatorConfig) -> LossLaw:
+    """The law by which the loss follows from the error of the form that the configuration asks for."""
+    return NOISE if config.values == "random_sign" else LEFT_OUT
+
+
 def predict_kept(
+    config: MediatorConfig,
     names: Sequence[str],
     measured: Mapping[str, Measured],
     slopes: Mapping[ModelReference, float],
@@ -97,13 +105,15 @@ def predict_kept(
     """Predict the part of its gain, in [0, 1], that each expert keeps at its slope.
 
     Args:
+        config: the configuration of the merge.
         names: the names of the routed weights.
         measured: the figures of each weight by name, with costs.
         slopes: the slope of each expert, from `slopes_for` within `keep` or a `budget`.
     """
     if not slopes:
         return {}
-    kept = Allocation(tradeoffs(names, measured)).kept(list(slopes.values()))
+    allocation = Allocation(tradeoffs(names, measured), law=loss_law(config))
+    kept = allocation.kept(list(slopes.values()))
     return dict(zip(slopes, kept, strict=True))
 
 
@@ -163,7 +173,7 @@ def predict(
     checkpoint_bytes += sum(path.stat().st_size for path in paths)
     fixed = fixed_bytes(inputs.config, names, names, checkpoint_bytes)
     numel = parameters(names, measured, dense) * len(inputs.experts)
-    allocation = Allocation(tradeoffs(names, measured))
+    allocation = Allocation(tradeoffs(names, measured), law=loss_law(inputs.config))
     return (
         curve(allocation, numel, checkpoint_bytes, fixed),
         kept_curve(allocation, numel, checkpoint_bytes, fixed),
@@ -180,7 +190,8 @@ def parameters(
 def tradeoffs(names: Sequence[str], measured: Mapping[str, Measured]) -> list[Tensor]:
     """Sum the costs of the named weights for each expert, in the order of the configuration.
 
-    Each sum is `[2, n_slopes]` float64: bits, and the squared error that remains; see `delta.tradeoff`.
+    Each sum is `[3, n_slopes]` float64: bits, the squared error that remains, and that of storing nothing; see
+    `delta.tradeoff`.
     """
     by_weight = [measured[name].costs for name in names if measured[name].costs]
     return [torch.stack(of_expert).sum(dim=0) for of_expert in zip(*by_weight, strict=True)]

@@ -10,6 +10,7 @@ from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.factors import Factors
 from mergekit_mediator.delta.narrow import check_range, narrowed
 from mergekit_mediator.delta.random_sign import encode_random_sign
+from mergekit_mediator.delta.random_sign_costs import density_at
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.merge.adapters.config import adapter_directory
@@ -88,6 +89,11 @@ class Encoder:
             reference = dense if merged else load(self._config.base_model)
             (tau,) = task_vectors(reference, [expert], self._device)
             slope = self._slopes[model]
+            if self._config.values == "random_sign":
+                density = density_at(tau, slope)
+                return encode_random_sign(
+                    narrowed(expert, dense.dtype, where), dense, density, self._device
+                )
             name = self._config.experts[model]
             components = self._spectra.read(name, weight.info.name, self._device)
             stored = approximate(tau, slope, dense.dtype, share, components)

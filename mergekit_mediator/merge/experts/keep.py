@@ -81,20 +81,26 @@ def is_capped(config: MediatorConfig, predicted: Parts) -> bool:
 
 
 def warn_of_cap(config: MediatorConfig, targets: Parts, predicted: Parts) -> None:
-    """Say what can be kept if a budget allows less than `keep` asks for.
+    """Say what can be kept if a budget, or the form of the experts, allows less than `keep` asks for.
 
     Args:
         config: the configuration of the merge.
         targets: the predicted part that was aimed at, for each expert; less than `keep` where prompts showed that
             less is enough.
-        predicted: the predicted part of each expert within the budget.
+        predicted: the predicted part of each expert.
     """
-    if config.keep is None or config.budget is None:
+    if config.keep is None or (config.budget is None and config.values != "random_sign"):
         return
     if all(part >= targets[model] - _ROUNDING for model, part in predicted.items()):
         return
     least = min(predicted, key=lambda model: predicted[model])
-    tqdm.write(
-        f"warning: budget: {config.budget} is too little to keep {config.keep:g}: {config.experts[least]} "
-        f"is predicted to keep {predicted[least]:.4f} of its gain: raise the budget, or lower keep"
-    )
+    kept = f"{config.experts[least]} is predicted to keep {predicted[least]:.4f} of its gain"
+    if config.budget is not None:
+        tqdm.write(
+            f"warning: budget: {config.budget} is too little to keep {config.keep:g}: {kept}: raise the budget, or "
+            "lower keep"
+        )
+    else:
+        tqdm.write(
+            f"warning: keep: random signs cannot keep {config.keep:g}: {kept}: leave out `values`, or lower keep"
+        )
