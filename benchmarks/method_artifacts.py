@@ -31,6 +31,12 @@ STORED = {
         )
         for d in (0.03, 0.1)
     },
+    **{
+        f"mediator random_sign {key} {rate}": StoredMethod(
+            "mediator", {"values": "random_sign", key: rate}
+        )
+        for key, rate in (("keep", 0.99), ("keep", 0.9), ("budget", "1.02x"))
+    },
     "mediator 1.06x": StoredMethod("mediator", {"budget": "1.06x"}),
     "mediator 1.06x, prompts": StoredMethod("mediator", {"budget": "1.06x"}, needs_prompts=True),
     "mediator 1.06x, prompts, regmean_pp": StoredMethod(

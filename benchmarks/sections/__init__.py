@@ -86,6 +86,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "lossless": storing.lossless,
     "keep": storing.keep,
     "keep, random signs": partial(storing.keep, "random_sign"),
+    "noise of broad changes": storing.noise,
     "own-texts": storing.own_texts,
     "rates": rates.rates,
     "expectations": expectations.expectations,

@@ -1,5 +1,6 @@
 """Sections about stored experts: what each form costs and keeps."""
 
+from mergekit_mediator.delta.kept import predicted_kept_in_noise
 from sections.markdown import load, table
 
 # Of the rows of codec.json, enough to see the curves.
@@ -92,3 +93,20 @@ def own_texts() -> str:
         for row in load("own-texts")["rows"]
     ]
     return table([*head, "by held-out ones", "gain kept"], rows)
+
+
+def noise() -> str:
+    """The gain that broad fine-tunes keep beside noise, predicted and measured."""
+    rows = [
+        [
+            row["expert"],
+            f"{row['bits_per_parameter']:.2f}",
+            f"{row['left_out']:.1f}",
+            f"{100 * float(predicted_kept_in_noise(row['left_out'])):.1f}",
+            f"{100 * row['gain_kept']:.1f}",
+        ]
+        for row in load("broad")["rows"]
+        if row["form"].startswith("random signs")
+    ]
+    head = ["expert", "bits", "noise over the change", "predicted, %", "measured, %"]
+    return table(head, rows)

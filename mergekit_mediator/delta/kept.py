@@ -9,9 +9,10 @@ _LEFT = (1.0, 0.61, 0.53, 0.47, 0.41, 0.22, 0.159, 0.107)
 _LOST = (1.0, 0.4, 0.14, 0.07, 0.0465, 0.0177, 0.0101, 0.0032)
 _POWER = 2.9  # of the left part, below the last point: as between the last two points
 _LEAST = 1e-6
-# The part of the gain that is lost to noise as large as the change. It is 0.005, 0.002 and 0.001 for three broad fine-tunes
-# of SmolLM2-135M, and less than 0.0005 for narrow ones: benchmarks/results/broad.json and keep.json.
-_LOST_TO_NOISE = 0.002
+# The part of the gain that is lost to noise as large as the change, and the power of larger noise by which it grows: of
+# broad fine-tunes of SmolLM2-135M, between the one that loses most and the others, see benchmarks/results/broad.json.
+# Narrow ones lose less, and as much as they where the noise is fifty times the change.
+_LOST_TO_NOISE, NOISE_POWER = 0.001, 1.4
 
 
 def predicted_kept(left: ArrayLike) -> NDArray[np.float64]:
@@ -36,8 +37,8 @@ def predicted_kept(left: ArrayLike) -> NDArray[np.float64]:
 def predicted_kept_in_noise(noise: ArrayLike) -> NDArray[np.float64]:
     """Predict the part of its gain over the dense expert that an expert keeps beside noise without a direction.
 
-    What is lost is proportional to the noise, and hardly depends on the size of the change: a fine-tune gains about as the
-    square of its change, and loses about as that of the noise. That holds of changes far smaller than the base.
+    What is lost is a power of the noise, and hardly depends on the size of the change: a fine-tune gains about as the
+    square of its change. That holds of changes far smaller than the base. The formula is this project's own.
 
     Args:
         noise: its squared norm over that of the change, any shape.
@@ -45,4 +46,5 @@ def predicted_kept_in_noise(noise: ArrayLike) -> NDArray[np.float64]:
     Returns:
         The kept part, in [0, 1], of the same shape.
     """
-    return np.asarray(1 - np.clip(_LOST_TO_NOISE * np.asarray(noise), 0, 1), dtype=np.float64)
+    lost = _LOST_TO_NOISE * np.asarray(noise, dtype=np.float64) ** NOISE_POWER
+    return np.asarray(1 - np.clip(lost, 0, 1), dtype=np.float64)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mergekit_mediator.delta.kept import predicted_kept, predicted_kept_in_noise
+from mergekit_mediator.delta.kept import NOISE_POWER, predicted_kept, predicted_kept_in_noise
 
 # The part of the loss between average and expert that is not recovered is about this power of the part of the
 # squared change that is left out. In benchmarks/results/codec.json the power is 5 for weak fine-tunes at half a
@@ -42,7 +42,10 @@ def predicted_loss_recovered(left: float) -> float:
 
 # The error is what the form leaves out of the change: it makes the expert weaker.
 LEFT_OUT = LossLaw(predicted_kept, predicted_loss_recovered, LOSS_POWER, DIVERGENCE_POWER)
-# The error is noise without a direction, whose loss is quadratic in its size.
+# The error is noise without a direction.
 NOISE = LossLaw(
-    predicted_kept_in_noise, lambda noise: float(predicted_kept_in_noise(noise)), 1.0, 1.0
+    predicted_kept_in_noise,
+    lambda noise: float(predicted_kept_in_noise(noise)),
+    NOISE_POWER,
+    NOISE_POWER,
 )

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mergekit_mediator.delta.allocation import Allocation
+from mergekit_mediator.delta.kept import NOISE_POWER, predicted_kept_in_noise
 from mergekit_mediator.delta.loss_law import DIVERGENCE_POWER, LOSS_POWER, NOISE
 from mergekit_mediator.delta.tradeoff import SLOPES, tradeoff
 from mergekit_mediator.errors import ConfigError
@@ -127,9 +128,10 @@ def noise(share, energy=1.0):
 
 def test_noise_is_kept_to_what_the_part_of_the_gain_allows():
     shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], law=NOISE)
-    slopes = shared.slopes_to_keep([0.99, 0.98])
-    assert shared.kept(slopes) == pytest.approx([0.99, 0.98], abs=1e-3)
-    # a noise of 5 and of 10 times the change, of densities 0.4 and 0.2
+    parts = [float(predicted_kept_in_noise(noise)) for noise in (5, 10)]
+    slopes = shared.slopes_to_keep(parts)
+    assert shared.kept(slopes) == pytest.approx(parts, abs=1e-3)
+    # densities of 0.4 and 0.2
     assert shared.spent(slopes) == pytest.approx(600, rel=0.02)
 
 
@@ -141,12 +143,12 @@ def test_experts_with_as_much_noise_get_as_many_bits():
 
 
 def test_bits_go_where_noise_diverges_more():
-    """The divergence is in proportion to the noise, so of least sum the densities are as its square roots."""
+    """The divergence d / pⁿ of densities p has the least sum where p is as the root of 1 + n of d."""
     shared = Allocation([noise(1e-3)] * 2, law=NOISE)
     equal = shared.slopes(400)[0]
     shared = Allocation([noise(1e-3)] * 2, [{equal: 0.16}, {equal: 0.01}], NOISE)
     first, second = (float(place(slope)) for slope in shared.slopes(400))
-    assert 2 ** ((first - second) / 4) == pytest.approx(4, rel=0.02)
+    assert 2 ** ((first - second) / 4) == pytest.approx(16 ** (1 / (1 + NOISE_POWER)), rel=0.02)
 
 
 def test_the_finest_slope_is_taken_where_none_keeps_enough():

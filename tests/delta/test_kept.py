@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mergekit_mediator.delta.kept import predicted_kept, predicted_kept_in_noise
+from mergekit_mediator.delta.kept import NOISE_POWER, predicted_kept, predicted_kept_in_noise
 
 
 def test_an_expert_that_leaves_out_everything_keeps_nothing():
@@ -21,8 +21,9 @@ def test_more_left_out_keeps_less():
     assert (np.diff(predicted_kept(np.linspace(0.01, 1, 500))) < 0).all()
 
 
-def test_what_is_lost_to_noise_is_in_proportion_to_it():
-    lost = 1 - predicted_kept_in_noise([0.0, 2.0, 8.0])
+def test_what_is_lost_to_noise_grows_as_a_power_of_it():
+    lost = 1 - predicted_kept_in_noise([0.0, 1.0, 5.0, 10.0])
     assert lost[0] == 0
-    assert lost[2] == pytest.approx(4 * lost[1])
+    assert lost[2] == pytest.approx(0.0095, abs=1e-4)
+    assert lost[3] == pytest.approx(2**NOISE_POWER * lost[2])
     assert predicted_kept_in_noise(1e6) == 0
