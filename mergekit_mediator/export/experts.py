@@ -38,6 +38,11 @@ class Change:
         """Whether every part is a product of thin factors alone."""
         return all(part.factors and not part.positions.numel() for _, part in self.parts)
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a part is signs at random coordinates, most of whose squared change is noise."""
+        return any(part.values == "random_sign" for _, part in self.parts)
+
     def tensor(self, dense: Tensor) -> Tensor:
         """Return the change in the weight's shape, float32.
 

@@ -83,7 +83,8 @@ def to_adapter(
         measure: measures the part of the gain that an adapter keeps; without it, it is predicted.
 
     Raises:
-        ExportError: an expert is unknown, or the rank is below 1, or the energy is not in (0, 1].
+        ExportError: an expert is unknown, or the rank is below 1, or the energy is not in (0, 1]; or what a rank keeps
+            of random signs is to be predicted.
     """
     if rank < 1:
         raise ExportError(f"rank: at least 1 is required, got {rank}")
@@ -92,6 +93,11 @@ def to_adapter(
     modules: dict[str, Factors] = {}
     dropped, lost = [], 0.0
     for change in experts.changes(mixture):
+        if change.is_noisy and keep is not None and measure is None:
+            raise ExportError(
+                f"rank auto: {change.weight} of {', '.join(mixture)} is stored as random signs, whose noise hides what a "
+                "rank keeps: give a rank such as 64, or --prompts that measure it"
+            )
         kind = holdable.kind(change.weight, len(change.shape))
         dense = experts.dense.weight(change.weight)
         if kind == "other":

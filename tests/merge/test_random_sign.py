@@ -167,6 +167,15 @@ def test_an_expert_is_added_at_the_rate_of_the_others(wide, family, tmp_path):
     )
 
 
+def test_no_rank_is_chosen_by_the_noise(random, merged, tmp_path):
+    out = merged(random())
+    failed = call("export", out, tmp_path / "auto", "--rank", "auto", "--drop")
+    assert failed.exit_code == 1
+    assert "stored as random signs, whose noise hides what a rank keeps" in failed.output
+    assert not (tmp_path / "auto").exists()
+    assert call("export", out, tmp_path / "eight", "--rank", "8", "--drop").exit_code == 0
+
+
 def test_no_form_is_smaller(random, merged):
     out = merged(random())
     failed = call("requantize", out, "--values", "sign")
