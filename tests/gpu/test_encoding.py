@@ -10,6 +10,8 @@ from mergekit_mediator.delta.approximate import approximate
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Factors, unrounded
 from mergekit_mediator.delta.kth_largest import compare
+from mergekit_mediator.delta.random_sign import encode_random_sign
+from mergekit_mediator.delta.random_sign_costs import random_sign_tradeoff
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.delta.tradeoff import tradeoff
@@ -155,13 +157,27 @@ def test_codes_of_factors_are_unrounded_on_the_device(device):
 
 @pytest.mark.parametrize("fast", [False, True], ids=["full", "tf32"])
 @pytest.mark.parametrize("shape", [(120, 90), (40,)], ids=str)
-def test_predicted_costs_are_those_of_the_processor(device, tf32, shape, fast):
+@pytest.mark.parametrize("predict", [tradeoff, random_sign_tradeoff])
+def test_predicted_costs_are_those_of_the_processor(device, tf32, predict, shape, fast):
     tau = difference() if len(shape) == 2 else difference()[0, :40]
-    expected = tradeoff(tau)
+    expected = predict(tau)
     tf32(fast)
-    found = tradeoff(tau.to(device))
+    found = predict(tau.to(device))
     assert found.device == CPU
     torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_random_signs_are_those_of_the_processor(device, density):
+    """But where a number is as likely stored as not: sums differ in their last bits."""
+    tau = difference()
+    dense = torch.zeros_like(tau)
+    expected = encode_random_sign(tau, dense, density)
+    found = encode_random_sign(tau, dense, density, str(device))
+    assert torch.equal(found.positions, expected.positions)
+    same = (found.codes.sign() == expected.codes.sign()).double().mean()
+    assert float(same) > 0.95
+    assert found.scale == pytest.approx(expected.scale, rel=0.05)
 
 
 def test_components_that_are_kept_for_later_give_the_same_bytes(device):
