@@ -21,6 +21,7 @@ from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factors import Components
 from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.delta.random_sign import encode_random_sign
+from mergekit_mediator.delta.random_sign_costs import density_at, random_sign_tradeoff
 from mergekit_mediator.store.codec import encode_bytes
 
 RATES = (0.05, 0.08, 0.15, 0.2, 0.25, 0.5, 1.0, 2.0)
@@ -28,7 +29,7 @@ RANKS = (4, 16, 64, 256)
 COME_RATES = (0.2, 0.5, 1.0, 2.0)
 SIGN_FIRST_RANKS = (4, 16)
 DENSITIES = (0.01, 0.05, 0.2, 0.5)
-SIGN_SHARES = (0.03, 0.1, 0.3)
+SIGN_SHARES, SIGN_RATES = (0.03, 0.1, 0.3), (0.05, 0.08, 0.15, 0.25, 0.5, 1.0)
 SETTING_RATES = (0.08, 0.15, 0.5)
 # What counts more of the squared error: nothing, the middle blocks, or small changes.
 Weigh = Literal["alike", "middle", "relative"]
@@ -155,6 +156,7 @@ def forms(only: str = "") -> dict[str, Form]:
         **{f"8-3-2 bits {bits:g}": partial(come, bits=bits) for bits in COME_RATES},
         **{f"sign first, rank {rank}": partial(sign_first, rank=rank) for rank in SIGN_FIRST_RANKS},
         **{f"random signs {share:g}": partial(random_signs, share=share) for share in SIGN_SHARES},
+        **{f"ours as signs {bits:g}": partial(signs_within, bits=bits) for bits in SIGN_RATES},
         **{f"ternary {density:g}": partial(ternary, density=density) for density in DENSITIES},
     }
     return {name: form for name, form in known.items() if begins(name, only)}
@@ -219,6 +221,23 @@ def random_signs(change: Change, share: float) -> tuple[State, float]:
         return Stored(as_matrix(stored.change(base)), 8 * encode_bytes(stored)[0].numel())
 
     return of_matrices(change, store)
+
+
+def signs_within(change: Change, bits: float) -> tuple[State, float]:
+    """Random signs at one slope, relative to the base, as `values: random_sign` with `bits` stores them."""
+    costs = change.each(lambda n: random_sign_tradeoff(change.differences[n]), change.differences)
+    slope = tradeoff.slope_for(sum(costs.values())[0], change.numel, bits)
+
+    def store(name: str) -> tuple[Tensor, int]:
+        weight = change.base[name].clone()
+        density = density_at(change.differences[name], slope)
+        stored = encode_random_sign(change.expert[name], weight, density)
+        mix_(weight, [(1.0, stored)])
+        return weight, encode_bytes(stored, change.base[name])[0].numel()
+
+    made = change.each(store, change.differences)
+    weights = {name: weight for name, (weight, _) in made.items()}
+    return weights, 8 * sum(size for _, size in made.values()) / change.numel
 
 
 def come(change: Change, bits: float) -> tuple[State, float]:

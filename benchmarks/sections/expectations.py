@@ -38,8 +38,8 @@ def _kinds() -> list[tuple[str, Mapping[float, float]]]:
     ]
 
 
-def _ours(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["form"].startswith("ours")]
+def _ours(rows: Iterable[Mapping[str, Any]], form: str = "ours") -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["form"].rsplit(" ", 1)[0] == form]
 
 
 def _by_bits(rows: Iterable[Mapping[str, Any]]) -> dict[float, float]:

@@ -32,7 +32,12 @@ def error(change, weights):
 
 
 @pytest.mark.parametrize(
-    "form", [f for f in stored_forms.forms() if not f.startswith(("ours 0", "random signs"))]
+    "form",
+    [
+        f
+        for f in stored_forms.forms()
+        if not f.startswith(("ours 0", "ours as signs", "random signs"))
+    ],
 )
 def test_a_form_comes_nearer_to_the_expert_than_the_base_is(change, form):
     weights, bits = stored_forms.forms()[form](change)
@@ -60,7 +65,9 @@ def test_random_signs_are_as_long_in_the_direction_of_the_change_as_it_is(change
     "family", ["ours", "extract-lora", "8-3-2", "sign first", "ternary", "random signs"]
 )
 def test_more_bits_come_nearer(change, family):
-    wanted = [f for f in stored_forms.forms(family) if not f.startswith("ours 0")]
+    # a pico expert's vectors alone take more than the smallest rates
+    small = ("ours 0", "ours as signs")
+    wanted = [f for f in stored_forms.forms(family) if not f.startswith(small)]
     found = [stored_forms.forms()[form](change) for form in wanted]
     bits = [b for _, b in found]
     errors = [error(change, weights) for weights, _ in found]
