@@ -66,8 +66,13 @@ class ModelInMemory:
             files: the file of each expert.
         """
         for weight in self._floating:
-            place, versions = self._places[weight.info.name], _versions(files, weight.info.name)
-            place.copy_(self._read_dense(weight.info.name))
+            place, dense = self._places[weight.info.name], self._read_dense(weight.info.name)
+            versions = {
+                other: file.read(weight.info.name, dense)
+                for other, file in files.items()
+                if weight.info.name in file.weights
+            }
+            place.copy_(dense)
             parts = [
                 (stored.coefficient(float(other == expert), 1.0), stored.to(place.device))
                 for other, stored in versions.items()
@@ -75,21 +80,19 @@ class ModelInMemory:
             if parts:
                 mix_(place, parts)
 
+    def stored(self, file: ExpertFile) -> dict[str, StoredWeight]:
+        """Read all weights that an expert's file stores, by name."""
+        return {name: file.read(name, self._read_dense(name)) for name in file.weights}
+
     def changes(
         self, expert: ModelReference, names: Container[str]
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield the name of each named weight, its place in the model, and the change that the expert stores of it."""
-        load, is_merged = self._inputs.load, self._inputs.config.reference_is_merged
+        load, config = self._inputs.load, self._inputs.config
+        is_of_dense = config.reference_is_merged or config.values == "random_sign"
         for weight in self._floating:
             name = weight.info.name
             if name in names:
                 place = self._places[name]
-                reference = self._read_dense(name) if is_merged else load(weight, self._inputs.base)
+                reference = self._read_dense(name) if is_of_dense else load(weight, self._inputs.base)
                 yield name, place, load(weight, expert).to(place) - reference.to(place)
-
-
-def _versions(
-    files: Mapping[ModelReference, ExpertFile], weight: str
-) -> dict[ModelReference, StoredWeight]:
-    """Read the stored form of a weight in each expert that stores it."""
-    return {expert: file.read(weight) for expert, file in files.items() if weight in file.weights}

@@ -128,7 +128,7 @@ class Tuning:
                     memory.become_dense()
                 without = divergence(memory.model, answers[::HELD_OUT])
                 memory.become_stored(expert, readers)
-                forms = {name: readers[expert].read(name) for name in readers[expert].weights}
+                forms = memory.stored(readers[expert])
                 parts = {
                     name: part
                     for name, place, change in memory.changes(expert, forms)
@@ -136,7 +136,7 @@ class Tuning:
                 }
                 result = distil(memory.model, parts, answers, step)
             name = self._inputs.config.experts[expert]
-            _rewrite(files[expert], name, {**forms, **result.stored})
+            _rewrite(readers[expert], name, result.stored)
             readers[expert] = ExpertFile(files[expert])
             figures = Tuned(
                 prompts=count,
@@ -184,10 +184,14 @@ def _warn_of_equal_answers(expert: ModelReference, answers: Sequence[Answered]) 
     )
 
 
-def _rewrite(path: Path, name: str, stored: Mapping[str, StoredWeight]) -> None:
-    partial = path.with_suffix(".tuned")
+def _rewrite(file: ExpertFile, name: str, tuned: Mapping[str, StoredWeight]) -> None:
+    """Replace a file by one with other forms of the tuned weights; all others keep their bytes."""
+    partial = file.path.with_suffix(".tuned")
     writer = ExpertWriter(partial, name)
-    for weight, tensor in stored.items():
-        writer.write(weight, tensor)
+    for weight, description in file.weights.items():
+        if weight in tuned:
+            writer.write(weight, tuned[weight])
+        else:
+            writer.append(weight, file.stream(weight), description)
     writer.close()
-    os.replace(partial, path)
+    os.replace(partial, file.path)

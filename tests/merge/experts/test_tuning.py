@@ -16,6 +16,7 @@ from mergekit_mediator.cli.inspection import inspect_figures, inspect_report
 from mergekit_mediator.cli.main import main
 from mergekit_mediator.merge import lessons
 from mergekit_mediator.models.prompts import render
+from mergekit_mediator.store.expert_file import ExpertFile
 from mergekit_mediator.store.manifest import read_manifest
 from mergekit_mediator.store.verification import verify_files
 from mergekit_mediator.tune import fit as distil
@@ -63,8 +64,12 @@ def test_experts_with_prompts_change_and_no_others(family, merged, prompts):
     verify_files(out, read_manifest(out))
 
 
-def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged, prompts):
-    out = merged(tuned(family, prompts, "math", bits=2, route="all"))
+# bits of low rank plus sparse, and of random signs relative to another dense expert, which pico vectors fill
+@pytest.mark.parametrize(
+    "form", [{"bits": 2}, {"bits": 3, "values": "random_sign"}], ids=["steps", "signs"]
+)
+def test_the_model_that_is_served_is_as_near_as_the_manifest_says(family, merged, prompts, form):
+    out = merged(tuned(family, prompts, "math", route="all", **form))
     entry = read_manifest(out).experts[0]
     model = MediatorModel.from_pretrained(out, dtype=torch.float32)
     expert = AutoModelForCausalLM.from_pretrained(family.experts["math"], dtype=torch.float32)
@@ -106,6 +111,32 @@ def test_a_budget_holds_for_tuned_experts(make, merged, prompts):
     files = [p for p in out.iterdir() if p.is_file() and p.name not in ours]
     dense = sum(p.stat().st_size for p in files)
     assert sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) <= 1.5 * dense
+
+
+def test_what_is_exact_keeps_its_bytes(family, merged, prompts):
+    """The vectors of an expert as random signs are those of the expert, and only factors are tuned."""
+    config = {"bits": 3, "values": "random_sign", "route": "all"}
+    plain, out = (
+        merged(family.config(**config), name="plain"),
+        merged(tuned(family, prompts, "math", **config)),
+    )
+    before, after = (
+        ExpertFile(root / "mediator/experts/math.safetensors") for root in (plain, out)
+    )
+    exact = [name for name, entry in before.weights.items() if entry.values == "exact"]
+    assert exact
+    for name in exact:
+        assert after.weights[name] == before.weights[name]
+        assert torch.equal(after.stream(name), before.stream(name))
+
+
+def test_signs_come_nearer_to_the_part_that_is_measured(make, merged, prompts):
+    wide = make(lambda: pico.llama(hidden_size=128, intermediate_size=384, head_dim=64))
+    out = merged(tuned(wide, prompts, "math", values="random_sign", keep=0.9))
+    kept = read_manifest(out).parameters["kept"]
+    assert kept["math"]["measured"] <= 1
+    assert kept["code"].get("measured") is None
+    verify_files(out, read_manifest(out))
 
 
 def test_equal_merges_give_equal_files(family, merged, prompts):
