@@ -73,7 +73,7 @@ class StoredAsSigns(Stored):
     law = NOISE
 
     def costs(self, name: str) -> Tensor:
-        return random_sign_tradeoff(self.family.difference(self.task, name))
+        return random_sign_tradeoff(self.family.difference(self.task, name), self.family.base[name])
 
     def form(self, name: str, slope: float) -> StoredWeight:
         expert, base = self.family.experts[self.task][name], self.family.base[name]

@@ -1,6 +1,6 @@
 """Sections about stored experts: what each form costs and keeps."""
 
-from mergekit_mediator.delta.kept import predicted_kept_in_noise
+from mergekit_mediator.delta.kept import kept_in_noise
 from sections.markdown import load, table
 
 # Of the rows of codec.json, enough to see the curves.
@@ -102,7 +102,7 @@ def noise() -> str:
             row["expert"],
             f"{row['bits_per_parameter']:.2f}",
             f"{row['left_out']:.1f}",
-            f"{100 * float(predicted_kept_in_noise(row['left_out'])):.1f}",
+            f"{100 * float(kept_in_noise(row['left_out'], row['norm_over_base'] ** 2)):.1f}",
             f"{100 * row['gain_kept']:.1f}",
         ]
         for row in load("broad")["rows"]

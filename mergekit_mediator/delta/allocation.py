@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_mediator.delta.divergence import divergence_curves
-from mergekit_mediator.delta.loss_law import LEFT_OUT, LossLaw
+from mergekit_mediator.delta.loss_law import LEFT_OUT, LossLaw, Prediction
 from mergekit_mediator.delta.tradeoff import SLOPES
 from mergekit_mediator.errors import ConfigError
 
@@ -42,8 +42,9 @@ class Allocation:
         """Interpolate the curve of each expert between the slopes.
 
         Args:
-            tradeoffs: of each expert, `[3, len(SLOPES)]` float64: the bits and the squared error of all its
-                weights at each slope, and that of storing nothing; see `tradeoff.tradeoff`.
+            tradeoffs: of each expert, `[4, len(SLOPES)]` float64: the bits and the squared error of all its
+                weights at each slope, that of storing nothing, and the squared norm of the base; see
+                `tradeoff.tradeoff`.
             divergences: of each expert, what was measured; empty for an expert without prompts, whose divergence is
                 then taken to be that of the others where the error is as large.
             law: how the loss follows from squared error.
@@ -52,7 +53,8 @@ class Allocation:
         self._grid = np.linspace(0, count - 1, (count - 1) * _STEPS + 1)
         curves = [self._curve(tradeoff.numpy()) for tradeoff in tradeoffs]
         self._bits, self._left = (np.stack(rows) for rows in zip(*curves, strict=True))
-        self._loss = self._left**law.power
+        self._changes = np.asarray([_change_over_base(tradeoff) for tradeoff in tradeoffs])
+        self._loss = law.loss(self._left, self._changes[:, None])
         if any(divergences):
             measured = [
                 {int(self._places([slope])[0]): d for slope, d in ds.items()} for ds in divergences
@@ -85,6 +87,10 @@ class Allocation:
         """
         return self._of(self._left, self._within(bits))
 
+    def recovered(self, bits: float) -> list[float]:
+        """Predict the part of the loss, in [0, 1], that each expert recovers within bits; see `left`."""
+        return self._predicted(self.law.recovered, self._within(bits))
+
     def slopes(self, bits: float) -> list[float]:
         """Choose the slope of each expert.
 
@@ -110,8 +116,7 @@ class Allocation:
 
     def kept(self, slopes: Sequence[float]) -> list[float]:
         """Predict the part of its gain, in [0, 1], that each expert keeps at its slope."""
-        kept: list[float] = self.law.kept(self._of(self._left, self._places(slopes))).tolist()
-        return kept
+        return self._predicted(self.law.kept, self._places(slopes))
 
     def slopes_to_keep(self, keep: Sequence[float]) -> list[float]:
         """Choose for each expert the slope of the fewest bits at which it keeps a part of its gain.
@@ -122,9 +127,14 @@ class Allocation:
         Returns:
             One slope for each expert, in the order of the tradeoffs.
         """
-        enough = self.law.kept(self._left) >= np.asarray(keep)[:, None]
+        enough = self.law.kept(self._left, self._changes[:, None]) >= np.asarray(keep)[:, None]
         enough[:, -1] = True
         return self._slopes(enough.argmax(axis=1))
+
+    def _predicted(self, prediction: Prediction, places: NDArray[np.int64]) -> list[float]:
+        left = np.asarray(self._of(self._left, places))
+        found: list[float] = prediction(left, self._changes).tolist()
+        return found
 
     def _slopes(self, places: NDArray[np.int64]) -> list[float]:
         return [math.pow(2.0, -float(self._grid[i]) / 2) for i in places]
@@ -137,7 +147,7 @@ class Allocation:
     def _curve(self, tradeoff: Floats) -> tuple[Floats, Floats]:
         """Bits and the part of the error on the finer grid; between two slopes their logarithms are nearly linear."""
         places = np.arange(len(SLOPES))
-        bits, error, nothing = tradeoff
+        bits, error, nothing, _ = tradeoff
         whole = max(float(nothing[0]), _SMALLEST)
         return (
             np.expm1(np.interp(self._grid, places, np.log1p(bits))),
@@ -166,3 +176,9 @@ class Allocation:
     def _of(rows: Floats, chosen: NDArray[np.int64]) -> list[float]:
         values: list[float] = np.take_along_axis(rows, chosen[:, None], axis=1)[:, 0].tolist()
         return values
+
+
+def _change_over_base(tradeoff: Tensor) -> float:
+    """The squared norm of an expert's change over that of the base; 0 where the law does not ask for it."""
+    change, base = tradeoff[2:, 0].tolist()
+    return change / base if base else 0.0

@@ -98,7 +98,7 @@ def curve(
                 round(size * checkpoint_bytes),
                 stored / numel,
                 math.fsum(left) / len(left),
-                math.fsum(map(allocation.law.recovered, left)) / len(left),
+                math.fsum(allocation.recovered(stored)) / len(left),
             )
         )
     return points

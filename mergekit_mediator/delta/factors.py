@@ -226,5 +226,5 @@ def _towards(codes: Tensor, vectors: Tensor) -> Tensor:
 
 
 def squared_norm(numbers: Tensor) -> float:
-    """Sum the squares of float32 numbers of any shape, in float64."""
+    """Sum the squares of numbers of any shape and floating dtype, in float64."""
     return float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2

@@ -13,6 +13,9 @@ _LEAST = 1e-6
 # broad fine-tunes of SmolLM2-135M, between the one that loses most and the others, see benchmarks/results/broad.json.
 # Narrow ones lose less, and as much as they where the noise is fifty times the change.
 _LOST_TO_NOISE, NOISE_POWER = 0.001, 1.4
+# The part that is lost to noise as large as the base: half of what two bits a number lost of a heavy fine-tune in
+# benchmarks/results/heavy.json. It counts for changes of more than some half a percent of the base.
+_LOST_BESIDE_BASE = 50.0
 
 
 def predicted_kept(left: ArrayLike) -> NDArray[np.float64]:
@@ -34,17 +37,26 @@ def predicted_kept(left: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(1 - lost, dtype=np.float64)
 
 
-def predicted_kept_in_noise(noise: ArrayLike) -> NDArray[np.float64]:
-    """Predict the part of its gain over the dense expert that an expert keeps beside noise without a direction.
+def lost_to_noise(noise: ArrayLike, change: ArrayLike) -> NDArray[np.float64]:
+    """Predict the part of its gain over the dense expert that an expert loses to noise without a direction.
 
-    What is lost is a power of the noise, and hardly depends on the size of the change: a fine-tune gains about as the
-    square of its change. That holds of changes far smaller than the base. The formula is this project's own.
+    Of a small change it is a power of the noise, and hardly depends on the size of the change: a fine-tune gains about as
+    the square of its change. Of a large one the model itself breaks where the noise is large beside the base. The formula
+    is this project's own.
 
     Args:
         noise: its squared norm over that of the change, any shape.
+        change: its squared norm over that of the base, of a shape that is broadcast to that of `noise`.
 
     Returns:
-        The kept part, in [0, 1], of the same shape.
+        The lost part, at least 0, of the same shape as `noise`. More than 1 stands for an expert worse than none.
     """
-    lost = _LOST_TO_NOISE * np.asarray(noise, dtype=np.float64) ** NOISE_POWER
-    return np.asarray(1 - np.clip(lost, 0, 1), dtype=np.float64)
+    noises = np.asarray(noise, dtype=np.float64)
+    of_change = _LOST_TO_NOISE * noises**NOISE_POWER
+    of_base = _LOST_BESIDE_BASE * noises * np.asarray(change, dtype=np.float64)
+    return np.maximum(of_change, of_base)
+
+
+def kept_in_noise(noise: ArrayLike, change: ArrayLike) -> NDArray[np.float64]:
+    """Predict the part of its gain that an expert keeps beside noise, in [0, 1]; see `lost_to_noise`."""
+    return np.asarray(1 - np.minimum(lost_to_noise(noise, change), 1), dtype=np.float64)

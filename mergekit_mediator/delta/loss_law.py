@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from mergekit_mediator.delta.kept import NOISE_POWER, predicted_kept, predicted_kept_in_noise
+from mergekit_mediator.delta.kept import NOISE_POWER, kept_in_noise, lost_to_noise, predicted_kept
 
 # The part of the loss between average and expert that is not recovered is about this power of the part of the
 # squared change that is left out. In benchmarks/results/codec.json the power is 5 for weak fine-tunes at half a
@@ -17,35 +17,41 @@ LOSS_POWER = 5
 # file holds it. It matters little: a second measurement takes its place.
 DIVERGENCE_POWER = 3.0
 
+Floats = NDArray[np.float64]
+# Of a squared error over the squared change, and of the squared change over the squared base.
+Prediction = Callable[[Floats, Floats], Floats]
+
 
 @dataclass(frozen=True)
 class LossLaw:
-    """A prediction of the loss from squared error, as a part of the expert's squared change.
+    """A prediction of the loss from squared error.
 
     Attributes:
-        kept: the part of its gain over the dense expert that the expert keeps, in [0, 1], at each squared error.
-        recovered: the same for the loss of all experts together, as `plan` tells it.
-        power: of the squared error, to which the loss is proportional, where a budget is divided.
+        kept: the part of its gain over the dense expert that an expert keeps, in [0, 1].
+        loss: the loss of an expert as a part of what it gains; a budget is divided so that the sum is least.
+        recovered: the part of the loss between average and expert, in [0, 1], as `plan` tells it.
         divergence_power: of the squared error, to which KL(expert ‖ stored) is proportional beyond what was measured.
     """
 
-    kept: Callable[[ArrayLike], NDArray[np.float64]]
-    recovered: Callable[[float], float]
-    power: float
+    kept: Prediction
+    loss: Prediction
+    recovered: Prediction
     divergence_power: float
 
 
-def predicted_loss_recovered(left: float) -> float:
-    """Predict the recovered part of the loss, in [0, 1], from the part of the squared change that is left out."""
-    return float(1 - left**LOSS_POWER)
+def loss_of_left_out(left: Floats, change: Floats) -> Floats:
+    """Predict the part of the loss that is not recovered from the part of the squared change that is left out."""
+    return np.asarray(left**LOSS_POWER, dtype=np.float64)
 
 
-# The error is what the form leaves out of the change: it makes the expert weaker.
-LEFT_OUT = LossLaw(predicted_kept, predicted_loss_recovered, LOSS_POWER, DIVERGENCE_POWER)
+# The error is what the form leaves out of the change: it makes the expert weaker, whatever its size.
+LEFT_OUT = LossLaw(
+    kept=lambda left, change: predicted_kept(left),
+    loss=loss_of_left_out,
+    recovered=lambda left, change: 1 - loss_of_left_out(left, change),
+    divergence_power=DIVERGENCE_POWER,
+)
 # The error is noise without a direction.
 NOISE = LossLaw(
-    predicted_kept_in_noise,
-    lambda noise: float(predicted_kept_in_noise(noise)),
-    NOISE_POWER,
-    NOISE_POWER,
+    kept=kept_in_noise, loss=lost_to_noise, recovered=kept_in_noise, divergence_power=NOISE_POWER
 )

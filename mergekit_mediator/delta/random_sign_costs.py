@@ -43,16 +43,18 @@ def density_at(difference: Tensor, slope: float) -> float:
     return float(_densities(squared_norm(difference) / numel, torch.tensor([slope]).double()))
 
 
-def random_sign_tradeoff(difference: Tensor) -> Tensor:
+def random_sign_tradeoff(difference: Tensor, reference: Tensor) -> Tensor:
     """Predict the bits and the squared error of a difference at each slope, as `tradeoff.tradeoff` does.
 
     Most of the squared error is noise, and several times the squared norm of the difference.
 
     Args:
         difference: of an expert from its reference, float32, any shape.
+        reference: the base's weight, of any floating dtype.
 
     Returns:
-        `[3, len(SLOPES)]` float64: bits, squared error, and the squared norm of the difference in every column.
+        `[4, len(SLOPES)]` float64: bits, squared error, and in every column the squared norms of the difference and of
+        the reference.
     """
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
     numel, energy = difference.numel(), squared_norm(difference)
@@ -70,7 +72,8 @@ def random_sign_tradeoff(difference: Tensor) -> Tensor:
         exact = counts * FEW >= changed
         bits = torch.where(exact, changed * (_EXACT_BITS + place_bits), bits)
         error = torch.where(exact, 0.0, error)
-    return torch.stack([bits, error, torch.full_like(slopes, energy)])
+    base = squared_norm(reference)
+    return torch.stack([bits, error, *(torch.full_like(slopes, n) for n in (energy, base))])
 
 
 def _densities(mean_square: float, slopes: Tensor) -> Tensor:
@@ -89,12 +92,10 @@ def _signs(matrix: Tensor, energy: float, counts: Tensor) -> tuple[Tensor, Tenso
     remainder = matrix - (components.left * components.values) @ components.right.T
     (noise, share), (last_noise, last_share) = _drawn(matrix), _drawn(remainder)
     removed = kept / max(float(parts[-1]), 1e-30)
-    noise, share = (
-        first + (last - first) * removed
-        for first, last in ((noise, last_noise), (share, last_share))
-    )
-    error = (1 - kept) * (noise * numel / counts - 1) + kept * (1 - float(KEPT[FINENESS]))
-    bits = _CODING_LOSS * counts * (_entropy(share) + share) + _CODES_BITS + _LEVEL_BITS * rows
+    noises = noise + (last_noise - noise) * removed
+    shares = share + (last_share - share) * removed
+    error = (1 - kept) * (noises * numel / counts - 1) + kept * (1 - float(KEPT[FINENESS]))
+    bits = _CODING_LOSS * counts * (_entropy(shares) + shares) + _CODES_BITS + _LEVEL_BITS * rows
     bits += ranks * float(BITS[FINENESS]) * (rows + width)
     return bits, error.clamp(min=0) * energy
 

@@ -46,13 +46,13 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
         components: of the difference as a matrix; computed if they are None.
 
     Returns:
-        `[3, len(SLOPES)]` float64: bits in the first row, squared error in the second, and in every column of the third
-        the error of storing nothing.
+        `[4, len(SLOPES)]` float64: bits in the first row, squared error in the second, in every column of the third the
+        error of storing nothing, and zeros, which stand for the squared norm of the base: this form does not need it.
     """
     numel = difference.numel()
     if is_vector(difference):
         stored = torch.full((len(SLOPES),), _VECTOR_BITS * numel, dtype=torch.float64)
-        return torch.stack([stored, *torch.zeros(2, len(SLOPES), dtype=torch.float64)])
+        return torch.stack([stored, *torch.zeros(3, len(SLOPES), dtype=torch.float64)])
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
@@ -90,7 +90,8 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
             coded = loss * entropy * numel + (_CODES_BITS if entropy else 0)
             bits.append(of_factors + coded)
             errors.append(more * error * numel)
-    return torch.tensor([bits, errors, errors[:1] * len(errors)], dtype=torch.float64)
+    nothing, base = errors[:1] * len(errors), [0.0] * len(errors)
+    return torch.tensor([bits, errors, nothing, base], dtype=torch.float64)
 
 
 def slope_for(costs: Tensor, numel: int, bits: float) -> float:

@@ -36,7 +36,7 @@ class Measured:
 
     Attributes:
         conflict: the conflict between the experts' task vectors; all zero for a buffer of integers.
-        costs: for each expert the bits and the error of its task vector at each slope, `[3, n_slopes]`
+        costs: for each expert the bits and the error of its task vector at each slope, `[4, n_slopes]`
             float64, see `delta.tradeoff`; empty for a buffer, and unless the caller asked for costs.
     """
 
@@ -162,7 +162,7 @@ class Passes:
             return Measured(Conflict(), ())
         accumulator = Accumulator(base, self.inputs.config.denoise, self.device)
         costs = [
-            self._cost(weight, model, tau)
+            self._cost(weight, model, tau, base)
             for model, _, tau in self._task_vectors(weight, base, accumulator)
             if weight.info.name in costed
         ]
@@ -196,7 +196,7 @@ class Passes:
                 (stored,) = task_vectors(reference, [expert], self.device)
             del expert  # frees it before the next one is loaded
             if name in costed:
-                costs.append(self._cost(weight, model, stored))
+                costs.append(self._cost(weight, model, stored, base))
             del stored
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
@@ -209,10 +209,12 @@ class Passes:
             measured, tuple(directions), self._dense(weight, base, total, routed, widest)
         )
 
-    def _cost(self, weight: PlannedWeight, model: ModelReference, tau: Tensor) -> Tensor:
+    def _cost(
+        self, weight: PlannedWeight, model: ModelReference, tau: Tensor, base: Tensor
+    ) -> Tensor:
         """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
         if self.inputs.config.values == "random_sign":
-            return random_sign_tradeoff(tau)
+            return random_sign_tradeoff(tau, base)
         components = None
         if self._spectra is not None:
             expert = self.inputs.config.experts[model]

@@ -1,3 +1,4 @@
+import numpy as np
 import pico
 import pytest
 import torch
@@ -6,7 +7,7 @@ from commands import call, figures, write
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.delta.allocation import Allocation
 from mergekit_mediator.delta.curve import curve
-from mergekit_mediator.delta.loss_law import predicted_loss_recovered
+from mergekit_mediator.delta.loss_law import LEFT_OUT
 from mergekit_mediator.delta.tradeoff import SLOPES
 
 
@@ -55,7 +56,7 @@ def test_the_table_and_the_picture_show_the_same_budgets(wide, points, tmp_path)
 def test_budgets_below_the_fixed_bytes_are_left_out():
     bits = torch.linspace(800, 8000, len(SLOPES), dtype=torch.float64)
     left = 2.0 ** -torch.arange(len(SLOPES), dtype=torch.float64)
-    tradeoff = torch.stack([bits, left, torch.ones_like(left)])
+    tradeoff = torch.stack([bits, left, torch.ones_like(left), torch.zeros_like(left)])
     points = curve(Allocation([tradeoff]), 1000, checkpoint_bytes=1000, fixed_bytes=1100)
     sizes = [p.over_dense for p in points]
     assert min(sizes) == 1.25
@@ -63,5 +64,4 @@ def test_budgets_below_the_fixed_bytes_are_left_out():
 
 
 def test_no_change_recovers_no_loss_and_the_whole_change_recovers_all():
-    assert predicted_loss_recovered(1.0) == 0.0
-    assert predicted_loss_recovered(0.0) == 1.0
+    assert LEFT_OUT.recovered(np.array([1.0, 0.0]), np.zeros(2)).tolist() == [0.0, 1.0]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mergekit_mediator.delta.allocation import Allocation
-from mergekit_mediator.delta.kept import NOISE_POWER, predicted_kept_in_noise
+from mergekit_mediator.delta.kept import NOISE_POWER, kept_in_noise
 from mergekit_mediator.delta.loss_law import DIVERGENCE_POWER, LOSS_POWER, NOISE
 from mergekit_mediator.delta.tradeoff import SLOPES, tradeoff
 from mergekit_mediator.errors import ConfigError
@@ -15,7 +15,11 @@ AT = torch.arange(len(SLOPES), dtype=torch.float64)
 
 def exponential(scale, half, energy=1.0):
     """Bits that grow with the slope's place, and an error that halves every `half` places."""
-    return torch.stack([scale * AT, energy * 2.0 ** (-AT / half), torch.full_like(AT, energy)])
+    return torch.stack([scale * AT, energy * 2.0 ** (-AT / half), *sizes(energy, 0)])
+
+
+def sizes(*norms):
+    return [torch.full_like(AT, norm) for norm in norms]
 
 
 def place(slope):
@@ -120,15 +124,15 @@ def test_the_expert_whose_answers_diverge_more_gets_the_bits():
     )
 
 
-def noise(share, energy=1.0):
+def noise(share, energy=1.0, base=1e6):
     """Bits in proportion to a density that grows with the slope's place up to 1, and the noise of it."""
     density = (share * 2.0 ** (AT / 4)).clamp(max=1)
-    return torch.stack([1000 * density, energy * 2 / density, torch.full_like(AT, energy)])
+    return torch.stack([1000 * density, energy * 2 / density, *sizes(energy, base)])
 
 
 def test_noise_is_kept_to_what_the_part_of_the_gain_allows():
     shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], law=NOISE)
-    parts = [float(predicted_kept_in_noise(noise)) for noise in (5, 10)]
+    parts = [float(kept_in_noise(noise, 0)) for noise in (5, 10)]
     slopes = shared.slopes_to_keep(parts)
     assert shared.kept(slopes) == pytest.approx(parts, abs=1e-3)
     # densities of 0.4 and 0.2
@@ -156,3 +160,18 @@ def test_the_finest_slope_is_taken_where_none_keeps_enough():
     slopes = shared.slopes_to_keep([0.9999])
     assert shared.kept(slopes)[0] < 0.9999
     assert shared.spent(slopes) == pytest.approx(shared.most)
+
+
+def test_a_change_that_is_large_beside_the_base_takes_more_signs():
+    small, large = noise(1e-3, base=1e6), noise(1e-3, base=2e3)
+    shared = Allocation([small, large], law=NOISE)
+    slopes = shared.slopes_to_keep([0.9, 0.9])
+    assert shared.kept(slopes) == pytest.approx([0.9, 0.9], abs=2e-3)
+    # a noise of four times the change, where 50 times its part of the base is a tenth
+    assert 2 / (1e-3 * 2 ** (float(place(slopes[1])) / 4)) == pytest.approx(4, rel=0.02)
+    assert slopes[1] < slopes[0]
+
+
+def test_a_heavy_change_is_not_said_to_be_kept_by_signs():
+    shared = Allocation([noise(1e-3, base=600)], law=NOISE)
+    assert shared.kept(shared.slopes_to_keep([0.99]))[0] < 0.9

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mergekit_mediator.delta.kept import NOISE_POWER, predicted_kept, predicted_kept_in_noise
+from mergekit_mediator.delta.kept import NOISE_POWER, kept_in_noise, lost_to_noise, predicted_kept
 
 
 def test_an_expert_that_leaves_out_everything_keeps_nothing():
@@ -22,8 +22,16 @@ def test_more_left_out_keeps_less():
 
 
 def test_what_is_lost_to_noise_grows_as_a_power_of_it():
-    lost = 1 - predicted_kept_in_noise([0.0, 1.0, 5.0, 10.0])
+    lost = 1 - kept_in_noise([0.0, 1.0, 5.0, 10.0], 1e-6)
     assert lost[0] == 0
     assert lost[2] == pytest.approx(0.0095, abs=1e-4)
     assert lost[3] == pytest.approx(2**NOISE_POWER * lost[2])
-    assert predicted_kept_in_noise(1e6) == 0
+    assert kept_in_noise(1e6, 1e-6) == 0
+
+
+def test_as_much_noise_costs_more_where_the_change_is_large_beside_the_base():
+    lost = lost_to_noise(5.0, [1e-6, 1e-5, 1e-3, 0.1])
+    assert lost[0] == lost[1] == pytest.approx(0.0095, abs=1e-4)
+    assert lost[2] > 10 * lost[1]
+    assert lost[3] > 1
+    assert kept_in_noise(5.0, 0.1) == 0

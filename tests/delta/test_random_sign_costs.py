@@ -22,7 +22,7 @@ def structured():
 def test_bits_and_error_are_those_of_the_stored_form(change, density):
     difference = 1e-3 * change
     place = min(range(len(SLOPES)), key=lambda k: abs(density_at(difference, SLOPES[k]) - density))
-    bits, error, whole = random_sign_tradeoff(difference)[:, place].tolist()
+    bits, error, whole, base = random_sign_tradeoff(difference, 2 * difference)[:, place].tolist()
     dense = torch.zeros_like(difference)
     stored = encode_random_sign(difference, dense, density_at(difference, SLOPES[place]))
     content, _ = encode_bytes(stored, dense)
@@ -30,6 +30,7 @@ def test_bits_and_error_are_those_of_the_stored_form(change, density):
     left = float((stored.change(dense) - difference).square().sum())
     assert error == pytest.approx(left, rel=0.1)
     assert whole == pytest.approx(float(difference.square().sum()))
+    assert base == pytest.approx(4 * whole)
 
 
 def test_the_density_is_in_proportion_to_the_size_of_the_change():
@@ -39,7 +40,7 @@ def test_the_density_is_in_proportion_to_the_size_of_the_change():
 
 
 def test_finer_slopes_take_no_fewer_bits_and_make_no_more_noise():
-    bits, error, _ = random_sign_tradeoff(1e-3 * structured())
+    bits, error, *_ = random_sign_tradeoff(1e-3 * structured(), structured())
     assert (bits.diff() >= 0).all()
     assert (error.diff() <= 1e-12).all()
 
@@ -48,7 +49,7 @@ def test_few_changed_coordinates_take_the_bits_of_exact_numbers():
     difference = torch.zeros(200, 300)
     changed = drawn(200, 300, seed=1) > 2.7
     difference[changed] = 1e-3 * drawn(200, 300)[changed]
-    bits, error, _ = random_sign_tradeoff(difference)
+    bits, error, *_ = random_sign_tradeoff(difference, torch.ones_like(difference))
     dense = torch.zeros_like(difference).bfloat16()
     stored = encode_random_sign(difference.bfloat16(), dense, 1.0)
     content, _ = encode_bytes(stored, dense)
@@ -59,7 +60,7 @@ def test_few_changed_coordinates_take_the_bits_of_exact_numbers():
 
 @pytest.mark.parametrize("shape", [(30, 40), (50,), (0,), (1, 60)])
 def test_weights_without_a_change_have_no_error(shape):
-    bits, error, whole = random_sign_tradeoff(torch.zeros(shape))
+    bits, error, whole, _ = random_sign_tradeoff(torch.zeros(shape), torch.ones(shape))
     assert not error.any()
     assert not whole.any()
     assert bits.isfinite().all()

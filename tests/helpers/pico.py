@@ -110,13 +110,14 @@ def save_family(
     experts: tuple[str, ...] = ("math", "code", "chat"),
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    size: float = 0.05,
     **options,
 ) -> dict[str, Path]:
     """Write a base and its experts as ordinary checkpoints; gives their directories by name."""
     torch.manual_seed(seed)
     base = make().to(dtype)
     family = {"base": base}
-    family.update({n: perturbed(base, seed=100 + i) for i, n in enumerate(experts)})
+    family.update({n: perturbed(base, 100 + i, size) for i, n in enumerate(experts)})
     paths = {}
     for name, model in family.items():
         paths[name] = root / name

@@ -108,11 +108,18 @@ def test_a_budget_is_kept_to_and_spent(wide, tmp_path):
     assert 1.2 < sum(sizes.values()) / dense <= 1.3
 
 
-def test_every_expert_takes_the_signs_that_keep_its_part(wide, tmp_path):
+@pytest.fixture(scope="module")
+def light(make):
+    """Fine-tunes whose change is less than a hundredth of the base, as those that the prediction knows."""
+    wide = pico.llama(hidden_size=128, intermediate_size=256, vocab_size=512)
+    return make(lambda: wide, dtype=torch.float32, size=5e-5)
+
+
+def test_every_expert_takes_the_signs_that_keep_its_part(light, tmp_path):
     """A larger part takes more bits, and the artifact states the prediction."""
     taken = []
     for keep in (0.97, 0.99):
-        config = write(wide.config(values="random_sign", keep=keep), tmp_path / f"{keep}.yml")
+        config = write(light.config(values="random_sign", keep=keep), tmp_path / f"{keep}.yml")
         assert call("merge", config, tmp_path / str(keep), "--quiet").exit_code == 0
         kept = read_manifest(tmp_path / str(keep)).parameters["kept"].values()
         assert all(part["predicted"] == pytest.approx(keep, abs=2e-3) for part in kept)
@@ -130,8 +137,15 @@ def test_more_than_signs_can_keep_is_told_in_one_line(wide, tmp_path):
     assert "leave out `values`, or lower keep" in merged.output
 
 
-def test_the_curve_tells_of_noise(wide, tmp_path):
-    config = write(wide.config(values="random_sign", keep=0.9), tmp_path / "config.yml")
+def test_a_change_as_large_as_the_base_is_not_said_to_be_kept(wide, tmp_path):
+    config = write(wide.config(values="random_sign", keep=0.5), tmp_path / "config.yml")
+    told = call("merge", config, tmp_path / "out", "--quiet").output
+    assert "random signs cannot keep 0.5: " in told
+    assert "is predicted to keep 0.0000 of its gain" in told
+
+
+def test_the_curve_tells_of_noise(light, tmp_path):
+    config = write(light.config(values="random_sign", keep=0.9), tmp_path / "config.yml")
     told = call("plan", config, "--curve", "--quiet").output
     assert "noise, %" in told
     assert "change kept" not in told

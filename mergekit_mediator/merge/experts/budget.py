@@ -190,8 +190,8 @@ def parameters(
 def tradeoffs(names: Sequence[str], measured: Mapping[str, Measured]) -> list[Tensor]:
     """Sum the costs of the named weights for each expert, in the order of the configuration.
 
-    Each sum is `[3, n_slopes]` float64: bits, the squared error that remains, and that of storing nothing; see
-    `delta.tradeoff`.
+    Each sum is `[4, n_slopes]` float64: bits, the squared error that remains, that of storing nothing, and the squared
+    norm of the base; see `delta.tradeoff`.
     """
     by_weight = [measured[name].costs for name in names if measured[name].costs]
     return [torch.stack(of_expert).sum(dim=0) for of_expert in zip(*by_weight, strict=True)]
