@@ -66,10 +66,10 @@ def tunable(
         code_rate: learning rate of codes, in steps.
 
     Returns:
-        The tunable part. None if the weight has neither factors nor a stored vector, if what is stored is exact, or if
-        the dense weight holds the expert in full.
+        The tunable part. None if the weight has neither factors nor a stored vector, if what is stored is exact, or is
+        signs, whose noise a few factors do not take away, or if the dense weight holds the expert in full.
     """
-    if stored.share >= 1 or stored.values == "exact":
+    if stored.share >= 1 or stored.values in ("exact", "random_sign"):
         return None
     if stored.factors:
         rates = scale_rate, code_rate

@@ -88,13 +88,12 @@ class ModelInMemory:
         self, expert: ModelReference, names: Container[str]
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield the name of each named weight, its place in the model, and the change that the expert stores of it."""
-        load, config = self._inputs.load, self._inputs.config
-        is_of_dense = config.reference_is_merged or config.values == "random_sign"
+        load, is_merged = self._inputs.load, self._inputs.config.reference_is_merged
         for weight in self._floating:
             name = weight.info.name
             if name in names:
                 place = self._places[name]
                 reference = (
-                    self._read_dense(name) if is_of_dense else load(weight, self._inputs.base)
+                    self._read_dense(name) if is_merged else load(weight, self._inputs.base)
                 )
                 yield name, place, load(weight, expert).to(place) - reference.to(place)
