@@ -5,8 +5,6 @@ variance v m / p − v². So another bit saves most noise where numbers are larg
 to their root mean square.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ from mergekit_mediator.delta.tradeoff import SLOPES
 _NOISE = 2.0
 # Signs over their entropy, the bits of one part of a weight, and those of a row's level and of an exact number.
 # tests/delta/test_random_sign_costs.py holds them to what is stored.
-_CODING_LOSS, _CODES_BITS, _LEVEL_BITS, _EXACT_BITS = 1.01, 400, 6, 13
+_CODING_LOSS, _CODES_BITS, _LEVEL_BITS, _EXACT_BITS = 1.01, 400, 6, 10
 
 
 def density_at(difference: Tensor, slope: float) -> float:
@@ -60,17 +58,19 @@ def random_sign_tradeoff(difference: Tensor, reference: Tensor) -> Tensor:
     numel, energy = difference.numel(), squared_norm(difference)
     bits, error = torch.zeros_like(slopes), torch.zeros_like(slopes)
     changed = int(difference.count_nonzero())
+    exact_bits = changed * _EXACT_BITS + numel * float(
+        _entropy(torch.tensor(changed / (numel or 1)).double())
+    )
     if is_vector(difference):
-        bits += _EXACT_BITS * numel
+        bits += exact_bits
     elif changed:
         matrix = as_matrix(difference)
         counts = torch.tensor(
             [count_kept(numel, p) for p in _densities(energy / numel, slopes).tolist()]
         ).double()
         bits, error = _signs(matrix, energy, counts)
-        place_bits = math.log2(numel / changed) + 1.5
         exact = counts * FEW >= changed
-        bits = torch.where(exact, changed * (_EXACT_BITS + place_bits), bits)
+        bits = torch.where(exact, exact_bits, bits)
         error = torch.where(exact, 0.0, error)
     base = squared_norm(reference)
     return torch.stack([bits, error, *(torch.full_like(slopes, n) for n in (energy, base))])

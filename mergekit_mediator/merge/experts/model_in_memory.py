@@ -93,7 +93,5 @@ class ModelInMemory:
             name = weight.info.name
             if name in names:
                 place = self._places[name]
-                reference = (
-                    self._read_dense(name) if is_merged else load(weight, self._inputs.base)
-                )
+                reference = self._read_dense(name) if is_merged else load(weight, self._inputs.base)
                 yield name, place, load(weight, expert).to(place) - reference.to(place)
