@@ -122,8 +122,9 @@ def plan(
                 points, kept = predict(inputs, weights, measured)
         plans = preparation.plan_layers({name: m.conflict for name, m in measured.items()})
         estimated = estimate(inputs, weights, plans)
+    is_noise = inputs.config.values == "random_sign"
     if plot is not None and curve:
-        plot_curve(plot, points)
+        plot_curve(plot, points, is_noise)
     elif plot is not None:
         profile: dict[str, list[float]] = {
             metric: [p.metrics[metric] for p in plans] for metric in METRICS
@@ -133,7 +134,6 @@ def plan(
         {"curve": [vars(p) for p in points], "keep": [vars(p) for p in kept]} if curve else {}
     )
     text = plan_tables.plan_report(estimated)
-    is_noise = inputs.config.values == "random_sign"
     if curve:
         curves = plan_tables.curve_report(points, is_noise)
         text += f"\n\n{plan_tables.kept_report(kept)}\n\n{curves}"

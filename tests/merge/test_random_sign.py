@@ -146,8 +146,11 @@ def test_a_change_as_large_as_the_base_is_not_said_to_be_kept(wide, tmp_path):
 
 def test_the_curve_tells_of_noise(light, tmp_path):
     config = write(light.config(values="random_sign", keep=0.9), tmp_path / "config.yml")
-    told = call("plan", config, "--curve", "--quiet").output
+    told = call("plan", config, "--curve", "--quiet", "--plot", tmp_path / "curve.svg").output
     assert "noise, %" in told
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert "loss recovered" in drawn
+    assert "squared change kept" not in drawn
     assert "change kept" not in told
     parts = [point["keep"] for point in figures("plan", config, "--curve", "--quiet")["keep"]]
     assert parts == [0.9, 0.97, 0.99]  # and none that signs cannot keep
