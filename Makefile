@@ -67,6 +67,7 @@ bench: .venv/demo
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong --values random_sign
 	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/codec_plot.py
 	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family strong --experts $(EXPERTS) --tasks $(STRONG)

@@ -28,11 +28,14 @@ def _kinds() -> list[tuple[str, Mapping[float, float]]]:
     gemma = _by_bits(_ours(r for r in rates if r["base"].startswith("Gemma")))
     begun = _by_bits(_ours(r for r in load("own-texts")["rows"] if r["expert"] == "python"))
     heavy = _by_bits(_ours(load("heavy")["rows"]))
+    weak = [row for row in rates if row["family"] == "weak"]
     return [
         ("LoRA adapters, one narrow task each", kept["adapters"]),
         ("full fine-tunes, one narrow task each", kept["strong"]),
         ("one of those, of Gemma 3 270M", gemma),
         ("narrow tasks, training stopped early", kept["weak"]),
+        ("others of these, over the base", _by_bits(_ours(weak))),
+        ("the same, as random signs", _by_bits(_ours(weak, "ours as signs"))),
         ("Python source, 0.15 million tokens", begun),
         ("Python source, 18.6 million tokens", heavy),
     ]
