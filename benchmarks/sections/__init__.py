@@ -43,6 +43,7 @@ RECORDS = (
         "merge-cost",
     ),
     "methods",
+    "other-texts",
     "own-texts",
     *(
         "rates",
@@ -87,6 +88,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "keep": storing.keep,
     "keep, random signs": partial(storing.keep, "random_sign"),
     "noise of broad changes": storing.noise,
+    "other texts": storing.other_texts,
     "own-texts": storing.own_texts,
     "rates": rates.rates,
     "expectations": expectations.expectations,

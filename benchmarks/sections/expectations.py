@@ -32,7 +32,7 @@ def _kinds() -> list[tuple[str, Mapping[float, float]]]:
     return [
         ("LoRA adapters, one narrow task each", kept["adapters"]),
         ("full fine-tunes, one narrow task each", kept["strong"]),
-        ("one of those, of Gemma 3 270M", gemma),
+        ("one of those, of Gemma 3 270M, over the base", gemma),
         ("narrow tasks, training stopped early", kept["weak"]),
         ("others of these, over the base", _by_bits(_ours(weak))),
         ("the same, as random signs", _by_bits(_ours(weak, "ours as signs"))),

@@ -110,3 +110,22 @@ def noise() -> str:
     ]
     head = ["expert", "bits", "noise over the change", "predicted, %", "measured, %"]
     return table(head, rows)
+
+
+def other_texts() -> str:
+    """What texts of other kinds lose by each expert and by its stored forms, in nats per token beside the base."""
+    lost: dict[tuple[str, str, float], dict[str, float]] = {}
+    for row in load("other-texts")["rows"]:
+        key = (row["expert"], row["form"], row["bits_per_parameter"])
+        lost.setdefault(key, {})[row["text"]] = row["nats"] - row["base_nats"]
+    texts = sorted({text for by_text in lost.values() for text in by_text})
+    rows = [
+        [
+            expert,
+            f"`{form}`" if form != "exact" else form,
+            f"{bits:.2f}",
+            *(f"{by_text[text]:+.3f}" if text in by_text else "" for text in texts),
+        ]
+        for (expert, form, bits), by_text in lost.items()
+    ]
+    return table(["expert", "form", "bits", *texts], rows)
