@@ -31,11 +31,20 @@ CHANGES = {
 
 
 def outcome(source, folder, change):
-    """The content of an artifact after a change, and the number of the steps that the change takes."""
-    out = edits.copied(source, folder / "whole" / "out")
-    with faults() as steps:
-        change(out)
-    return contents(out), steps.taken
+    """The content of an artifact after a change, and the number of the steps that the change takes in a child.
+
+    The first change in this process may take steps that no later one takes: it lets go of what earlier tests left.
+    """
+    change(edits.copied(source, folder / "first" / "out"))
+    out, count = edits.copied(source, folder / "whole" / "out"), folder / "count"
+
+    def counted():
+        with faults() as steps:
+            change(out)
+        count.write_text(str(steps.taken))
+
+    assert in_child(counted) == 0
+    return contents(out), int(count.read_text())
 
 
 @pytest.mark.parametrize("kind", CHANGES)
