@@ -122,7 +122,7 @@ def plan(
                 points, kept = predict(inputs, weights, measured)
         plans = preparation.plan_layers({name: m.conflict for name, m in measured.items()})
         estimated = estimate(inputs, weights, plans)
-    is_noise = inputs.config.values == "random_sign"
+    is_noise = inputs.config.stores_signs
     if plot is not None and curve:
         plot_curve(plot, points, is_noise)
     elif plot is not None:

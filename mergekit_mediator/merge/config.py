@@ -124,6 +124,11 @@ class MediatorConfig(BaseModel):
         return self.reference not in ("mean", "base")
 
     @property
+    def stores_signs(self) -> bool:
+        """Whether experts are stored as signs at random coordinates, whose error is noise."""
+        return self.values == "random_sign"
+
+    @property
     def needs_costs(self) -> bool:
         """Whether the stored form of an expert depends on the costs of its weights."""
         return any(rate is not None for rate in (self.bits, self.budget, self.keep))
@@ -192,7 +197,7 @@ class MediatorConfig(BaseModel):
             return parsed.model_copy(update={"route": "all"})
         if parsed.reference_is_merged:
             check_reference(config, parsed.reference)
-        if parsed.reference_is_merged or parsed.values == "random_sign":
+        if parsed.reference_is_merged or parsed.stores_signs:
             return parsed._of_all_layers()
         return parsed
 
@@ -273,7 +278,7 @@ class MediatorConfig(BaseModel):
         Raises:
             ConfigError: nothing says how few bytes the expert takes, or the mean of the experts is asked for.
         """
-        if not (self.needs_costs or self.keeps_factors or self.values == "random_sign"):
+        if not (self.needs_costs or self.keeps_factors or self.stores_signs):
             raise ConfigError(
                 "models: one expert is stored by `keep`, `bits`, a `budget` or `values: random_sign`, got none: give "
                 "one of these, or add models"

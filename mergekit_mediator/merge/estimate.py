@@ -117,7 +117,7 @@ def _peak_memory(inputs: Inputs, weights: Sequence[PlannedWeight], dense: int, r
     largest = max((_dense_bytes(inputs, weight) for weight in weights), default=0)
     measuring = _MEASURING_BYTES * sum(sizes[:workers]) + workers * largest
     density = max((max(w.densities.values()) for w in weights), default=0.0)
-    whole = config.needs_costs or config.values == "random_sign"
+    whole = config.needs_costs or config.stores_signs
     encoding = _APPROXIMATING_BYTES if whole else _KEPT_BYTES * density
     storing = round(encoding * sum(sizes[:1])) * workers
     if config.reference_is_merged:  # the merge holds one weight of all models in float32
@@ -230,7 +230,7 @@ def _expert_bytes(inputs: Inputs, weight: PlannedWeight, rate: float | None) -> 
     for density in weight.densities.values():
         count = count_kept(numel, density)
         # random coordinates follow from their number
-        places = 0.0 if inputs.config.values == "random_sign" else numel * _entropy(count / numel)
+        places = 0.0 if inputs.config.stores_signs else numel * _entropy(count / numel)
         total += places + count * code_bits
     return round(total / 8)
 

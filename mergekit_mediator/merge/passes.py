@@ -213,7 +213,7 @@ class Passes:
         self, weight: PlannedWeight, model: ModelReference, tau: Tensor, base: Tensor
     ) -> Tensor:
         """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
-        if self.inputs.config.values == "random_sign":
+        if self.inputs.config.stores_signs:
             return random_sign_tradeoff(tau, base)
         components = None
         if self._spectra is not None:

@@ -93,7 +93,7 @@ def slopes_for(
 
 def loss_law(config: MediatorConfig) -> LossLaw:
     """The law by which the loss follows from the error of the form that the configuration asks for."""
-    return NOISE if config.values == "random_sign" else LEFT_OUT
+    return NOISE if config.stores_signs else LEFT_OUT
 
 
 def predict_kept(

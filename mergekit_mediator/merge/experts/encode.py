@@ -89,7 +89,7 @@ class Encoder:
             reference = dense if merged else load(self._config.base_model)
             (tau,) = task_vectors(reference, [expert], self._device)
             slope = self._slopes[model]
-            if self._config.values == "random_sign":
+            if self._config.stores_signs:
                 density = density_at(tau, slope)
                 return encode_random_sign(
                     narrowed(expert, dense.dtype, where), dense, density, self._device

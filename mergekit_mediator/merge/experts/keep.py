@@ -89,7 +89,7 @@ def warn_of_cap(config: MediatorConfig, targets: Parts, predicted: Parts) -> Non
             less is enough.
         predicted: the predicted part of each expert.
     """
-    if config.keep is None or (config.budget is None and config.values != "random_sign"):
+    if config.keep is None or (config.budget is None and not config.stores_signs):
         return
     if all(part >= targets[model] - _ROUNDING for model, part in predicted.items()):
         return
