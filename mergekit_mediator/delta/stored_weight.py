@@ -107,6 +107,16 @@ class StoredWeight:
         codes = torch.empty(0, dtype=torch.int16, device=factors.left.device)
         return cls(shape, dtype, "steps", empty, codes, factors=factors, share=share)
 
+    def without_zeros(self) -> "StoredWeight":
+        """Leave out the coordinates where random signs store no change, most of them; other forms have none.
+
+        The change stays the same. The positions no longer follow from their number, so that the form cannot be encoded.
+        """
+        if self.values != "random_sign":
+            return self
+        kept = self.codes != 0
+        return replace(self, positions=self.positions[kept], codes=self.codes[kept])
+
     def to(self, device: torch.device) -> "StoredWeight":
         """Copy the tensors of the stored weight to a device."""
         factors = self.factors.to(device) if self.factors else None

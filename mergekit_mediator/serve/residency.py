@@ -84,7 +84,7 @@ class Experts:
             if stored is not None:
                 self._decoded.move_to_end(key)
         if stored is None:
-            stored = self.files[expert].read(weight, self.dense(weight))
+            stored = self.files[expert].read(weight, self.dense(weight)).without_zeros()
             if self.residency == "device":
                 stored = stored.to(device)
             elif self.residency == "cpu" and device.type == "cuda":

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mergekit_mediator.delta.factors import Factors
+from mergekit_mediator.delta.random_sign import encode_random_sign
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.errors import MixtureError
@@ -270,6 +271,19 @@ def test_nothing_is_decoded_before_it_is_used_and_nothing_kept_on_disk(files):
     assert mixer.experts.resident_bytes == 0
     _, mixer = make_mixer(files)
     assert mixer.experts.resident_bytes == 0
+
+
+def test_random_signs_take_memory_for_what_they_change_alone(tmp_path):
+    dense = torch.zeros(64, 96)
+    expert = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    stored = encode_random_sign(expert, dense, 0.5)
+    writer = ExpertWriter(tmp_path / "a.safetensors", "a")
+    writer.write("w", stored)
+    writer.close()
+    experts = Experts({"a": ExpertFile(tmp_path / "a.safetensors")}, lambda _: dense)
+    read = experts.read("a", "w", dense.device)
+    assert experts.resident_bytes == 6 * int(stored.codes.count_nonzero())
+    assert torch.equal(read.change(dense), stored.change(dense))
 
 
 def test_experts_in_host_memory_stay_there_when_they_are_copied_to_a_device(tmp_path):
