@@ -43,6 +43,24 @@ def least_rank(
     return replace(cut or _cut(adapter, rank), choice=choice)
 
 
+def rank_above_noise(adapter: Adapter, keep: float, directions: int) -> Adapter:
+    """Cut an adapter of random signs to the least of `AUTO_RANKS` that holds every direction above their noise.
+
+    More ranks would hold more noise. What a rank keeps does not follow from the squared change that it leaves out, because
+    most of that is noise: it is neither predicted nor compared with `keep`.
+
+    Args:
+        adapter: the expert's adapter, of at most the largest of `AUTO_RANKS`.
+        keep: the part of the gain that was asked for.
+        directions: the most that stand out of the noise of any module, see `directions_above_noise`.
+
+    Returns:
+        The adapter, with the choice.
+    """
+    rank = next((rank for rank in AUTO_RANKS if rank >= directions), AUTO_RANKS[-1])
+    return replace(_cut(adapter, rank), choice=RankChoice(rank, keep, None, False))
+
+
 def _squared_errors(adapter: Adapter) -> list[float]:
     """Compute the part of the modules' squared change that each of `AUTO_RANKS` leaves out."""
     products = [factors.low_rank for factors in adapter.modules.values()]

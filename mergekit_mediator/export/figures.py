@@ -98,10 +98,15 @@ def said_of_ranks(exported: Sequence[ExportedExpert]) -> str:
         return ""
     keep = choices[0][1].keep
     ranks = ", ".join(map(str, AUTO_RANKS))
-    return (
+    said = (
         f"Each rank is the least of {ranks} at which the matrices keep {keep:.2%} of what the expert gains over the "
         f"model that the adapter is added to: {', '.join(f'{name} {choice}' for name, choice in choices)}."
     )
+    if any(choice.kept is None for _, choice in choices):
+        said += (
+            " Most of what a rank leaves out of random signs is noise, and no rank tells how much."
+        )
+    return said
 
 
 def left_out(exported: Sequence[ExportedExpert]) -> tuple[str, ...]:

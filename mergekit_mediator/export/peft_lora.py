@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter, Factors
-from mergekit_mediator.export.auto_rank import least_rank
+from mergekit_mediator.export.auto_rank import least_rank, rank_above_noise
 from mergekit_mediator.export.experts import StoredExperts
 from mergekit_mediator.export.low_rank import low_rank
+from mergekit_mediator.export.noise import directions_above_noise
 from mergekit_mediator.models.modules import Kind, is_tied, weight_kinds
 
 
@@ -80,24 +81,19 @@ def to_adapter(
         energy: the part in (0, 1] of each module's squared change that is enough; the rank of a module is the
             least that keeps it.
         keep: the part of the gain to keep; the rank is the least that is enough, see `least_rank`.
-        measure: measures the part of the gain that an adapter keeps; without it, it is predicted.
+        measure: measures the part of the gain that an adapter keeps; without it, it is predicted, and random signs get
+            the rank of `rank_above_noise`.
 
     Raises:
-        ExportError: an expert is unknown, or the rank is below 1, or the energy is not in (0, 1]; or what a rank keeps
-            of random signs is to be predicted.
+        ExportError: an expert is unknown, or the rank is below 1, or the energy is not in (0, 1].
     """
     if rank < 1:
         raise ExportError(f"rank: at least 1 is required, got {rank}")
     if not 0 < energy <= 1:
         raise ExportError(f"energy: above 0 and at most 1 is required, got {energy}")
     modules: dict[str, Factors] = {}
-    dropped, lost = [], 0.0
+    dropped, lost, directions = [], 0.0, 0
     for change in experts.changes(mixture):
-        if change.is_noisy and keep is not None and measure is None:
-            raise ExportError(
-                f"rank auto: {change.weight} of {', '.join(mixture)} is stored as random signs, whose noise hides what a "
-                "rank keeps: give a rank such as 64, or --prompts that measure it"
-            )
         kind = holdable.kind(change.weight, len(change.shape))
         dense = experts.dense.weight(change.weight)
         if kind == "other":
@@ -105,8 +101,16 @@ def to_adapter(
             lost += float(change.tensor(dense).double().square().sum())
             continue
         factors = low_rank(change, dense, rank, energy)
+        if change.is_noisy and keep is not None and measure is None:
+            directions = max(directions, directions_above_noise(change, factors))
         for module in holdable.users[change.weight]:
             module_kind: Kind = "linear" if module == "lm_head" else kind
             modules[module] = Factors(module_kind, factors)
     adapter = Adapter(modules, tuple(dropped), lost)
-    return adapter if keep is None else least_rank(adapter, keep, measure)
+    if keep is None:
+        return adapter
+    return (
+        rank_above_noise(adapter, keep, directions)
+        if directions
+        else least_rank(adapter, keep, measure)
+    )

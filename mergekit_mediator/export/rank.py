@@ -53,17 +53,20 @@ class RankChoice:
     Attributes:
         rank: the rank, one of `AUTO_RANKS`. An adapter that needs less has less.
         keep: the part of the gain that was asked for, in (0, 1).
-        kept: the part of the gain that the adapter keeps at this rank, at most 1.
+        kept: the part of the gain that the adapter keeps at this rank, at most 1; None where neither the prediction nor
+            a measurement tells, see `auto_rank.rank_above_noise`.
         is_measured: whether `kept` is measured on prompts; else it is predicted from the squared change left out.
     """
 
     rank: int
     keep: float
-    kept: float
+    kept: float | None
     is_measured: bool
 
     def __str__(self) -> str:
         """Say the rank, and what it keeps."""
+        if self.kept is None:
+            return f"{self.rank} (holds every direction above the noise of its signs; --prompts would measure it)"
         how = "measured" if self.is_measured else "predicted"
         short = "" if self.kept >= self.keep else f", less than {self.keep:.2%}"
         return f"{self.rank} ({how} to keep {self.kept:.2%}{short})"
