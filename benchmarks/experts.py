@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--draw", type=int, default=0, help="train_experts' --draw")
     parser.add_argument("--budget", help="of ours; 1.0595x for up to 4 experts, else 1.099x")
     parser.add_argument("--keep", type=float, help="of ours, instead of a budget")
+    parser.add_argument("--values", help="of ours: random_sign or low_rank")
     parser.add_argument(
         "--tuned-on", type=int, default=PROMPTS_TUNED_ON, help="prompts of each task; 0: untuned"
     )
@@ -91,6 +92,8 @@ def main() -> None:
     label = "mediator"
     if args.keep:
         stored_in, label = {"keep": args.keep}, f"mediator keep {args.keep}"
+    if args.values:
+        stored_in["values"], label = args.values, f"{label} {args.values}"
     made = Rivals(str(base), experts, work)
     model, _ = artifact(made, label, stored_in)
     scorer = Scorer(model.tokenizer, work / "scores.json", dtype=DTYPE)

@@ -44,7 +44,7 @@ class Stored:
         self.family, self.task = family, task
         self.components: dict[str, Components | None] = {}
         costs = sum(self.costs(name) for name in family.base)
-        self.allocation = Allocation([costs], law=self.law)
+        self.allocation = Allocation([costs], laws=[self.law])
 
     def costs(self, name: str) -> Tensor:
         tau = self.family.difference(self.task, name)

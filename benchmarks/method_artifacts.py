@@ -37,6 +37,7 @@ STORED = {
         )
         for key, rate in (("keep", 0.99), ("keep", 0.9), ("budget", "1.02x"))
     },
+    "mediator keep 0.99": StoredMethod("mediator", {"keep": 0.99}),
     "mediator 1.06x": StoredMethod("mediator", {"budget": "1.06x"}),
     "mediator 1.06x, prompts": StoredMethod("mediator", {"budget": "1.06x"}, needs_prompts=True),
     "mediator 1.06x, prompts, regmean_pp": StoredMethod(

@@ -122,9 +122,8 @@ def plan(
                 points, kept = predict(inputs, weights, measured)
         plans = preparation.plan_layers({name: m.conflict for name, m in measured.items()})
         estimated = estimate(inputs, weights, plans)
-    is_noise = inputs.config.stores_signs
     if plot is not None and curve:
-        plot_curve(plot, points, is_noise)
+        plot_curve(plot, points)
     elif plot is not None:
         profile: dict[str, list[float]] = {
             metric: [p.metrics[metric] for p in plans] for metric in METRICS
@@ -135,11 +134,10 @@ def plan(
     )
     text = plan_tables.plan_report(estimated)
     if curve:
-        curves = plan_tables.curve_report(points, is_noise)
-        text += f"\n\n{plan_tables.kept_report(kept)}\n\n{curves}"
+        text += f"\n\n{plan_tables.kept_report(kept)}\n\n{plan_tables.curve_report(points)}"
     elif inputs.config.keep is not None:
         text += f"\nHow many bytes keep {inputs.config.keep:g} depends on the weights: --curve predicts it."
-    elif is_noise:
+    elif inputs.config.stores_signs:
         text += (
             "\nThe smaller `density` is, the more noise comes with each expert. An adapter that is exported for an engine "
             "holds it, too."

@@ -85,19 +85,17 @@ def kept_report(points: Sequence[KeptPoint]) -> str:
             size(point.total_bytes),
             size(point.expert_bytes),
             f"{point.bits:.3f}",
+            str(point.signs),
         ]
         for point in points
     ]
-    return table(["keep", "of one model", "everything", "experts", "bits/param"], rows)
+    header = ["keep", "of one model", "everything", "experts", "bits/param", "stored as signs"]
+    return table(header, rows)
 
 
-def curve_report(points: Sequence[Point], is_noise: bool = False) -> str:
-    """Write the predicted quality of every budget as a table.
-
-    Args:
-        points: the budgets.
-        is_noise: whether the squared error is noise, not a part of the change that is left out.
-    """
+def curve_report(points: Sequence[Point]) -> str:
+    """Write the predicted quality of every budget as a table."""
+    is_noise = any(point.is_noise for point in points)
     rows = [
         [
             f"{point.over_dense:g}x",
@@ -108,9 +106,9 @@ def curve_report(points: Sequence[Point], is_noise: bool = False) -> str:
         ]
         for point in points
     ]
-    second = "noise, %" if is_noise else "change kept, %"
+    second = "error, %" if is_noise else "change kept, %"
     header = ["budget", "everything", "bits/param", second, "loss recovered, %"]
-    first = "noise is over" if is_noise else "change kept is a part of"
+    first = "error, noise of signs, is over" if is_noise else "change kept is a part of"
     return "\n".join(
         [
             table(header, rows),

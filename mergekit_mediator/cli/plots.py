@@ -54,13 +54,12 @@ def plot_conflict(
     save(figure, path)
 
 
-def plot_curve(path: Path, points: Sequence["Point"], is_noise: bool = False) -> None:
-    """Draw predicted quality against bytes.
+def plot_curve(path: Path, points: Sequence["Point"]) -> None:
+    """Draw predicted quality against bytes, and the change that is kept unless the error is noise.
 
     Args:
         path: the file, which ends with .png or .svg.
         points: the budgets.
-        is_noise: whether the squared error is noise, of which the picture shows nothing.
 
     Raises:
         OutputError: matplotlib is missing, or the file cannot be written.
@@ -68,7 +67,7 @@ def plot_curve(path: Path, points: Sequence["Point"], is_noise: bool = False) ->
     figure, axes = new_axes("--plot", 6.0, 3.6)
     sizes = extra_axis(axes, [point.over_dense - 1 for point in points])
     axes.plot(sizes, [100 * p.loss_recovered for p in points], marker="o", label="loss recovered")
-    if not is_noise:
+    if not any(point.is_noise for point in points):
         kept = [100 * (1 - p.left) for p in points]
         axes.plot(sizes, kept, marker=".", label="squared change kept")
     axes.set(ylabel="%, predicted", ylim=(0, 104))

@@ -30,14 +30,14 @@ class Allocation:
     """The bits and the remaining errors of experts at each slope, and how experts share any number of bits.
 
     Attributes:
-        law: how the loss follows from squared error.
+        laws: how the loss of each expert follows from squared error.
     """
 
     def __init__(
         self,
         tradeoffs: Sequence[Tensor],
         divergences: Sequence[Divergences] = (),
-        law: LossLaw = LEFT_OUT,
+        laws: Sequence[LossLaw] = (),
     ) -> None:
         """Interpolate the curve of each expert between the slopes.
 
@@ -47,19 +47,20 @@ class Allocation:
                 `tradeoff.tradeoff`.
             divergences: of each expert, what was measured; empty for an expert without prompts, whose divergence is
                 then taken to be that of the others where the error is as large.
-            law: how the loss follows from squared error.
+            laws: how the loss of each expert follows from squared error; empty for `LEFT_OUT` of all.
         """
-        count, self.law = len(SLOPES), law
+        count, self.laws = len(SLOPES), laws or [LEFT_OUT] * len(tradeoffs)
         self._grid = np.linspace(0, count - 1, (count - 1) * _STEPS + 1)
         curves = [self._curve(tradeoff.numpy()) for tradeoff in tradeoffs]
         self._bits, self._left = (np.stack(rows) for rows in zip(*curves, strict=True))
         self._changes = np.asarray([_change_over_base(tradeoff) for tradeoff in tradeoffs])
-        self._loss = law.loss(self._left, self._changes[:, None])
+        self._loss = self._predicted([law.loss for law in self.laws], self._left)
         if any(divergences):
             measured = [
                 {int(self._places([slope])[0]): d for slope, d in ds.items()} for ds in divergences
             ]
-            self._loss = divergence_curves(self._left, measured, law.divergence_power)
+            powers = [law.divergence_power for law in self.laws]
+            self._loss = divergence_curves(self._left, measured, powers)
 
     @property
     def count(self) -> int:
@@ -89,7 +90,8 @@ class Allocation:
 
     def recovered(self, bits: float) -> list[float]:
         """Predict the part of the loss, in [0, 1], that each expert recovers within bits; see `left`."""
-        return self._predicted(self.law.recovered, self._within(bits))
+        left = self._at(self._left, self._within(bits))
+        return _floats(self._predicted([law.recovered for law in self.laws], left))
 
     def slopes(self, bits: float) -> list[float]:
         """Choose the slope of each expert.
@@ -112,11 +114,16 @@ class Allocation:
 
     def spent(self, slopes: Sequence[float]) -> float:
         """Predict the bits of all experts at the slopes of `slopes` or `slopes_to_keep`."""
-        return math.fsum(self._of(self._bits, self._places(slopes)))
+        return math.fsum(self.bits(slopes))
+
+    def bits(self, slopes: Sequence[float]) -> list[float]:
+        """Predict the bits of each expert at its slope."""
+        return self._of(self._bits, self._places(slopes))
 
     def kept(self, slopes: Sequence[float]) -> list[float]:
         """Predict the part of its gain, in [0, 1], that each expert keeps at its slope."""
-        return self._predicted(self.law.kept, self._places(slopes))
+        left = self._at(self._left, self._places(slopes))
+        return _floats(self._predicted([law.kept for law in self.laws], left))
 
     def slopes_to_keep(self, keep: Sequence[float]) -> list[float]:
         """Choose for each expert the slope of the fewest bits at which it keeps a part of its gain.
@@ -127,14 +134,15 @@ class Allocation:
         Returns:
             One slope for each expert, in the order of the tradeoffs.
         """
-        enough = self.law.kept(self._left, self._changes[:, None]) >= np.asarray(keep)[:, None]
+        kept = self._predicted([law.kept for law in self.laws], self._left)
+        enough = kept >= np.asarray(keep)[:, None]
         enough[:, -1] = True
         return self._slopes(enough.argmax(axis=1))
 
-    def _predicted(self, prediction: Prediction, places: NDArray[np.int64]) -> list[float]:
-        left = np.asarray(self._of(self._left, places))
-        found: list[float] = prediction(left, self._changes).tolist()
-        return found
+    def _predicted(self, predictions: Sequence[Prediction], left: Floats) -> Floats:
+        """The prediction of each expert for its errors `[n_experts, n]`."""
+        experts = zip(predictions, left, self._changes[:, None], strict=True)
+        return np.stack([prediction(errors, change) for prediction, errors, change in experts])
 
     def _slopes(self, places: NDArray[np.int64]) -> list[float]:
         return [math.pow(2.0, -float(self._grid[i]) / 2) for i in places]
@@ -172,10 +180,18 @@ class Allocation:
     def _spent(self, price: float) -> float:
         return math.fsum(self._of(self._bits, self._best(price)))
 
+    def _of(self, rows: Floats, chosen: NDArray[np.int64]) -> list[float]:
+        return _floats(self._at(rows, chosen))
+
     @staticmethod
-    def _of(rows: Floats, chosen: NDArray[np.int64]) -> list[float]:
-        values: list[float] = np.take_along_axis(rows, chosen[:, None], axis=1)[:, 0].tolist()
-        return values
+    def _at(rows: Floats, chosen: NDArray[np.int64]) -> Floats:
+        """The chosen place of each row, `[n_experts, 1]`."""
+        return np.take_along_axis(rows, chosen[:, None], axis=1)
+
+
+def _floats(column: Floats) -> list[float]:
+    values: list[float] = column[:, 0].tolist()
+    return values
 
 
 def _change_over_base(tradeoff: Tensor) -> float:

@@ -1,9 +1,11 @@
 """The predicted quality of an artifact at every budget, before a merge writes anything."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mergekit_mediator.delta.allocation import Allocation
+from mergekit_mediator.delta.loss_law import NOISE
 
 # Budgets, as multiples of the dense expert's checkpoint.
 _SIZES = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.25, 1.35, 1.5, 1.75, 2, 3, 4, 6, 8)
@@ -25,6 +27,7 @@ class Point:
             [0, 1]; of random signs it is noise, and may be several times the change.
         loss_recovered: the predicted part of the loss between the average and the expert that the stored
             form recovers, in [0, 1], mean of experts.
+        is_noise: whether the squared error is noise, because experts are stored as random signs.
     """
 
     over_dense: float
@@ -32,6 +35,7 @@ class Point:
     bits: float
     left: float
     loss_recovered: float
+    is_noise: bool
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class KeptPoint:
         total_bytes: of the artifact.
         expert_bytes: of all experts together.
         bits: per parameter and expert.
+        signs: the number of experts that are stored as random signs.
     """
 
     keep: float
@@ -51,25 +56,30 @@ class KeptPoint:
     total_bytes: int
     expert_bytes: int
     bits: float
+    signs: int
 
 
 def kept_curve(
-    allocation: Allocation, numel: int, checkpoint_bytes: int, fixed_bytes: int
+    keeping: Callable[[float], Allocation], numel: int, checkpoint_bytes: int, fixed_bytes: int
 ) -> list[KeptPoint]:
-    """Predict the bytes at which every expert keeps each of a few parts of its gain, if the form can.
+    """Predict the bytes at which every expert keeps each of a few parts of its gain, if its form can.
 
-    The arguments are `curve`'s.
+    Args:
+        keeping: gives the allocation of experts in the forms in which they keep a part.
+        numel: as for `curve`, and so are the others.
+        checkpoint_bytes: see there.
+        fixed_bytes: see there.
     """
     points = []
     for keep in _PARTS:
+        allocation = keeping(keep)
         slopes = allocation.slopes_to_keep([keep] * allocation.count)
         if min(allocation.kept(slopes)) < keep:
             break  # no slope keeps as much
         bits = allocation.spent(slopes)
         total = round(fixed_bytes + bits / 8)
-        points.append(
-            KeptPoint(keep, total / checkpoint_bytes, total, round(bits / 8), bits / numel)
-        )
+        sizes = (total / checkpoint_bytes, total, round(bits / 8), bits / numel)
+        points.append(KeptPoint(keep, *sizes, _signs(allocation)))
     return points
 
 
@@ -99,6 +109,12 @@ def curve(
                 stored / numel,
                 math.fsum(left) / len(left),
                 math.fsum(allocation.recovered(stored)) / len(left),
+                bool(_signs(allocation)),
             )
         )
     return points
+
+
+def _signs(allocation: Allocation) -> int:
+    """Count the experts that are stored as random signs."""
+    return sum(law is NOISE for law in allocation.laws)

@@ -11,7 +11,7 @@ Floats = NDArray[np.float64]
 
 
 def divergence_curves(
-    left: Floats, measured: Sequence[Mapping[int, float]], power: float
+    left: Floats, measured: Sequence[Mapping[int, float]], powers: Sequence[float]
 ) -> Floats:
     """Interpolate measured divergences in logarithms, and extend them by a power of the squared error.
 
@@ -21,15 +21,15 @@ def divergence_curves(
     Args:
         left: `[n_experts, n]`, the squared error over the squared change at each place, above 0, falling.
         measured: of each expert the divergence in nats by place; at least one expert has one.
-        power: see `LossLaw.divergence_power`.
+        powers: of each expert, see `LossLaw.divergence_power`.
 
     Returns:
         The divergence of each expert at each place, `[n_experts, n]`, in nats.
     """
     logs = np.log(left)
-    by_power = power * logs
+    by_power = np.asarray(powers)[:, None] * logs
     rows = range(len(left))
-    curves = {i: _curve(logs[i], measured[i], power) for i in rows if measured[i]}
+    curves = {i: _curve(logs[i], measured[i], powers[i]) for i in rows if measured[i]}
     usual = np.mean([float((curve - by_power[i])[max(measured[i])]) for i, curve in curves.items()])
     stacked = np.stack([curves.get(i, by_power[i] + usual) for i in rows])
     return np.asarray(np.exp(stacked), dtype=np.float64)

@@ -1,12 +1,13 @@
 """How the loss of a stored expert follows from its squared error, which depends on the kind of this error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_mediator.delta.kept import NOISE_POWER, kept_in_noise, lost_to_noise, predicted_kept
+from mergekit_mediator.delta.value_forms import RateForm
 
 # The part of the loss between average and expert that is not recovered is about this power of the part of the
 # squared change that is left out. In benchmarks/results/codec.json the power is 5 for weak fine-tunes at half a
@@ -55,3 +56,4 @@ LEFT_OUT = LossLaw(
 NOISE = LossLaw(
     kept=kept_in_noise, loss=lost_to_noise, recovered=kept_in_noise, divergence_power=NOISE_POWER
 )
+LAWS: Mapping[RateForm, LossLaw] = {"low_rank": LEFT_OUT, "random_sign": NOISE}

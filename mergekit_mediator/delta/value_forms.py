@@ -4,8 +4,9 @@ from typing import Literal, get_args
 
 # The forms of the coordinates that differ most.
 Values = Literal["exact", "int8", "int4", "sign"]
+# The forms of an expert that is stored by a rate; the first is low rank plus sparse, whose sparse numbers are `steps`.
+RateForm = Literal["low_rank", "random_sign"]
 # The forms that a configuration may name.
-StoredValues = Literal["exact", "int8", "int4", "sign", "random_sign"]
-# `bits` and `budget` choose `steps`.
+StoredValues = Values | RateForm
 Form = Literal["exact", "int8", "int4", "sign", "random_sign", "steps"]
 VALUES: tuple[Values, ...] = get_args(Values)

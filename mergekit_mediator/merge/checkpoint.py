@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 from mergekit_mediator import __version__
 from mergekit_mediator.errors import first_line
 from mergekit_mediator.merge.card import write_card
+from mergekit_mediator.merge.experts.forms import Forms
 from mergekit_mediator.merge.experts.keep import Kept
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.layers import LayerPlan
@@ -47,6 +48,7 @@ class Merged:
         slopes: the slope of each expert, see `experts.budget.slopes_for`; empty without `bits` or `budget`.
         tuned: the figures of each tuned expert by name.
         kept: the part of its gain that each expert keeps, by name; may be empty.
+        forms: the form of each expert that has a slope.
     """
 
     layers: Sequence[LayerPlan]
@@ -55,6 +57,7 @@ class Merged:
     slopes: Mapping[ModelReference, float]
     tuned: Mapping[str, Tuned]
     kept: Mapping[str, Kept]
+    forms: Forms
 
 
 def write_model_files(inputs: OpenInputs, merge_config: MergeConfiguration, out: Path) -> None:
@@ -146,6 +149,7 @@ def describe(
     if merged.slopes:
         names = inputs.config.experts
         parameters["slopes"] = {names[model]: slope for model, slope in merged.slopes.items()}
+        parameters["forms"] = {names[model]: form for model, form in merged.forms.items()}
     if merged.kept:
         parameters["kept"] = {name: asdict(kept) for name, kept in merged.kept.items()}
     manifest = Manifest(

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mergekit_mediator.delta.value_forms import StoredValues
+from mergekit_mediator.delta.value_forms import RateForm, StoredValues
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.conflict import Metric
 from mergekit_mediator.merge.layers import Selection
@@ -52,12 +52,14 @@ class MediatorConfig(BaseModel):
             of most conflict if the configuration has `conflict`.
         routed_layers: route these layers, such as `embed,0-3,30`.
         values: the form in which sparse experts store their values. `random_sign` routes all layers unless one of
-            the parameters above chooses them.
+            the parameters above chooses them. `low_rank` is low rank plus sparse, which is what `bits` and a `budget`
+            store unless told otherwise; `keep` alone chooses for each expert.
         bits: bits per parameter of the routed weights for each expert, instead of `density` and `values`.
             Experts are then low rank plus sparse, and weights share the bits so that least squared error
             remains.
         keep: the part in (0, 1) of its gain over the dense expert that every expert keeps, by prediction. It
-            routes all layers, and every expert takes the fewest bytes. A `budget` caps them.
+            routes all layers, and every expert takes the fewest bytes, in the form of `rate_forms` that needs fewest.
+            A `budget` caps them.
         budget: the size of the whole directory, as a multiple of the dense expert's checkpoint with its
             tokenizer (`1.25x`) or in bytes (`24GB`). It routes all layers, and all weights of all experts
             share the bits.
@@ -127,6 +129,15 @@ class MediatorConfig(BaseModel):
     def stores_signs(self) -> bool:
         """Whether experts are stored as signs at random coordinates, whose error is noise."""
         return self.values == "random_sign"
+
+    @property
+    def rate_forms(self) -> tuple[RateForm, ...]:
+        """The forms of which an expert that is stored by a rate takes one; see `experts.forms`."""
+        if self.stores_signs:
+            return ("random_sign",)
+        if self.keep is not None and self.values != "low_rank":
+            return ("low_rank", "random_sign")
+        return ("low_rank",)
 
     @property
     def needs_costs(self) -> bool:
@@ -249,7 +260,7 @@ class MediatorConfig(BaseModel):
         _check_alone([name for name in ("route", *_RULES) if name in settings.keys() - capped])
         storage = _storage_parameters(config)
         if storage & {"bits", "budget", "rank", "keep"}:
-            takes_rate = settings.get("values") == "random_sign" and "rank" not in storage
+            takes_rate = settings.get("values") in get_args(RateForm) and "rank" not in storage
             _check_alone(sorted(storage - capped - ({"values"} if takes_rate else set())))
         settings["storage_given"] = bool(storage)
         try:
@@ -267,6 +278,10 @@ class MediatorConfig(BaseModel):
         if parsed.prompts and not (parsed.needs_costs or parsed.reference_is_merged):
             raise ConfigError(
                 "prompts: they tune experts that are stored by `keep`, `bits` or a `budget`: give one of these"
+            )
+        if parsed.values == "low_rank" and not parsed.needs_costs:
+            raise ConfigError(
+                "values: low_rank is a form of `keep`, `bits` or a `budget`: give one of these"
             )
         if parsed.basis is not None and parsed.rank is None:
             raise ConfigError(f"basis: {parsed.basis} of a `rank`, got none: give the rank")

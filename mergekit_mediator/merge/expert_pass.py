@@ -14,6 +14,7 @@ from mergekit_mediator.merge.estimate import dense_sizes
 from mergekit_mediator.merge.experts.budget import bytes_over, predict_kept, slopes_for
 from mergekit_mediator.merge.experts.division import measure_divergences
 from mergekit_mediator.merge.experts.encode import Encoder, adapters_for
+from mergekit_mediator.merge.experts.forms import Forms, choose_forms
 from mergekit_mediator.merge.experts.keep import (
     CORRECTIONS,
     Kept,
@@ -39,12 +40,14 @@ class ExpertPass:
 
     Attributes:
         slopes: the slope of each expert, see `slopes_for`; empty without `bits`, `budget` and `keep`.
+        forms: the form of each expert that has a slope.
         tuned: the figures of each tuned expert by name.
         kept: the part of its gain that each expert keeps, by name; empty without `keep`, unless prompts divided a
             budget.
     """
 
     slopes: Mapping[ModelReference, float]
+    forms: Forms
     tuned: Mapping[str, Tuned]
     kept: Mapping[str, Kept]
 
@@ -79,19 +82,20 @@ def write_experts(
     inputs = passes.inputs
     config, routed = inputs.config, dense.routed(weights)
     if not config.needs_costs:
-        _write(passes, workers, weights, routed, spectra, out, {})
-        return ExpertPass({}, {}, {})
+        _write(passes, workers, weights, routed, spectra, out, {}, {})
+        return ExpertPass({}, {}, {}, {})
     sizes = dense_sizes(inputs, weights)
     names = sorted({weight.info.name for weight in routed})
     checkpoint, others = _written(out)
-    rate = partial(slopes_for, config, names, dense.measured, sizes, checkpoint)
-    write = partial(_write, passes, workers, weights, routed, spectra, out)
+    forms = choose_forms(config, names, dense.measured)
+    rate = partial(slopes_for, config, forms, names, dense.measured, sizes, checkpoint)
+    write = partial(_write, passes, workers, weights, routed, spectra, out, forms)
     tuning = Tuning(inputs, weights, lessons, workers, out)
     targets = dict.fromkeys(config.experts, config.keep or 0.0)
     spare, corrections = 0, CORRECTIONS if config.keep is not None else 0
     divergences: Mapping[ModelReference, Divergences] = {}
     if lessons and is_capped(
-        config, predict_kept(config, names, dense.measured, rate(others, targets, {}))
+        config, predict_kept(forms, names, dense.measured, rate(others, targets, {}))
     ):
         divergences = measure_divergences(tuning, partial(rate, others, targets), write)
     while True:
@@ -112,10 +116,11 @@ def write_experts(
             path.unlink()
     predicted = {}
     if config.keep is not None or divergences:
-        predicted = predict_kept(config, names, dense.measured, slopes)
+        predicted = predict_kept(forms, names, dense.measured, slopes)
     warn_of_cap(config, targets, predicted)
     return ExpertPass(
         slopes,
+        forms,
         {name: expert.figures for name, expert in tuned.items()},
         {
             name: Kept(
@@ -136,12 +141,14 @@ def _write(
     routed: Sequence[PlannedWeight],
     spectra: Spectra,
     out: Path,
+    forms: Forms,
     slopes: Mapping[ModelReference, float],
 ) -> dict[ModelReference, Path]:
     """Write the experts in one pass over the routed weights; return their files."""
     config = passes.inputs.config
     (out / EXPERTS).mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(config, passes.device, slopes, adapters_for(passes.inputs, weights), spectra)
+    adapters = adapters_for(passes.inputs, weights)
+    encoder = Encoder(config, passes.device, slopes, forms, adapters, spectra)
     with ExitStack() as stack:
         paths, files = {}, {}
         for model, name in config.experts.items():

@@ -6,7 +6,7 @@ encodes the experts.
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mergekit_mediator.delta.narrow import check_range, narrowed, range_error
 from mergekit_mediator.delta.random_sign_costs import random_sign_tradeoff
 from mergekit_mediator.delta.tradeoff import tradeoff
+from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict, task_vectors
 from mergekit_mediator.merge.experts.spectra import Spectra
@@ -29,6 +30,8 @@ from mergekit_mediator.merge.workers import Workers, load_linear_algebra
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
 from mergekit_mediator.route.response import is_measured, leading_directions
 
+Costs = Mapping[RateForm, Tensor]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -36,12 +39,13 @@ class Measured:
 
     Attributes:
         conflict: the conflict between the experts' task vectors; all zero for a buffer of integers.
-        costs: for each expert the bits and the error of its task vector at each slope, `[4, n_slopes]`
-            float64, see `delta.tradeoff`; empty for a buffer, and unless the caller asked for costs.
+        costs: for each expert the bits and the error at each slope, `[4, n_slopes]` float64, by form: of its task
+            vector as low rank plus sparse, and of its difference from the dense expert as random signs; see
+            `delta.tradeoff`. Empty for a buffer, and unless the caller asked for costs.
     """
 
     conflict: Conflict
-    costs: tuple[Tensor, ...]
+    costs: tuple[Costs, ...]
 
 
 @dataclass(frozen=True)
@@ -160,31 +164,41 @@ class Passes:
         if not base.is_floating_point():
             self._check_buffer(weight, base)
             return Measured(Conflict(), ())
+        if weight.info.name in costed:
+            return self._read(costed, weight, base, False).measured
         accumulator = Accumulator(base, self.inputs.config.denoise, self.device)
-        costs = [
-            self._cost(weight, model, tau, base)
-            for model, _, tau in self._task_vectors(weight, base, accumulator)
-            if weight.info.name in costed
-        ]
-        return Measured(accumulator.conflict(), tuple(costs))
+        for _ in self._task_vectors(weight, base, accumulator):
+            pass
+        return Measured(accumulator.conflict(), ())
 
     def _average(
         self, routed: Container[str] | None, costed: Container[str], weight: PlannedWeight
     ) -> Averaged:
-        inputs, name = self.inputs, weight.info.name
-        base = inputs.load(weight, inputs.base)
+        base = self.inputs.load(weight, self.inputs.base)
         if not base.is_floating_point():
             self._check_buffer(weight, base)
             buffer = base.to("cpu", copy=True)
             return Averaged(Measured(Conflict(), ()), (), DenseVersions(buffer, buffer))
+        return self._read(costed, weight, base, True, routed)
+
+    def _read(
+        self,
+        costed: Container[str],
+        weight: PlannedWeight,
+        base: Tensor,
+        with_directions: bool,
+        routed: Container[str] | None = None,
+    ) -> Averaged:
+        """Read every expert's version of a weight once, and once more if random signs of it have costs."""
+        inputs, name = self.inputs, weight.info.name
         accumulator = Accumulator(base, inputs.config.denoise, self.device)
         shares = [weight.shares[model] for model in inputs.experts]
         # the accumulator has the plain sum of the task vectors already
         equal = len(set(shares)) == 1 and not self._allow_nonfinite
         weighted = None if equal else WeightedSum(base, shares, self.device)
-        with_directions = is_measured(base.shape, inputs.hidden_size)
+        with_directions = with_directions and is_measured(base.shape, inputs.hidden_size)
         reference = None if self._reference is None else self._reference(name)
-        costs: list[Tensor] = []
+        costs: list[dict[RateForm, Tensor]] = []
         directions: list[Tensor] = []
         widest = base.dtype
         for model, expert, tau in self._task_vectors(weight, base, accumulator):
@@ -196,30 +210,43 @@ class Passes:
                 (stored,) = task_vectors(reference, [expert], self.device)
             del expert  # frees it before the next one is loaded
             if name in costed:
-                costs.append(self._cost(weight, model, stored, base))
+                costs.append(self._cost(weight, model, stored))
             del stored
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
         total = accumulator.total if weighted is None else weighted.total
-        measured = Measured(accumulator.conflict(), tuple(costs))
+        conflict = accumulator.conflict()
+        del accumulator, weighted
         if reference is not None:
-            dense = narrowed(reference, self._dtype(weight, widest), name).cpu()
-            return Averaged(measured, tuple(directions), DenseVersions(dense, dense))
-        return Averaged(
-            measured, tuple(directions), self._dense(weight, base, total, routed, widest)
-        )
+            merged = narrowed(reference, self._dtype(weight, widest), name).cpu()
+            dense = DenseVersions(merged, merged)
+        else:
+            dense = self._dense(weight, base, total, routed, widest)
+        del total
+        if costs and "random_sign" in inputs.config.rate_forms:
+            for model, of_expert in zip(inputs.experts, costs, strict=True):
+                of_expert["random_sign"] = self._cost_of_signs(weight, model, dense.routed, base)
+        return Averaged(Measured(conflict, tuple(costs)), tuple(directions), dense)
 
     def _cost(
-        self, weight: PlannedWeight, model: ModelReference, tau: Tensor, base: Tensor
-    ) -> Tensor:
+        self, weight: PlannedWeight, model: ModelReference, tau: Tensor
+    ) -> dict[RateForm, Tensor]:
         """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
-        if self.inputs.config.stores_signs:
-            return random_sign_tradeoff(tau, base)
+        if "low_rank" not in self.inputs.config.rate_forms:
+            return {}
         components = None
         if self._spectra is not None:
             expert = self.inputs.config.experts[model]
             components = self._spectra.decompose(expert, weight.info.name, tau)
-        return tradeoff(tau, components)
+        return {"low_rank": tradeoff(tau, components)}
+
+    def _cost_of_signs(
+        self, weight: PlannedWeight, model: ModelReference, dense: Tensor, base: Tensor
+    ) -> Tensor:
+        """The same of signs, which store the difference from the dense expert, so that it is that of all experts too."""
+        expert = self.inputs.load(weight, model, base)
+        (difference,) = task_vectors(dense, [expert], self.device)
+        return random_sign_tradeoff(difference, base)
 
     def _task_vectors(
         self, weight: PlannedWeight, base: Tensor, accumulator: Accumulator

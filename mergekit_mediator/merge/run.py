@@ -146,6 +146,7 @@ def _merge(
         parameter_count=dense.parameter_count,
         base_digests=base_digests.result(),
         slopes=experts.slopes,
+        forms=experts.forms,
         tuned=experts.tuned,
         kept=experts.kept,
     )

@@ -131,7 +131,7 @@ def noise(share, energy=1.0, base=1e6):
 
 
 def test_noise_is_kept_to_what_the_part_of_the_gain_allows():
-    shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], law=NOISE)
+    shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], laws=[NOISE] * 2)
     parts = [float(kept_in_noise(noise, 0)) for noise in (5, 10)]
     slopes = shared.slopes_to_keep(parts)
     assert shared.kept(slopes) == pytest.approx(parts, abs=1e-3)
@@ -140,7 +140,7 @@ def test_noise_is_kept_to_what_the_part_of_the_gain_allows():
 
 
 def test_experts_with_as_much_noise_get_as_many_bits():
-    shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], law=NOISE)
+    shared = Allocation([noise(1e-4), noise(1e-3, energy=1e-6)], laws=[NOISE] * 2)
     first, second = (float(place(slope)) for slope in shared.slopes(200))
     assert 1e-4 * 2 ** (first / 4) == pytest.approx(1e-3 * 2 ** (second / 4), rel=0.02)
     assert shared.spent(shared.slopes(200)) == pytest.approx(200, rel=0.01)
@@ -148,15 +148,15 @@ def test_experts_with_as_much_noise_get_as_many_bits():
 
 def test_bits_go_where_noise_diverges_more():
     """The divergence d / pⁿ of densities p has the least sum where p is as the root of 1 + n of d."""
-    shared = Allocation([noise(1e-3)] * 2, law=NOISE)
+    shared = Allocation([noise(1e-3)] * 2, laws=[NOISE] * 2)
     equal = shared.slopes(400)[0]
-    shared = Allocation([noise(1e-3)] * 2, [{equal: 0.16}, {equal: 0.01}], NOISE)
+    shared = Allocation([noise(1e-3)] * 2, [{equal: 0.16}, {equal: 0.01}], [NOISE] * 2)
     first, second = (float(place(slope)) for slope in shared.slopes(400))
     assert 2 ** ((first - second) / 4) == pytest.approx(16 ** (1 / (1 + NOISE_POWER)), rel=0.02)
 
 
 def test_the_finest_slope_is_taken_where_none_keeps_enough():
-    shared = Allocation([noise(1e-3)], law=NOISE)
+    shared = Allocation([noise(1e-3)], laws=[NOISE])
     slopes = shared.slopes_to_keep([0.9999])
     assert shared.kept(slopes)[0] < 0.9999
     assert shared.spent(slopes) == pytest.approx(shared.most)
@@ -164,7 +164,7 @@ def test_the_finest_slope_is_taken_where_none_keeps_enough():
 
 def test_a_change_that_is_large_beside_the_base_takes_more_signs():
     small, large = noise(1e-3, base=1e6), noise(1e-3, base=2e3)
-    shared = Allocation([small, large], law=NOISE)
+    shared = Allocation([small, large], laws=[NOISE] * 2)
     slopes = shared.slopes_to_keep([0.9, 0.9])
     assert shared.kept(slopes) == pytest.approx([0.9, 0.9], abs=2e-3)
     # a noise of four times the change, where 50 times its part of the base is a tenth
@@ -173,5 +173,5 @@ def test_a_change_that_is_large_beside_the_base_takes_more_signs():
 
 
 def test_a_heavy_change_is_not_said_to_be_kept_by_signs():
-    shared = Allocation([noise(1e-3, base=600)], law=NOISE)
+    shared = Allocation([noise(1e-3, base=600)], laws=[NOISE])
     assert shared.kept(shared.slopes_to_keep([0.99]))[0] < 0.9

@@ -9,6 +9,7 @@ import yaml
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.errors import EditError
 from mergekit_mediator.merge.checkpoint import source_of
 from mergekit_mediator.merge.dense_pass import DensePass
@@ -115,12 +116,14 @@ class _Added(NamedTuple):
 
     Attributes:
         slope: its slope, see `experts.budget.slopes_for`; None without `keep`, `bits` and `budget`.
+        form: its form, if it has a slope.
         kept: the part of its gain that it keeps; None without `keep`.
         averaged: the fraction of its squared change that is in averaged layers.
         directions: its leading directions by weight.
     """
 
     slope: float | None
+    form: RateForm | None
     kept: Kept | None
     averaged: float
     directions: Mapping[str, Tensor]
@@ -196,6 +199,7 @@ def _write(work: Workspace, preparation: Preparation[AddedInputs]) -> _Added:
         written = write_experts(passes, threads, weights, dense, {}, spectra, work.root)
     return _Added(
         next(iter(written.slopes.values()), None),
+        next(iter(written.forms.values()), None),
         next(iter(written.kept.values()), None),
         _averaged(weights, measured, routed),
         directions,
@@ -232,6 +236,7 @@ def _publish(
     parameters = dict(work.manifest.parameters)
     if added.slope is not None:
         parameters["slopes"] = {**parameters.get("slopes", {}), name: added.slope}
+        parameters["forms"] = {**parameters.get("forms", {}), name: added.form}
     if added.kept is not None:
         parameters["kept"] = {**parameters.get("kept", {}), name: asdict(added.kept)}
     experts = (*work.manifest.experts, entry)

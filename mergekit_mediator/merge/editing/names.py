@@ -8,7 +8,7 @@ from mergekit_mediator.errors import EditError
 from mergekit_mediator.store.manifest import EXPERT_NAME, Manifest
 
 # The parameters of a manifest that hold a figure for each expert.
-_BY_EXPERT = ("slopes", "kept")
+_BY_EXPERT = ("slopes", "forms", "kept")
 
 
 def check_new_name(name: str, manifest: Manifest, replaced: str | None = None) -> None:

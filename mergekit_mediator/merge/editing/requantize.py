@@ -58,6 +58,7 @@ def requantize(
         parameters, changes = dict(work.manifest.parameters), []
         for entry in chosen:
             name = entry.name
+            _refuse_signs(work, name)
             if values is not None:
                 _check_values(work, name, values)
                 result = _write(work, threads, name, _in_form(work, values))
@@ -102,6 +103,20 @@ def _change(name: str, result: _Result, **asked: Any) -> Change:
     return change("requantize", name, note, **asked, **result._asdict())
 
 
+def _refuse_signs(work: Workspace, name: str) -> None:
+    """Refuse an expert of random signs: a smaller form would hold their noise, most of their squared change.
+
+    Raises:
+        EditError: see above.
+    """
+    for weight, d in work.files[name].weights.items():
+        if d.values == "random_sign":
+            raise EditError(
+                f"expert {name!r}: {weight} is stored as random signs, whose noise a smaller form would keep: merge again "
+                "with fewer `bits`"
+            )
+
+
 def _check_values(work: Workspace, name: str, values: Values) -> None:
     """Refuse a form that is not smaller than the present one, or of the other kind.
 
@@ -111,10 +126,6 @@ def _check_values(work: Workspace, name: str, values: Values) -> None:
     for weight, d in work.files[name].weights.items():
         where = f"expert {name!r}: {weight}"
         if d.values not in _VALUES or d.factors:
-            if d.values == "random_sign":
-                raise EditError(
-                    f"{where} has random_sign values, and no form is smaller: merge again"
-                )
             raise EditError(
                 f"{where} is stored as low rank plus sparse, which has no `values`: give --bits instead"
             )

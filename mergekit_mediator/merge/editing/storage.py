@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.errors import EditError
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.editing.workspace import Workspace
@@ -49,15 +50,16 @@ def storage(work: Workspace, given: Mapping[str, Any]) -> dict[str, Any]:
     parameters = work.manifest.parameters
     is_of_both = parameters.get("reference", "mean") != "mean"
     # random signs are relative to the dense expert at every rate
-    is_signs = given.get("values", parameters.get("values")) == "random_sign"
-    signs = {"values": "random_sign"} if is_signs and "rank" not in given else {}
+    values = given.get("values", parameters.get("values"))
+    is_signs = values == "random_sign"
+    of_rate = {"values": values} if values in get_args(RateForm) and "rank" not in given else {}
     for name in given:
         if name in _OF_DENSE and work.is_relative_to_base and not is_of_both:
             raise EditError(
                 f"{name}: the experts of this artifact are stored relative to the base, and {name} is relative "
                 "to the dense expert: give --bits or --budget"
             )
-        if name in _OF_BASE and not (work.is_relative_to_base or signs):
+        if name in _OF_BASE and not (work.is_relative_to_base or is_signs):
             raise EditError(
                 f"{name}: the experts of this artifact are stored relative to the dense expert, and {name} is "
                 "relative to the base: give --density or --rank"
@@ -65,13 +67,13 @@ def storage(work: Workspace, given: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in ("density", "values") if name in parameters]
     of_density: dict[str, Any] = {name: parameters[name] for name in names}
     if given:
-        return {**(of_density if set(given) <= {"density", "values"} else signs), **given}
+        return {**(of_density if set(given) <= {"density", "values"} else of_rate), **given}
     for name in ("keep", "bits", "rank"):
         if name in parameters:
-            return {name: parameters[name], **signs}
+            return {name: parameters[name], **of_rate}
     if "budget" in parameters:
         rates = [work.bits_per_parameter(name) for name in work.manifest.expert_names]
-        return {"bits": sum(rates) / len(rates), **signs}
+        return {"bits": sum(rates) / len(rates), **of_rate}
     if any(d.factors for file in work.files.values() for d in file.weights.values()):
         return {}
     return of_density

@@ -5,17 +5,15 @@ A first pass measures the costs of each weight; `slopes_for` turns them into one
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from mergekit.common import ModelReference
-from torch import Tensor
 
 from mergekit_mediator.delta.allocation import Allocation, Divergences
 from mergekit_mediator.delta.curve import KeptPoint, Point, curve, kept_curve
-from mergekit_mediator.delta.loss_law import LEFT_OUT, NOISE, LossLaw
 from mergekit_mediator.delta.tradeoff import slope_for
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.estimate import Size, dense_sizes
+from mergekit_mediator.merge.experts.forms import Forms, allocation_of, choose_forms, tradeoffs
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.passes import Measured
 from mergekit_mediator.merge.planner import PlannedWeight
@@ -27,6 +25,7 @@ _LISTED_BYTES, _CARD_BYTES = 10, 9000
 
 def slopes_for(
     config: MediatorConfig,
+    forms: Forms,
     names: Sequence[str],
     measured: Mapping[str, Measured],
     dense: Mapping[str, Size],
@@ -43,6 +42,7 @@ def slopes_for(
 
     Args:
         config: the configuration of the merge.
+        forms: the form of each expert.
         names: the names of the routed weights.
         measured: the figures of each weight by name, with costs.
         dense: the sizes of the dense expert's weights by name.
@@ -65,14 +65,14 @@ def slopes_for(
     numel = parameters(names, measured, dense)
     if not numel or not config.needs_costs:
         return {}
-    of_experts = tradeoffs(names, measured)
     if config.bits is not None:
+        (form,) = config.rate_forms
         return {
             model: slope_for(tradeoff[0], numel, config.bits)
-            for model, tradeoff in zip(models, of_experts, strict=True)
+            for model, tradeoff in zip(models, tradeoffs(names, measured, form), strict=True)
         }
     diverging = [divergences.get(model, {}) for model in models]
-    allocation = Allocation(of_experts, diverging, loss_law(config))
+    allocation = allocation_of(forms, names, measured, diverging)
     required = None
     if config.keep is not None:
         required = allocation.slopes_to_keep([targets[model] for model in models])
@@ -91,13 +91,8 @@ def slopes_for(
     return dict(zip(models, allocation.slopes(bits), strict=True))
 
 
-def loss_law(config: MediatorConfig) -> LossLaw:
-    """The law by which the loss follows from the error of the form that the configuration asks for."""
-    return NOISE if config.stores_signs else LEFT_OUT
-
-
 def predict_kept(
-    config: MediatorConfig,
+    forms: Forms,
     names: Sequence[str],
     measured: Mapping[str, Measured],
     slopes: Mapping[ModelReference, float],
@@ -105,14 +100,14 @@ def predict_kept(
     """Predict the part of its gain, in [0, 1], that each expert keeps at its slope.
 
     Args:
-        config: the configuration of the merge.
+        forms: the form of each expert.
         names: the names of the routed weights.
         measured: the figures of each weight by name, with costs.
         slopes: the slope of each expert, from `slopes_for` within `keep` or a `budget`.
     """
     if not slopes:
         return {}
-    allocation = Allocation(tradeoffs(names, measured), law=loss_law(config))
+    allocation = allocation_of(forms, names, measured)
     kept = allocation.kept(list(slopes.values()))
     return dict(zip(slopes, kept, strict=True))
 
@@ -173,11 +168,12 @@ def predict(
     checkpoint_bytes += sum(path.stat().st_size for path in paths)
     fixed = fixed_bytes(inputs.config, names, names, checkpoint_bytes)
     numel = parameters(names, measured, dense) * len(inputs.experts)
-    allocation = Allocation(tradeoffs(names, measured), law=loss_law(inputs.config))
-    return (
-        curve(allocation, numel, checkpoint_bytes, fixed),
-        kept_curve(allocation, numel, checkpoint_bytes, fixed),
-    )
+    sizes = (numel, checkpoint_bytes, fixed)
+
+    def keeping(keep: float | None) -> Allocation:
+        return allocation_of(choose_forms(inputs.config, names, measured, keep), names, measured)
+
+    return curve(keeping(None), *sizes), kept_curve(keeping, *sizes)
 
 
 def parameters(
@@ -185,16 +181,6 @@ def parameters(
 ) -> int:
     """Count the parameters of those named weights that `bits`, `budget` or `keep` can store."""
     return sum(dense[name].numel for name in names if measured[name].costs)
-
-
-def tradeoffs(names: Sequence[str], measured: Mapping[str, Measured]) -> list[Tensor]:
-    """Sum the costs of the named weights for each expert, in the order of the configuration.
-
-    Each sum is `[4, n_slopes]` float64: bits, the squared error that remains, that of storing nothing, and the squared
-    norm of the base; see `delta.tradeoff`.
-    """
-    by_weight = [measured[name].costs for name in names if measured[name].costs]
-    return [torch.stack(of_expert).sum(dim=0) for of_expert in zip(*by_weight, strict=True)]
 
 
 def fixed_bytes(

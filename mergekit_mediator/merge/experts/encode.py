@@ -13,6 +13,7 @@ from mergekit_mediator.delta.random_sign import encode_random_sign
 from mergekit_mediator.delta.random_sign_costs import density_at
 from mergekit_mediator.delta.sparse import encode
 from mergekit_mediator.delta.stored_weight import StoredWeight
+from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.merge.adapters.config import adapter_directory
 from mergekit_mediator.merge.adapters.lora import read_adapter
 from mergekit_mediator.merge.config import MediatorConfig
@@ -33,6 +34,7 @@ class Encoder:
         config: MediatorConfig,
         device: str,
         slopes: Mapping[ModelReference, float],
+        forms: Mapping[ModelReference, RateForm],
         adapters: Mapping[ModelReference, Mapping[str, Factors]],
         spectra: Spectra,
     ) -> None:
@@ -42,12 +44,14 @@ class Encoder:
             config: the configuration of the merge.
             device: the device that computes.
             slopes: the slope of each expert within `bits`, `budget` or `keep`, see `slopes_for`; empty otherwise.
+            forms: the form of each expert that has a slope, see `choose_forms`.
             adapters: the own factors of each expert by weight, see `adapters_for`; empty if experts do not
                 store them.
             spectra: the decompositions of the task vectors whose costs were measured.
         """
         self._config, self._device = config, device
-        self._slopes, self._adapters, self._spectra = slopes, adapters, spectra
+        self._slopes, self._forms = slopes, forms
+        self._adapters, self._spectra = adapters, spectra
         self._bases: SharedBases | None = None
         if config.basis == "shared" and config.rank is not None:
             self._bases = SharedBases(tuple(config.experts), config.rank, device)
@@ -82,18 +86,18 @@ class Encoder:
                 check_range(load(model), dense.dtype, where)
             return StoredWeight.of_factors(tuple(dense.shape), dense.dtype, factors, share)
         if self._slopes:
-            # a task vector has a lower rank than the difference from the mean of all experts
-            expert = load(model)
+            expert, slope = load(model), self._slopes[model]
             check_range(expert, dense.dtype, where)
-            merged = self._config.reference_is_merged
-            reference = dense if merged else load(self._config.base_model)
-            (tau,) = task_vectors(reference, [expert], self._device)
-            slope = self._slopes[model]
-            if self._config.stores_signs:
-                density = density_at(tau, slope)
+            if self._forms[model] == "random_sign":
+                (difference,) = task_vectors(dense, [expert], self._device)
+                density = density_at(difference, slope)
                 return encode_random_sign(
                     narrowed(expert, dense.dtype, where), dense, density, self._device
                 )
+            # a task vector has a lower rank than the difference from the mean of all experts
+            merged = self._config.reference_is_merged
+            reference = dense if merged else load(self._config.base_model)
+            (tau,) = task_vectors(reference, [expert], self._device)
             name = self._config.experts[model]
             components = self._spectra.read(name, weight.info.name, self._device)
             stored = approximate(tau, slope, dense.dtype, share, components)
@@ -104,13 +108,17 @@ class Encoder:
                 return narrowed(load(other), dense.dtype, f"{weight.info.name} of {other}")
 
             return self._bases.store(weight.info.name, model, dense, in_dtype)
-        density, values = weight.densities[model], self._config.values
+        density = weight.densities[model]
         expert = narrowed(load(model), dense.dtype, where)
         if self._config.rank is not None:
             return truncated(expert, dense, self._config.rank, self._device)
-        if values == "random_sign":
-            return encode_random_sign(expert, dense, density, self._device)
-        return encode(expert, dense, density, values, self._device)
+        match self._config.values:
+            case "random_sign":
+                return encode_random_sign(expert, dense, density, self._device)
+            case "low_rank":
+                return None  # without slopes there is no weight that experts can store
+            case values:
+                return encode(expert, dense, density, values, self._device)
 
 
 def truncated(expert: Tensor, dense: Tensor, rank: int, device: str) -> StoredWeight:
