@@ -33,6 +33,11 @@ class ExpertFiles(Mapping[str, ExpertFile]):
         self._entries = {entry.name: entry for entry in manifest.experts}
         self._of_mean = manifest.parameters.get("reference", "mean") == "mean"
         self._by_slopes = "slopes" in manifest.parameters
+        forms = manifest.parameters.get("forms")
+        # random signs are relative to the dense expert
+        self._of_signs = isinstance(forms, dict) and all(
+            forms.get(name) == "random_sign" for name in self._entries
+        )
         self._files: dict[str, ExpertFile] = {}
         if fetch is None:
             for name in self._entries:
@@ -62,7 +67,8 @@ class ExpertFiles(Mapping[str, ExpertFile]):
             names: the experts of the mixture.
         """
         chosen = list(names)
-        if self._fetch is None or (self._of_mean and any(map(self._is_relative, chosen))):
+        by_mean = self._of_mean and not self._of_signs
+        if self._fetch is None or (by_mean and any(map(self._is_relative, chosen))):
             return list(self._entries)
         return chosen
 

@@ -176,6 +176,17 @@ def test_where_the_dense_expert_holds_shares_of_all_a_mixture_fetches_all(hub, f
     assert sorted(experts_fetched(hub)) == ["chat", "code", "math"]
 
 
+def test_an_expert_of_random_signs_needs_no_file_of_another(hub, family, tmp_path):
+    build(tmp_path / "signs", family, values="random_sign", bits=2.0)
+    push(prepare(tmp_path / "signs"), "me/signs")
+    hub.requests.clear()
+    remote, local = map(MediatorModel.from_pretrained, ("me/signs", tmp_path / "signs"))
+    ids = torch.tensor([[4, 5, 6]])
+    logits = [m.forward(ids, mixture="code").logits for m in (local, remote)]
+    assert torch.equal(*logits)
+    assert experts_fetched(hub) == ["code"]
+
+
 def test_a_file_that_comes_altered_is_refused_and_the_next_request_works(pushed):
     hub, name = pushed.repositories["me/merged"], "mediator/experts/math.safetensors"
     hub.commit({**hub.files(), name: hub.files()[name][:-1] + b"?"})
