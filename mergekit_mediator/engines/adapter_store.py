@@ -113,9 +113,13 @@ class AdapterStore:
         adapter = read_peft(self.folder / expert)
         parts = []
         if adapter.squared_error:
+            kept = (
+                "most of it noise of its random signs"
+                if self._experts.is_noisy(expert)
+                else f"and is predicted to keep {predicted_part(adapter):.2%} of its gain"
+            )
             parts.append(
-                f"rank {self._rank} leaves out {adapter.squared_error:.2%} of its squared change, and is predicted "
-                f"to keep {predicted_part(adapter):.2%} of its gain"
+                f"rank {self._rank} leaves out {adapter.squared_error:.2%} of its squared change, {kept}"
             )
         if adapter.dropped:
             parts.append(f"{len(adapter.dropped)} norms, biases and other weights stay dense")

@@ -126,6 +126,10 @@ class StoredExperts:
             if change.parts:
                 yield change
 
+    def is_noisy(self, name: str) -> bool:
+        """Whether an expert is stored as signs at random coordinates, most of whose squared change is noise."""
+        return any(d.values == "random_sign" for d in self._files[name].weights.values())
+
     def check_names(self, names: Iterable[str]) -> None:
         """Refuse names that no expert has.
 

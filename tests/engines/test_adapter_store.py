@@ -99,6 +99,15 @@ def test_what_a_small_rank_leaves_out_is_said(artifact, tmp_path):
     assert whole.folder != small.folder
 
 
+def test_what_a_rank_leaves_out_of_random_signs_is_called_noise(family, merged, tmp_path):
+    signs = merged(family.config(values="random_sign", density=0.3, reference="base"))
+    store = AdapterStore(signs, 4, tmp_path)
+    store.path(mixture(store, math=1.0))
+    lost = store.lost("math")
+    assert "of its squared change, most of it noise of its random signs" in lost
+    assert "predicted" not in lost
+
+
 def test_a_cache_that_cannot_be_written_is_named(artifact, tmp_path):
     (tmp_path / "file").write_text("")
     store = AdapterStore(artifact, 16, tmp_path / "file")
