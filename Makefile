@@ -56,7 +56,7 @@ bench: .venv/demo
 	$(run)/demo.py
 	$(run)/faults.py
 	$(run)/train_experts.py --family eight --out $(EXPERTS)
-	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/again --draw 1
+	$(run)/train_experts.py --base $(EXPERTS)/base --family eight --out $(EXPERTS)/again --draw 1
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/weak --minutes 1.7 $(addprefix --task ,$(subst $(comma), ,$(WEAK)))
 	$(run)/merge_cost.py $(EXPERTS)/base $(addprefix $(EXPERTS)/,$(subst $(comma), ,$(STRONG)))
 	$(run)/methods.py --base $(EXPERTS)/base --work $(EXPERTS)/methods
@@ -84,6 +84,13 @@ bench: .venv/demo
 	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --tuned-on 128 --no-calibrated --rivals best_expert --name experts-4-again
 	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/third --draw 2
 	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/third --draw 2 --tuned-on 128 --no-calibrated --rivals best_expert --work $(EXPERTS)/third/work --name experts-4-third
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --keep 0.99 --tuned-on 0 --no-calibrated --rivals "" --prompts 64 --work $(EXPERTS)/again/kept --name experts-4-again-keep
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/third --draw 2 --keep 0.99 --tuned-on 0 --no-calibrated --rivals "" --prompts 64 --work $(EXPERTS)/third/kept --name experts-4-third-keep
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/third --draw 2 --budget 1.0595x --values random_sign --tuned-on 64 --no-calibrated --rivals "" --prompts 64 --work $(EXPERTS)/third/kept --name experts-4-third-signs
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --family eight --keep 0.99 --tuned-on 0 --no-calibrated --rivals "" --prompts 32 --work $(EXPERTS)/again/kept-8 --name experts-8-again-keep
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --budget 1.0595x --values random_sign --tuned-on 64 --no-calibrated --rivals "" --prompts 64 --work $(EXPERTS)/again/kept --name experts-4-again-signs
+	$(run)/experts.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --family eight --values random_sign --tuned-on 0 --no-calibrated --rivals "" --prompts 32 --work $(EXPERTS)/again/kept-8 --name experts-8-again-signs
+	$(run)/signs_as_adapters.py --base $(EXPERTS)/base --experts $(EXPERTS)/again --draw 1 --prompts 24 --work $(EXPERTS)/again/adapters
 	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family strong4 --bits 0.15 --ranks 8,16,64 --mean-ranks 8,16,64 --extract-ranks 8,16,64 --work $(EXPERTS)/ranks
 	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family overlap --bits 0.15 --ranks 16,64 --mean-ranks 16,64 --extract-ranks 16,64 --work $(EXPERTS)/ranks
 	$(run)/exported_ranks.py $(EXPERTS)/base --experts $(EXPERTS) --family eight --bits 0.15 --mean-ranks 16,64 --work $(EXPERTS)/ranks

@@ -23,9 +23,14 @@ COMPARISONS = (
 )
 # Merges with `keep: 0.99` and nothing tuned: of four experts, and of those of a second base model.
 KEPT, SECOND = "experts-4-keep", "experts-gemma"
+# Merges of the second and the third draw, in the default form and as signs within a budget.
+DRAWS = (
+    *("experts-4-again-keep", "experts-4-third-keep", "experts-8-again-keep"),
+    *("experts-4-again-signs", "experts-4-third-signs", "experts-8-again-signs"),
+)
 # Results whose page says how they were made.
 RECORDS = (
-    *(*COMPARISONS, KEPT, SECOND),
+    *(*COMPARISONS, KEPT, SECOND, *DRAWS),
     *(
         "ablations",
         "blending",
@@ -55,6 +60,7 @@ RECORDS = (
         "scale",
         "serving",
         "settings",
+        "signs-as-adapters",
     ),
     "startup",
     "weighed-errors",
@@ -67,6 +73,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     **{name: partial(comparison.experts, name) for name in (*COMPARISONS, KEPT, SECOND)},
     **{f"{name} findings": partial(comparison.findings, name) for name in COMPARISONS},
     "experts-gemma findings": comparison.second_base,
+    "draws": partial(comparison.draws, *DRAWS),
     "experts-4 rivals": comparison.rivals,
     "experts-4-cut-short budget": comparison.budget_split,
     "ablations": comparison.ablations,
@@ -88,6 +95,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "keep": storing.keep,
     "keep, random signs": partial(storing.keep, "random_sign"),
     "noise of broad changes": storing.noise,
+    "signs as adapters": storing.signs_as_adapters,
     "other texts": storing.other_texts,
     "own-texts": storing.own_texts,
     "rates": rates.rates,

@@ -112,6 +112,26 @@ def noise() -> str:
     return table(head, rows)
 
 
+def signs_as_adapters() -> str:
+    """What adapters keep of stored experts, by form: of the rank that `auto` chose, and of others."""
+    by_expert: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in load("signs-as-adapters")["rows"]:
+        rank = "auto" if row["auto"] else str(row["rank"])
+        by_expert.setdefault((row["expert"], row["values"]), {})[rank] = row
+    ranks = list(next(iter(by_expert.values())))
+    rows = [
+        [
+            expert,
+            f"`{form}`",
+            str(of_rank["auto"]["rank"]),
+            *(f"{100 * of_rank[rank]['gain_kept']:.1f}" for rank in ranks),
+        ]
+        for (expert, form), of_rank in sorted(by_expert.items())
+    ]
+    kept = [f"{'auto' if rank == 'auto' else f'rank {rank}'}, %" for rank in ranks]
+    return table(["expert", "stored as", "rank by `auto`", *kept], rows)
+
+
 def other_texts() -> str:
     """What texts of other kinds lose by each expert and by its stored forms, in nats per token beside the base."""
     lost: dict[tuple[str, str, float], dict[str, float]] = {}
