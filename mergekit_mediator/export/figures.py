@@ -94,19 +94,22 @@ COLUMNS = ("adapter", "rank", "left out by the rank, %", "weights left out", "of
 def said_of_ranks(exported: Sequence[ExportedExpert]) -> str:
     """Say which ranks were chosen and why; an empty text if none was chosen."""
     choices = [(expert.name, expert.choice) for expert in exported if expert.choice]
-    if not choices:
-        return ""
-    keep = choices[0][1].keep
     ranks = ", ".join(map(str, AUTO_RANKS))
-    said = (
-        f"Each rank is the least of {ranks} at which the matrices keep {keep:.2%} of what the expert gains over the "
-        f"model that the adapter is added to: {', '.join(f'{name} {choice}' for name, choice in choices)}."
-    )
-    if any(choice.kept is None for _, choice in choices):
-        said += (
-            " Most of what a rank leaves out of random signs is noise, and no rank tells how much."
+    known = [f"{name} {choice}" for name, choice in choices if choice.kept is not None]
+    noisy = [f"{name} {choice.rank}" for name, choice in choices if choice.kept is None]
+    said = []
+    if known:
+        said.append(
+            f"Each rank is the least of {ranks} at which the matrices keep {choices[0][1].keep:.2%} of what the expert "
+            f"gains over the model that the adapter is added to: {', '.join(known)}."
         )
-    return said
+    if noisy:
+        said.append(
+            f"Each rank is the least of {ranks} that holds every direction above the noise of random signs: "
+            f"{', '.join(noisy)}. Most of what it leaves out is noise, so what it keeps is not predicted: --prompts "
+            "measure it."
+        )
+    return " ".join(said)
 
 
 def left_out(exported: Sequence[ExportedExpert]) -> tuple[str, ...]:

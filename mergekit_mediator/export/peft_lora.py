@@ -92,7 +92,8 @@ def to_adapter(
     if not 0 < energy <= 1:
         raise ExportError(f"energy: above 0 and at most 1 is required, got {energy}")
     modules: dict[str, Factors] = {}
-    dropped, lost, directions = [], 0.0, 0
+    dropped, lost = [], 0.0
+    directions: list[int] = []
     for change in experts.changes(mixture):
         kind = holdable.kind(change.weight, len(change.shape))
         dense = experts.dense.weight(change.weight)
@@ -102,7 +103,7 @@ def to_adapter(
             continue
         factors = low_rank(change, dense, rank, energy)
         if change.is_noisy and keep is not None and measure is None:
-            directions = max(directions, directions_above_noise(change, factors))
+            directions.append(directions_above_noise(change, factors))
         for module in holdable.users[change.weight]:
             module_kind: Kind = "linear" if module == "lm_head" else kind
             modules[module] = Factors(module_kind, factors)
@@ -110,7 +111,7 @@ def to_adapter(
     if keep is None:
         return adapter
     return (
-        rank_above_noise(adapter, keep, directions)
+        rank_above_noise(adapter, keep, max(directions))
         if directions
         else least_rank(adapter, keep, measure)
     )

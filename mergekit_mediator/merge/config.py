@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mergekit_mediator.delta.value_forms import RateForm, StoredValues
+from mergekit_mediator.delta.value_forms import VALUES, RateForm, StoredValues
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.conflict import Metric
 from mergekit_mediator.merge.layers import Selection
@@ -260,8 +260,9 @@ class MediatorConfig(BaseModel):
         _check_alone([name for name in ("route", *_RULES) if name in settings.keys() - capped])
         storage = _storage_parameters(config)
         if storage & {"bits", "budget", "rank", "keep"}:
-            takes_rate = settings.get("values") in get_args(RateForm) and "rank" not in storage
-            _check_alone(sorted(storage - capped - ({"values"} if takes_rate else set())))
+            # other names than these are refused below
+            takes_none = settings.get("values") in VALUES or "rank" in storage
+            _check_alone(sorted(storage - capped - (set() if takes_none else {"values"})))
         settings["storage_given"] = bool(storage)
         try:
             parsed = cls(

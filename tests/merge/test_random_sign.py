@@ -162,6 +162,12 @@ def test_signs_take_one_rate_and_no_rank(wide, other):
         parsed(wide.config(values="random_sign", **other))
 
 
+def test_a_misspelt_form_is_told_from_one_that_takes_no_rate(wide):
+    expected = r"values: Input should be .*'low_rank' or 'random_sign', got 'lowrank'"
+    with pytest.raises(ConfigError, match=expected):
+        parsed(wide.config(values="lowrank", keep=0.9))
+
+
 def test_other_values_take_no_rate(wide):
     with pytest.raises(ConfigError, match="keep and values contradict each other"):
         parsed(wide.config(values="int4", keep=0.9))
@@ -188,8 +194,11 @@ def test_the_rank_of_an_adapter_is_not_chosen_by_the_noise(random, merged, tmp_p
     out = merged(random())
     exported = call("export", out, tmp_path / "auto", "--rank", "auto", "--drop")
     assert exported.exit_code == 0, exported.output
-    assert "math 8 (holds every direction above the noise of its signs" in exported.output
-    assert "Most of what a rank leaves out of random signs is noise" in exported.output
+    assert (
+        "holds every direction above the noise of random signs: math 8, code 8, chat 8. "
+        in exported.output
+    )
+    assert "at which the matrices keep" not in exported.output
     chosen = figures("export", out, tmp_path / "json", "--rank", "auto", "--drop")["experts"][0]
     assert chosen["choice"]["kept"] is None
 
