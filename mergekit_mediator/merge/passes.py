@@ -243,7 +243,7 @@ class Passes:
     def _cost_of_signs(
         self, weight: PlannedWeight, model: ModelReference, dense: Tensor, base: Tensor
     ) -> Tensor:
-        """The same of signs, which store the difference from the dense expert, so that it is that of all experts too."""
+        """The bits and the noise of an expert's signs, which store its difference from the dense expert."""
         expert = self.inputs.load(weight, model, base)
         (difference,) = task_vectors(dense, [expert], self.device)
         return random_sign_tradeoff(difference, base)

@@ -165,26 +165,25 @@ def test_named_experts_are_fetched_at_once(pushed):
         MediatorModel.from_pretrained("me/merged", experts=["law"])
 
 
-def test_where_the_dense_expert_holds_shares_of_all_a_mixture_fetches_all(hub, family, tmp_path):
-    build(tmp_path / "shares", family, bits=2.0)
-    push(prepare(tmp_path / "shares"), "me/shares")
+def fetched_for_code(hub, family, out, **parameters):
+    """The experts whose files come when `code` of a pushed merge answers, as it does from the directory."""
+    build(out, family, **parameters)
+    push(prepare(out), "me/pushed")
     hub.requests.clear()
-    remote, local = map(MediatorModel.from_pretrained, ("me/shares", tmp_path / "shares"))
+    remote, local = map(MediatorModel.from_pretrained, ("me/pushed", out))
     ids = torch.tensor([[4, 5, 6]])
     logits = [m.forward(ids, mixture="code").logits for m in (local, remote)]
     assert torch.equal(*logits)
-    assert sorted(experts_fetched(hub)) == ["chat", "code", "math"]
+    return sorted(experts_fetched(hub))
+
+
+def test_where_the_dense_expert_holds_shares_of_all_a_mixture_fetches_all(hub, family, tmp_path):
+    assert fetched_for_code(hub, family, tmp_path / "shares", bits=2.0) == ["chat", "code", "math"]
 
 
 def test_an_expert_of_random_signs_needs_no_file_of_another(hub, family, tmp_path):
-    build(tmp_path / "signs", family, values="random_sign", bits=2.0)
-    push(prepare(tmp_path / "signs"), "me/signs")
-    hub.requests.clear()
-    remote, local = map(MediatorModel.from_pretrained, ("me/signs", tmp_path / "signs"))
-    ids = torch.tensor([[4, 5, 6]])
-    logits = [m.forward(ids, mixture="code").logits for m in (local, remote)]
-    assert torch.equal(*logits)
-    assert experts_fetched(hub) == ["code"]
+    signs = {"values": "random_sign", "bits": 2.0}
+    assert fetched_for_code(hub, family, tmp_path / "signs", **signs) == ["code"]
 
 
 def test_a_file_that_comes_altered_is_refused_and_the_next_request_works(pushed):
