@@ -20,14 +20,12 @@ def load(folder: Path) -> State:
 
 
 def expert(base: State, folder: Path) -> State:
-    """All weights of a fine-tune: its own checkpoint, or the base with its adapter in it."""
+    """All weights of a fine-tune: its own checkpoint, or the base with its adapter in it, in float32 where it is."""
     if (folder / "model.safetensors").exists():
         return load(folder)
     factors = read_adapter(folder) or {}
     return {
-        name: (weight.float() + factors[name].product()).to(weight.dtype)
-        if name in factors
-        else weight
+        name: weight.float() + factors[name].product() if name in factors else weight
         for name, weight in base.items()
     }
 

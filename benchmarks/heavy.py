@@ -30,8 +30,9 @@ from artifacts import artifact
 from base_models import make_base
 from baselines import State, load
 from heavy_texts import ROW, Rows
-from heavy_training import RECIPES, SEED, losses, train
+from heavy_training import RECIPES, losses, train
 from stored_forms import Change, begins, forms, settings
+from trained_parts import SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.evaluate.rivals import Rivals

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, rms_norm
 from train_experts import COMPUTES_IN_BFLOAT16
+from trained_parts import SEED, masks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SEED = 7
 SAVED_EVERY = 300  # seconds
 
 
@@ -48,16 +48,6 @@ def losses(model: Any, rows: Tensor) -> Tensor:
     # without the last token, whose logits would have to be copied out
     logits = model.lm_head(states[:, :-1].flatten(0, 1))
     return cross_entropy(logits.float(), rows[:, 1:].flatten())
-
-
-def masks(model: Any, share: float) -> dict[str, Tensor]:
-    """Which parameters may change, by name; nothing if all may."""
-    draw = torch.Generator().manual_seed(SEED)
-    return {
-        name: (torch.rand(p.shape, generator=draw) < share).to(p.device)
-        for name, p in model.named_parameters()
-        if share < 1
-    }
 
 
 def _normalise_at_once(model: Any) -> None:

@@ -26,10 +26,11 @@ import torch
 from baselines import State, load
 from heavy import held_out
 from heavy_texts import ROW, Rows
-from heavy_training import RECIPES, SEED
+from heavy_training import RECIPES
 from method_artifacts import STORED, stored
 from method_quality import TRIALS, write
 from rates import Nats
+from trained_parts import SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.evaluate.rivals import Rivals

@@ -66,7 +66,9 @@ class Change:
             workers: threads that decompose and store, weight by weight. Decompositions are made by the device
                 without them: many small steps are not worth a device that is busy with others.
         """
-        changed = [name for name, weight in base.items() if not torch.equal(weight, expert[name])]
+        changed = [
+            n for n, weight in base.items() if not torch.equal(weight.float(), expert[n].float())
+        ]
         self.device, self._workers = device, workers
         self.base = {name: base[name] for name in changed}
         self.expert = {name: expert[name] for name in changed}

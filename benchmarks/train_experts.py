@@ -10,6 +10,8 @@ problem. Gemma's embedding, which is also its head, holds 168M of its 268M param
 --freeze-embedding it stays as it is, which saves most of the time and the memory:
 
     python benchmarks/train_experts.py --model gemma --freeze-embedding --family gemma --out gemma
+
+--share trains some of the numbers only, --rank an adapter in place of the weights.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from base_models import GGUF_FILES, make_base
 from torch.nn.functional import cross_entropy
+from trained_parts import change_a_share, with_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.models.prompts import render
@@ -33,6 +36,7 @@ from mergekit_mediator.models.prompts import render
 REPORT_SEED = 100_007  # prompts that are reported on, and never trained, stopped or tuned on
 DRAW = 1_000_000  # from one draw of problems to train and report on to the next
 STOP_SEED = 11  # prompts that decide when training stops
+ADAPTER_RATE = 10  # the learning rate of adapters over that of all weights
 # Other processors emulate bfloat16, at a sixth of the speed of float32.
 COMPUTES_IN_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
@@ -150,20 +154,28 @@ def train(
     draw: int = 0,
     batch: int = 8,
     freeze_embedding: bool = False,
+    share: float = 1.0,
+    rank: int | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune the weights on answer tokens only; save in bfloat16; return expert.json's content."""
+    """Fine-tune the weights on answer tokens only; save in bfloat16; return expert.json's content.
+
+    With a `rank` an adapter is trained, and saved as peft saves it.
+    """
     recipe = RECIPES[task]
     seed, report_seed = recipe.seed + DRAW * draw, REPORT_SEED + DRAW * draw
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.get_input_embeddings().requires_grad_(not freeze_embedding)
+    change_a_share(model, share)
+    saved = model if rank is None else with_adapter(model, rank)
+    lr = recipe.lr * (1 if rank is None else ADAPTER_RATE)
     trained = [p for p in model.parameters() if p.requires_grad]
     problems = tokenised(tokenizer, task, recipe.config, 1000 + seed, recipe.steps * batch)
     stop = tokenised(tokenizer, task, recipe.config, STOP_SEED, 24)
     report = tokenised(tokenizer, task, recipe.config, report_seed, 64)
     before = accuracy(model, report)
     print(f"{task}: base {before:.2f}, prompt {len(problems[0][0])} tokens", flush=True)
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     began = time.process_time()
     step = 0
     for step in range(1, recipe.steps + 1):
@@ -173,7 +185,7 @@ def train(
             break
         rate = min(1.0, step / 20) * max(0.05, 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * rate
+            group["lr"] = lr * rate
         logits, targets, _ = answer_logits(model, problems[(step - 1) * batch : step * batch])
         loss = cross_entropy(logits, targets)
         loss.backward()
@@ -190,14 +202,17 @@ def train(
                 break
     seconds = time.process_time() - began
     # what is measured is what is saved: the weights rounded to bfloat16
-    model.to(torch.bfloat16)
+    if rank is None:
+        model.to(torch.bfloat16)
     record = {
         "task": task,
         "config": recipe.config,
         "seed": seed,
-        "lr": recipe.lr,
+        "lr": lr,
         "batch": batch,
         "frozen_embedding": freeze_embedding,
+        "share_that_may_change": share,
+        "adapter_rank": rank,
         "computed_in": "bfloat16" if COMPUTES_IN_BFLOAT16 else "float32",
         "steps": step,
         "cpu_seconds": round(seconds),
@@ -206,7 +221,7 @@ def train(
         "report_seed": report_seed,
         "report_prompts": len(report),
     }
-    model.save_pretrained(out)
+    saved.save_pretrained(out)
     tokenizer.save_pretrained(out)
     # written last: its presence says that the folder is complete
     (out / "expert.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -221,6 +236,8 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(GGUF_FILES), default="smollm2")
     parser.add_argument("--base", type=Path, help="checkpoint directory of another base model")
     parser.add_argument("--freeze-embedding", action="store_true", help="leave embedding and head")
+    parser.add_argument("--share", type=float, default=1.0, help="of the numbers that may change")
+    parser.add_argument("--rank", type=int, help="train adapters of this rank")
     parser.add_argument("--minutes", type=float, default=24, help="CPU time limit an expert")
     parser.add_argument("--draw", type=int, default=0, help="which draw of problems to train on")
     parser.add_argument("--threads", type=int, default=1)
@@ -234,7 +251,14 @@ def main() -> None:
         done = out / "expert.json"
         record = json.loads(done.read_text()) if done.exists() else None
         record = record or train(
-            base, task, out, args.minutes, args.draw, freeze_embedding=args.freeze_embedding
+            base,
+            task,
+            out,
+            args.minutes,
+            args.draw,
+            freeze_embedding=args.freeze_embedding,
+            share=args.share,
+            rank=args.rank,
         )
         print(f"{task}: {json.dumps(record)}", flush=True)
 

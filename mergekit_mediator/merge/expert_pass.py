@@ -14,7 +14,7 @@ from mergekit_mediator.merge.estimate import dense_sizes
 from mergekit_mediator.merge.experts.budget import bytes_over, predict_kept, slopes_for
 from mergekit_mediator.merge.experts.division import measure_divergences
 from mergekit_mediator.merge.experts.encode import Encoder, adapters_for
-from mergekit_mediator.merge.experts.forms import Forms, choose_forms
+from mergekit_mediator.merge.experts.forms import Forms, choose_forms, complete
 from mergekit_mediator.merge.experts.keep import (
     CORRECTIONS,
     Kept,
@@ -87,15 +87,16 @@ def write_experts(
     sizes = dense_sizes(inputs, weights)
     names = sorted({weight.info.name for weight in routed})
     checkpoint, others = _written(out)
-    forms = choose_forms(config, names, dense.measured)
-    rate = partial(slopes_for, config, forms, names, dense.measured, sizes, checkpoint)
+    forms = choose_forms(config, names, dense.measured, sizes)
+    measured = complete(passes, routed, dense.measured, forms)
+    rate = partial(slopes_for, config, forms, names, measured, sizes, checkpoint)
     write = partial(_write, passes, workers, weights, routed, spectra, out, forms)
     tuning = Tuning(inputs, weights, lessons, workers, out)
     targets = dict.fromkeys(config.experts, config.keep or 0.0)
     spare, corrections = 0, CORRECTIONS if config.keep is not None else 0
     divergences: Mapping[ModelReference, Divergences] = {}
     if lessons and is_capped(
-        config, predict_kept(forms, names, dense.measured, rate(others, targets, {}))
+        config, predict_kept(forms, names, measured, rate(others, targets, {}))
     ):
         divergences = measure_divergences(tuning, partial(rate, others, targets), write)
     while True:
@@ -106,8 +107,8 @@ def write_experts(
         if excess > 0:
             spare += excess
         elif corrections and config.keep is not None:
-            measured = {m: tuned[n].kept for m, n in config.experts.items() if n in tuned}
-            targets, corrections = corrected(config.keep, targets, measured), corrections - 1
+            kept = {m: tuned[n].kept for m, n in config.experts.items() if n in tuned}
+            targets, corrections = corrected(config.keep, targets, kept), corrections - 1
             if rate(others + spare, targets, divergences) == slopes:
                 break
         else:
@@ -116,7 +117,7 @@ def write_experts(
             path.unlink()
     predicted = {}
     if config.keep is not None or divergences:
-        predicted = predict_kept(forms, names, dense.measured, slopes)
+        predicted = predict_kept(forms, names, measured, slopes)
     warn_of_cap(config, targets, predicted)
     return ExpertPass(
         slopes,

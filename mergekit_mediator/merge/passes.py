@@ -41,7 +41,8 @@ class Measured:
         conflict: the conflict between the experts' task vectors; all zero for a buffer of integers.
         costs: for each expert the bits and the error at each slope, `[4, n_slopes]` float64, by form: of its task
             vector as low rank plus sparse, and of its difference from the dense expert as random signs; see
-            `delta.tradeoff`. Empty for a buffer, and unless the caller asked for costs.
+            `delta.tradeoff`. Empty for a buffer, and unless the caller asked for costs. Low rank plus sparse is missing
+            where forms are not compared, see `experts.forms`.
     """
 
     conflict: Conflict
@@ -94,6 +95,7 @@ class Passes:
         allow_nonfinite: bool = False,
         spectra: Spectra | None = None,
         reference: Callable[[str], Tensor] | None = None,
+        compared: Container[str] | None = None,
     ) -> None:
         """Prepare the passes.
 
@@ -105,9 +107,10 @@ class Passes:
                 them.
             reference: reads a weight of the dense expert by name, if it is there already; then costs are those of
                 the difference from it.
+            compared: the names of the weights whose costs are measured in every form; None for all.
         """
         self.inputs, self._workers, self._allow_nonfinite = inputs, workers, allow_nonfinite
-        self._spectra, self._reference = spectra, reference
+        self._spectra, self._reference, self._compared = spectra, reference, compared
         self.device = inputs.options.device or "cpu"
         load_linear_algebra(self.device)
 
@@ -143,6 +146,33 @@ class Passes:
             InputError: see `measure`; or a number is infinite in the output dtype.
         """
         return self._each("measure and average", weights, partial(self._average, routed, costed))
+
+    def measure_low_rank(
+        self, weights: Sequence[PlannedWeight], models: Sequence[ModelReference]
+    ) -> Iterator[tuple[PlannedWeight, dict[ModelReference, Tensor]]]:
+        """Measure the costs of some experts as low rank plus sparse, see `Measured`.
+
+        Args:
+            weights: the weights to read, in the order of the results; none of them is a buffer.
+            models: the experts.
+
+        Raises:
+            InputError: a tensor cannot be read.
+        """
+
+        def measured(weight: PlannedWeight) -> dict[ModelReference, Tensor]:
+            name = weight.info.name
+            base = self.inputs.load(weight, self.inputs.base)
+            origin = base if self._reference is None else self._reference(name)
+            costs = {}
+            for model in models:
+                (difference,) = task_vectors(
+                    origin, [self.inputs.load(weight, model, base)], self.device
+                )
+                costs[model] = self._cost_of_low_rank(weight, model, difference)
+            return costs
+
+        return self._each("decompose", weights, measured) if weights else iter(())
 
     def _each(
         self,
@@ -198,6 +228,9 @@ class Passes:
         weighted = None if equal else WeightedSum(base, shares, self.device)
         with_directions = with_directions and is_measured(base.shape, inputs.hidden_size)
         reference = None if self._reference is None else self._reference(name)
+        decomposed = "low_rank" in inputs.config.rate_forms and (
+            self._compared is None or name in self._compared
+        )
         costs: list[dict[RateForm, Tensor]] = []
         directions: list[Tensor] = []
         widest = base.dtype
@@ -210,7 +243,8 @@ class Passes:
                 (stored,) = task_vectors(reference, [expert], self.device)
             del expert  # frees it before the next one is loaded
             if name in costed:
-                costs.append(self._cost(weight, model, stored))
+                low_rank = self._cost_of_low_rank(weight, model, stored) if decomposed else None
+                costs.append({} if low_rank is None else {"low_rank": low_rank})
             del stored
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
@@ -228,17 +262,15 @@ class Passes:
                 of_expert["random_sign"] = self._cost_of_signs(weight, model, dense.routed, base)
         return Averaged(Measured(conflict, tuple(costs)), tuple(directions), dense)
 
-    def _cost(
+    def _cost_of_low_rank(
         self, weight: PlannedWeight, model: ModelReference, tau: Tensor
-    ) -> dict[RateForm, Tensor]:
+    ) -> Tensor:
         """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
-        if "low_rank" not in self.inputs.config.rate_forms:
-            return {}
         components = None
         if self._spectra is not None:
             expert = self.inputs.config.experts[model]
             components = self._spectra.decompose(expert, weight.info.name, tau)
-        return {"low_rank": tradeoff(tau, components)}
+        return tradeoff(tau, components)
 
     def _cost_of_signs(
         self, weight: PlannedWeight, model: ModelReference, dense: Tensor, base: Tensor

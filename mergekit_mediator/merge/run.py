@@ -22,7 +22,9 @@ from pydantic import BaseModel
 from mergekit_mediator.errors import ConfigError, OutputError, first_line
 from mergekit_mediator.merge.checkpoint import Merged, describe, digest_base, write_model_files
 from mergekit_mediator.merge.dense_pass import DensePass, write_dense
+from mergekit_mediator.merge.estimate import dense_sizes
 from mergekit_mediator.merge.expert_pass import write_experts
+from mergekit_mediator.merge.experts.forms import compared_names
 from mergekit_mediator.merge.experts.spectra import spectra_in
 from mergekit_mediator.merge.inputs import Inputs
 from mergekit_mediator.merge.lessons import prepare_lessons
@@ -137,7 +139,9 @@ def _merge(
         beside = stack.enter_context(ThreadPoolExecutor(1))
         base_digests = beside.submit(digest_base, inputs)
         with spectra_in(out) as spectra:
-            passes = Passes(inputs, threads, allow_nonfinite, spectra, reference)
+            sizes = dense_sizes(inputs, weights)
+            compared = compared_names(inputs.config, sorted(sizes), sizes)
+            passes = Passes(inputs, threads, allow_nonfinite, spectra, reference, compared)
             dense = write_dense(passes, preparation, out)
             _write_directions(inputs, dense, out)
             experts = write_experts(passes, threads, weights, dense, lessons, spectra, out)

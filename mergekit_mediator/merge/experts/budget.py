@@ -69,7 +69,9 @@ def slopes_for(
         (form,) = config.rate_forms
         return {
             model: slope_for(tradeoff[0], numel, config.bits)
-            for model, tradeoff in zip(models, tradeoffs(names, measured, form), strict=True)
+            for model, tradeoff in zip(
+                models, tradeoffs(names, measured, [form] * len(models)), strict=True
+            )
         }
     diverging = [divergences.get(model, {}) for model in models]
     allocation = allocation_of(forms, names, measured, diverging)
@@ -171,7 +173,8 @@ def predict(
     sizes = (numel, checkpoint_bytes, fixed)
 
     def keeping(keep: float | None) -> Allocation:
-        return allocation_of(choose_forms(inputs.config, names, measured, keep), names, measured)
+        forms = choose_forms(inputs.config, names, measured, dense, keep)
+        return allocation_of(forms, names, measured)
 
     return curve(keeping(None), *sizes), kept_curve(keeping, *sizes)
 

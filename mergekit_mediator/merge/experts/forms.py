@@ -1,6 +1,12 @@
-"""The form of each expert that is stored by a rate: the one that `values` names, or the one that `keep` needs fewer bits in."""
+"""The form of each expert that is stored by a rate: the one that `values` names, or the one that `keep` needs fewer bits in.
 
+Forms are compared on some of the weights. A decomposition takes more time than all else, and an expert that becomes random
+signs needs none.
+"""
+
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from mergekit.common import ModelReference
@@ -10,15 +16,37 @@ from mergekit_mediator.delta.allocation import Allocation
 from mergekit_mediator.delta.loss_law import LAWS
 from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.merge.config import MediatorConfig
-from mergekit_mediator.merge.passes import Measured
+from mergekit_mediator.merge.estimate import Size
+from mergekit_mediator.merge.passes import Measured, Passes
+from mergekit_mediator.merge.planner import PlannedWeight
 
 Forms = Mapping[ModelReference, RateForm]
+
+# One of so many weights of a size is compared. Layers repeat two or three weights of a size, and no such number divides it.
+_EVERY = 7
+
+
+def compared_names(
+    config: MediatorConfig, names: Sequence[str], sizes: Mapping[str, Size]
+) -> frozenset[str] | None:
+    """Name the weights whose costs are measured in every form; None for all, if there is no choice of forms.
+
+    Args:
+        config: the configuration of the merge.
+        names: the names of the weights that are routed.
+        sizes: the sizes of the dense expert's weights by name.
+    """
+    if len(config.rate_forms) == 1:
+        return None
+    alike = _of_one_size(names, sizes)
+    return frozenset(name for group in alike.values() for name in group[::_EVERY])
 
 
 def choose_forms(
     config: MediatorConfig,
     names: Sequence[str],
     measured: Mapping[str, Measured],
+    sizes: Mapping[str, Size],
     keep: float | None = None,
 ) -> Forms:
     """Choose the form of every expert.
@@ -30,7 +58,9 @@ def choose_forms(
     Args:
         config: the configuration of the merge.
         names: the names of the routed weights.
-        measured: the figures of each weight by name, with costs.
+        measured: the figures of each weight by name, with costs. Those that have them in every form stand for the others
+            of their size.
+        sizes: the sizes of the dense expert's weights by name.
         keep: the part in (0, 1) that every expert shall keep; that of the configuration unless given.
     """
     first, *others = config.rate_forms
@@ -39,23 +69,82 @@ def choose_forms(
     keep = config.keep if keep is None else keep
     if keep is None or not any(measured[name].costs for name in names):
         return forms
-    fewest = _bits(first, keep, names, measured)
-    for form in others:
-        for i, bits in enumerate(_bits(form, keep, names, measured)):
-            if bits < fewest[i]:
-                fewest[i], forms[models[i]] = bits, form
+    compared = _standing_for_all(names, measured, sizes)
+    for i, model in enumerate(models):
+        fewest = _bits(first, keep, i, compared)
+        for form in others:
+            bits = _bits(form, keep, i, compared)
+            if bits < fewest:
+                fewest, forms[model] = bits, form
     return forms
 
 
+def complete(
+    passes: Passes,
+    weights: Sequence[PlannedWeight],
+    measured: Mapping[str, Measured],
+    forms: Forms,
+) -> dict[str, Measured]:
+    """Measure those costs in the chosen forms that the comparison left out.
+
+    Args:
+        passes: the passes over the models.
+        weights: the routed weights.
+        measured: the figures of each weight by name.
+        forms: the form of each expert.
+
+    Raises:
+        InputError: see `Passes.measure`.
+    """
+    all_measured = dict(measured)
+    low_rank = {model: i for i, model in enumerate(forms) if forms[model] == "low_rank"}
+
+    def lacks(weight: PlannedWeight) -> bool:
+        costs = measured[weight.info.name].costs
+        return bool(costs) and any("low_rank" not in costs[i] for i in low_rank.values())
+
+    missing = [weight for weight in weights if low_rank and lacks(weight)]
+    for weight, found in passes.measure_low_rank(missing, list(low_rank)):
+        known = all_measured[weight.info.name]
+        costs = list(known.costs)
+        for model, of_expert in found.items():
+            costs[low_rank[model]] = {**costs[low_rank[model]], "low_rank": of_expert}
+        all_measured[weight.info.name] = replace(known, costs=tuple(costs))
+    return all_measured
+
+
+def _of_one_size(names: Sequence[str], sizes: Mapping[str, Size]) -> dict[int, list[str]]:
+    """Group weights by the number of their parameters."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[sizes[name].numel].append(name)
+    return groups
+
+
+def _standing_for_all(
+    names: Sequence[str], measured: Mapping[str, Measured], sizes: Mapping[str, Size]
+) -> list[tuple[float, tuple[Mapping[RateForm, Tensor], ...]]]:
+    """The costs of the weights that have them in every form, and for how many weights each stands."""
+    costed = [name for name in names if measured[name].costs]
+    most = max(len(of_expert) for name in costed for of_expert in measured[name].costs)
+    standing = []
+    for group in _of_one_size(costed, sizes).values():
+        whole = [n for n in group if all(len(costs) == most for costs in measured[n].costs)]
+        standing += [(len(group) / len(whole), measured[name].costs) for name in whole]
+    return standing
+
+
 def _bits(
-    form: RateForm, keep: float, names: Sequence[str], measured: Mapping[str, Measured]
-) -> list[float]:
-    """Predict the bits that each expert needs in a form; infinity if the form cannot keep enough."""
-    costs = tradeoffs(names, measured, form)
-    allocation = Allocation(costs, laws=[LAWS[form]] * len(costs))
-    slopes = allocation.slopes_to_keep([keep] * len(costs))
-    figures = zip(allocation.bits(slopes), allocation.kept(slopes), strict=True)
-    return [bits if kept >= keep else float("inf") for bits, kept in figures]
+    form: RateForm,
+    keep: float,
+    expert: int,
+    compared: Sequence[tuple[float, tuple[Mapping[RateForm, Tensor], ...]]],
+) -> float:
+    """Predict the bits that an expert needs in a form; infinity if the form cannot keep enough."""
+    total = torch.stack([count * costs[expert][form] for count, costs in compared]).sum(dim=0)
+    allocation = Allocation([total], laws=[LAWS[form]])
+    slopes = allocation.slopes_to_keep([keep])
+    return allocation.spent(slopes) if allocation.kept(slopes)[0] >= keep else float("inf")
 
 
 def allocation_of(
@@ -72,19 +161,20 @@ def allocation_of(
         measured: the figures of each weight by name, with costs.
         divergences: of each expert, what prompts measured, see `Allocation`.
     """
-    by_form = {form: tradeoffs(names, measured, form) for form in set(forms.values())}
-    costs = [by_form[form][i] for i, form in enumerate(forms.values())]
+    costs = tradeoffs(names, measured, list(forms.values()))
     return Allocation(costs, divergences, [LAWS[form] for form in forms.values()])
 
 
 def tradeoffs(
-    names: Sequence[str], measured: Mapping[str, Measured], form: RateForm
+    names: Sequence[str], measured: Mapping[str, Measured], forms: Sequence[RateForm]
 ) -> list[Tensor]:
-    """Sum the costs of the named weights in a form for each expert, in the order of the configuration.
+    """Sum the costs of the named weights for each expert in its form, in the order of the configuration.
 
     Each sum is `[4, n_slopes]` float64: bits, the squared error that remains, that of storing nothing, and the squared
     norm of the base; see `delta.tradeoff`.
     """
-    by_weight = [[costs[form] for costs in measured[name].costs] for name in names]
-    of_experts = zip(*filter(None, by_weight), strict=True)
-    return [torch.stack(of_expert).sum(dim=0) for of_expert in of_experts]
+    costs = [measured[name].costs for name in names if measured[name].costs]
+    return [
+        torch.stack([of_weight[i][form] for of_weight in costs]).sum(dim=0)
+        for i, form in enumerate(forms)
+    ]

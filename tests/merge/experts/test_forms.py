@@ -12,8 +12,18 @@ from mergekit.config import MergeConfiguration
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.config import MediatorConfig
+from mergekit_mediator.merge.estimate import Size
+from mergekit_mediator.merge.experts.forms import compared_names
+from mergekit_mediator.merge.experts.spectra import Spectra
 from mergekit_mediator.store.expert_file import ExpertFile
 from mergekit_mediator.store.manifest import read_manifest
+
+_DEFAULT = {
+    "merge_method": "mediator",
+    "base_model": "base",
+    "models": [{"model": "one"}, {"model": "two"}],
+    "parameters": {"keep": 0.99},
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +135,37 @@ def test_low_rank_without_a_rate_is_refused(mixed):
     config = mixed.config(values="low_rank", density=0.1)
     with pytest.raises(ConfigError, match="values: low_rank is a form of `keep`, `bits` or a"):
         MediatorConfig.from_merge_config(MergeConfiguration.model_validate(config))
+
+
+def test_forms_are_compared_on_some_weights_and_low_rank_is_measured_on_all(
+    mixed, merged_mixed, tmp_path
+):
+    """The heavy expert's file is that of a merge that measures low rank plus sparse alone."""
+    config = mixed.config(keep=0.97, reference="base", values="low_rank")
+    path = write(config, tmp_path / "config.yml")
+    assert call("merge", path, tmp_path / "out", "--quiet").exit_code == 0
+    files = [out / "mediator/experts/heavy.safetensors" for out in (merged_mixed, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_expert_that_becomes_signs_is_hardly_decomposed(mixed, tmp_path, monkeypatch):
+    decomposed, decompose = [], Spectra.decompose
+    monkeypatch.setattr(
+        Spectra, "decompose", lambda *given: decomposed.append(given[1:3]) or decompose(*given)
+    )
+    config = write(mixed.config(keep=0.97, reference="base"), tmp_path / "config.yml")
+    assert call("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+    assert len(decomposed) == len(set(decomposed))
+    light, heavy = ([w for e, w in decomposed if e == name] for name in ("light", "heavy"))
+    assert 0 < len(light) < len(heavy) / 2
+
+
+def test_compared_weights_are_of_every_size_and_of_every_place_in_a_layer():
+    places = ("down_proj", "gate_proj", "up_proj")
+    names = [f"layers.{i}.{place}" for i in range(14) for place in places]
+    sizes = {name: Size(64, 128) for name in names} | {"embed": Size(512, 1024)}
+    config = MediatorConfig.from_merge_config(MergeConfiguration.model_validate(_DEFAULT))
+    compared = compared_names(config, [*names, "embed"], sizes)
+    assert "embed" in compared
+    assert len(compared) == 7
+    assert {name.split(".")[-1] for name in compared} == {*places, "embed"}
