@@ -50,7 +50,7 @@ class Stored:
         tau = self.family.difference(self.task, name)
         known = None if is_vector(tau) else decompose(as_matrix(tau)).storable()
         self.components[name] = known
-        return tradeoff(tau, known)
+        return tradeoff(tau, known, self.family.base[name])
 
     def at(self, slope: float) -> tuple[float, State]:
         """Bits per parameter and the weights of the stored expert, on the base."""

@@ -102,19 +102,19 @@ def curve_report(points: Sequence[Point]) -> str:
             size(point.total_bytes),
             f"{point.bits:.3f}",
             f"{100 * (point.left if is_noise else 1 - point.left):.1f}",
-            f"{100 * point.loss_recovered:.1f}",
+            f"{100 * point.kept:.1f}",
         ]
         for point in points
     ]
     second = "error, %" if is_noise else "change kept, %"
-    header = ["budget", "everything", "bits/param", second, "loss recovered, %"]
+    header = ["budget", "everything", "bits/param", second, "gain kept, %"]
     first = "error, noise of signs, is over" if is_noise else "change kept is a part of"
     return "\n".join(
         [
             table(header, rows),
             "",
             f"The weights alone predict these figures, for all layers routed. The {first}",
-            "the squared change from base to experts; the loss recovered is what as much of it recovered",
-            "for fine-tunes that were measured before.",
+            "the squared change from base to experts; the gain kept is the least that any fine-tune kept",
+            "that was measured before: narrow ones, broad ones, and one whose change is large beside the base.",
         ]
     )

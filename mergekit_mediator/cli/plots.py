@@ -66,7 +66,7 @@ def plot_curve(path: Path, points: Sequence["Point"]) -> None:
     """
     figure, axes = new_axes("--plot", 6.0, 3.6)
     sizes = extra_axis(axes, [point.over_dense - 1 for point in points])
-    axes.plot(sizes, [100 * p.loss_recovered for p in points], marker="o", label="loss recovered")
+    axes.plot(sizes, [100 * p.kept for p in points], marker="o", label="gain kept")
     if not any(point.is_noise for point in points):
         kept = [100 * (1 - p.left) for p in points]
         axes.plot(sizes, kept, marker=".", label="squared change kept")

@@ -88,10 +88,10 @@ class Allocation:
         """
         return self._of(self._left, self._within(bits))
 
-    def recovered(self, bits: float) -> list[float]:
-        """Predict the part of the loss, in [0, 1], that each expert recovers within bits; see `left`."""
+    def kept_within(self, bits: float) -> list[float]:
+        """Predict the part of its gain, in [0, 1], that each expert keeps within bits; see `left`."""
         left = self._at(self._left, self._within(bits))
-        return _floats(self._predicted([law.recovered for law in self.laws], left))
+        return _floats(self._predicted([law.kept for law in self.laws], left))
 
     def slopes(self, bits: float) -> list[float]:
         """Choose the slope of each expert.
@@ -195,6 +195,6 @@ def _floats(column: Floats) -> list[float]:
 
 
 def _change_over_base(tradeoff: Tensor) -> float:
-    """The squared norm of an expert's change over that of the base; 0 where the law does not ask for it."""
+    """The squared norm of an expert's change over that of the base; 0 where the base is not known."""
     change, base = tradeoff[2:, 0].tolist()
     return change / base if base else 0.0

@@ -25,8 +25,7 @@ class Point:
         bits: per parameter and expert.
         left: the squared error over the squared change from base to expert, mean of experts. It is what is not stored, in
             [0, 1]; of random signs it is noise, and may be several times the change.
-        loss_recovered: the predicted part of the loss between the average and the expert that the stored
-            form recovers, in [0, 1], mean of experts.
+        kept: the predicted part of its gain over the dense expert that an expert keeps, in [0, 1], mean of experts.
         is_noise: whether the squared error is noise, because experts are stored as random signs.
     """
 
@@ -34,7 +33,7 @@ class Point:
     total_bytes: int
     bits: float
     left: float
-    loss_recovered: float
+    kept: float
     is_noise: bool
 
 
@@ -108,7 +107,7 @@ def curve(
                 round(size * checkpoint_bytes),
                 stored / numel,
                 math.fsum(left) / len(left),
-                math.fsum(allocation.recovered(stored)) / len(left),
+                math.fsum(allocation.kept_within(stored)) / len(left),
                 bool(_signs(allocation)),
             )
         )

@@ -17,7 +17,7 @@ from mergekit_mediator.delta.approximate import (
 )
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factor_steps import BITS, KEPT
-from mergekit_mediator.delta.factors import Components
+from mergekit_mediator.delta.factors import Components, squared_norm
 from mergekit_mediator.delta.rounding import Sample
 from mergekit_mediator.errors import ConfigError
 
@@ -35,7 +35,9 @@ _SAMPLE = 1 << 16  # numbers of the remainder that are quantised for the predict
 _FINE = 1000  # steps up to the largest magnitude, from which on a formula predicts
 
 
-def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor:
+def tradeoff(
+    difference: Tensor, components: Components | None = None, reference: Tensor | None = None
+) -> Tensor:
     """Predict the bits and the remaining squared error of a difference at each slope.
 
     The rank is exact. The bits of the remainder are predicted from a sample of the rows, by the entropy of
@@ -44,15 +46,18 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
     Args:
         difference: of an expert from the base, float32, any shape.
         components: of the difference as a matrix; computed if they are None.
+        reference: the base's weight, of any floating dtype; only `LossLaw.kept` depends on it.
 
     Returns:
-        `[4, len(SLOPES)]` float64: bits in the first row, squared error in the second, in every column of the third the
-        error of storing nothing, and zeros, which stand for the squared norm of the base: this form does not need it.
+        `[4, len(SLOPES)]` float64: bits in the first row, squared error in the second, and in every column of the others
+        the error of storing nothing and the squared norm of the reference, 0 without one.
     """
     numel = difference.numel()
+    base = [0.0 if reference is None else squared_norm(reference)] * len(SLOPES)
     if is_vector(difference):
-        stored = torch.full((len(SLOPES),), _VECTOR_BITS * numel, dtype=torch.float64)
-        return torch.stack([stored, *torch.zeros(3, len(SLOPES), dtype=torch.float64)])
+        stored = [_VECTOR_BITS * numel] * len(SLOPES)
+        exact = [0.0] * len(SLOPES)
+        return torch.tensor([stored, exact, exact, base], dtype=torch.float64)
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
@@ -90,7 +95,7 @@ def tradeoff(difference: Tensor, components: Components | None = None) -> Tensor
             coded = loss * entropy * numel + (_CODES_BITS if entropy else 0)
             bits.append(of_factors + coded)
             errors.append(more * error * numel)
-    nothing, base = errors[:1] * len(errors), [0.0] * len(errors)
+    nothing = errors[:1] * len(errors)
     return torch.tensor([bits, errors, nothing, base], dtype=torch.float64)
 
 

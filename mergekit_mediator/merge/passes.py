@@ -169,7 +169,7 @@ class Passes:
                 (difference,) = task_vectors(
                     origin, [self.inputs.load(weight, model, base)], self.device
                 )
-                costs[model] = self._cost_of_low_rank(weight, model, difference)
+                costs[model] = self._cost_of_low_rank(weight, model, difference, base)
             return costs
 
         return self._each("decompose", weights, measured) if weights else iter(())
@@ -243,8 +243,9 @@ class Passes:
                 (stored,) = task_vectors(reference, [expert], self.device)
             del expert  # frees it before the next one is loaded
             if name in costed:
-                low_rank = self._cost_of_low_rank(weight, model, stored) if decomposed else None
-                costs.append({} if low_rank is None else {"low_rank": low_rank})
+                costs.append({})
+                if decomposed:
+                    costs[-1]["low_rank"] = self._cost_of_low_rank(weight, model, stored, base)
             del stored
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
@@ -263,14 +264,14 @@ class Passes:
         return Averaged(Measured(conflict, tuple(costs)), tuple(directions), dense)
 
     def _cost_of_low_rank(
-        self, weight: PlannedWeight, model: ModelReference, tau: Tensor
+        self, weight: PlannedWeight, model: ModelReference, tau: Tensor, base: Tensor
     ) -> Tensor:
         """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
         components = None
         if self._spectra is not None:
             expert = self.inputs.config.experts[model]
             components = self._spectra.decompose(expert, weight.info.name, tau)
-        return tradeoff(tau, components)
+        return tradeoff(tau, components, base)
 
     def _cost_of_signs(
         self, weight: PlannedWeight, model: ModelReference, dense: Tensor, base: Tensor

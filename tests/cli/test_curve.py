@@ -63,5 +63,5 @@ def test_budgets_below_the_fixed_bytes_are_left_out():
     assert points[-2].left >= 1e-3 > points[-1].left
 
 
-def test_no_change_recovers_no_loss_and_the_whole_change_recovers_all():
-    assert LEFT_OUT.recovered(np.array([1.0, 0.0]), np.zeros(2)).tolist() == [0.0, 1.0]
+def test_no_change_keeps_no_gain_and_the_whole_change_keeps_all():
+    assert LEFT_OUT.kept(np.array([1.0, 0.0]), np.zeros(2)).tolist() == [0.0, 1.0]

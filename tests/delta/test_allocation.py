@@ -46,9 +46,9 @@ def test_the_size_of_a_change_alone_makes_no_difference():
 def test_every_expert_takes_the_fewest_bits_that_keep_its_part():
     shared = Allocation([exponential(10, 4), exponential(10, 8)])
     slopes = shared.slopes_to_keep([0.99, 0.99])
-    # a hundredth of the gain is lost where 2^(-place / half) is 0.1585
+    # a hundredth of the gain is lost where 1.2 (2^(-place / half))² is
     for slope, half in zip(slopes, (4, 8), strict=True):
-        assert place(slope) == pytest.approx(-half * math.log2(0.1585), abs=0.02)
+        assert place(slope) == pytest.approx(-half * math.log2(math.sqrt(0.01 / 1.2)), abs=0.02)
     assert all(0.99 <= kept < 0.9903 for kept in shared.kept(slopes))
     assert shared.spent(slopes) == pytest.approx(10 * float(sum(map(place, slopes))), rel=0.01)
 

@@ -1,7 +1,18 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from mergekit_mediator.delta.kept import NOISE_POWER, kept_in_noise, lost_to_noise, predicted_kept
+from mergekit_mediator.delta.kept import (
+    NOISE_POWER,
+    kept_in_noise,
+    lost_of_left_out,
+    lost_to_noise,
+    predicted_kept,
+)
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def test_an_expert_that_leaves_out_everything_keeps_nothing():
@@ -35,3 +46,26 @@ def test_as_much_noise_costs_more_where_the_change_is_large_beside_the_base():
     assert lost[2] > 10 * lost[1]
     assert lost[3] > 1
     assert kept_in_noise(5.0, 0.1) == 0
+
+
+def test_all_is_lost_if_all_is_left_out_and_nothing_if_nothing_is():
+    assert lost_of_left_out([0.0, 1.0], 1e-5).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
+    assert lost_of_left_out([0.5, 1.0], 1.0).tolist() == [1.0, 1.0]
+
+
+def test_more_is_lost_of_a_change_that_is_large_beside_the_base():
+    lost = lost_of_left_out(0.1, [0.0, 1e-5, 1e-4, 1e-3])
+    assert (np.diff(lost) > 0).all()
+    assert lost[0] == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize("family", ["broad", "heavy"])
+def test_no_expert_kept_much_less_than_is_predicted_of_what_is_left_out(family):
+    """Random signs are noise, and have a law of their own; a sign for each number has something of both."""
+    rows = json.loads((RESULTS / f"{family}.json").read_text())["rows"]
+    left_out = [row for row in rows if row["form"].startswith(("ours ", "8-3-2", "extract"))]
+    for row in left_out:
+        predicted = 1 - lost_of_left_out(row["left_out"], row["norm_over_base"] ** 2)
+        if predicted > 0.8:
+            assert row["gain_kept"] > predicted - 0.025, row
+    assert len(left_out) > 5
