@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-fast test-vllm test-llama-cpp test-browser gpu demo serve-demo bench bench-gemma bench-broad bench-heavy bench-serving \
+.PHONY: test test-fast test-vllm test-llama-cpp test-browser gpu demo serve-demo bench bench-gemma bench-broad bench-heavy bench-hot bench-serving \
 	docs tables fuzz quality format clean
 
 # One thread each: threads of two processes on two cores wait for each other.
@@ -127,6 +127,11 @@ bench-broad: .venv/demo
 	$(run)/heavy.py --out $(EXPERTS)/broad --part train --kind reasoning --kind python --kind german --tokens 102400 --batch 4 --lr 1e-4
 	$(run)/heavy.py --out $(EXPERTS)/broad --part measure --kind python --kind german --kind reasoning --tokens 102400 --name broad --family broad --held-out 8 --forms "random signs,ours 0.15,ours 0.5"
 	$(run)/method_gains.py --experts $(EXPERTS)/broad --kind python --kind german --kind reasoning --label broad --rows 8
+
+# One whose learning rate was too high.
+bench-hot: .venv/demo
+	$(run)/heavy.py --out $(EXPERTS)/hot --part train --kind python --tokens 61440 --batch 4 --lr 5e-4
+	$(run)/heavy.py --out $(EXPERTS)/hot --part measure --kind python --tokens 61440 --name hot --family hot --held-out 8 --forms "ours 0.15,ours 0.5,one bit,ours as signs 0.25,ours as signs 0.5,ours as signs 1"
 
 # Full fine-tunes as adapters on a real vLLM: answers, throughput, latency, and what each rank keeps.
 bench-serving: .venv/demo .venv-vllm/ready

@@ -22,6 +22,7 @@ from typing import Any
 import record
 import torch
 from artifacts import DTYPE
+from baselines import expert
 from safetensors.torch import load_file
 from torch import Tensor
 from train_experts import REPORT_SEED
@@ -54,7 +55,7 @@ class Family:
         self.tasks = tasks
         self.base = load_file(base / "model.safetensors")
         self.adapters = {t: _adapter(experts / t) for t in tasks}
-        self.experts = {t: self._expert(experts / t) for t in tasks}
+        self.experts = {t: expert(self.base, experts / t) for t in tasks}
         self.mean = {
             name: (sum(e[name].float() for e in self.experts.values()) / len(tasks)).to(w.dtype)
             for name, w in self.base.items()
@@ -68,23 +69,12 @@ class Family:
         self.components: dict[tuple[str, str], Components] = {}
         self.costs: dict[str, Tensor] = {}
 
-    def _expert(self, folder: Path) -> State:
-        factors = self.adapters[folder.name]
-        if not factors:
-            return load_file(folder / "model.safetensors")
-        return {
-            name: (weight.float() + factors[name].product()).to(weight.dtype)
-            if name in factors
-            else weight
-            for name, weight in self.base.items()
-        }
-
     def difference(self, task: str, name: str) -> Tensor:
         return self.experts[task][name].float() - self.base[name].float()
 
     def decompose(self) -> None:
         for task in self.tasks:
-            total = torch.zeros(2, len(budget.SLOPES), dtype=torch.float64)
+            total = torch.zeros(4, len(budget.SLOPES), dtype=torch.float64)
             for name, weight in self.base.items():
                 delta = self.difference(task, name)
                 known = None if is_vector(weight) else decompose(as_matrix(delta))

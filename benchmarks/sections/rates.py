@@ -10,8 +10,8 @@ _AS_MANY = 1.02  # times the bits: no two forms take exactly as many
 
 
 def rates() -> str:
-    """A table for each base: bits per parameter and the gain kept, the means over each family's experts."""
-    return "\n\n".join(f"### {base}\n\n{_table(rows)}" for base, rows in by("base").items())
+    """Tables for each base and family: bits per parameter and the gain kept, the means over the family's experts."""
+    return "\n\n".join(f"### {base}\n\n{_tables(rows)}" for base, rows in by("base").items())
 
 
 def heavy_changes(name: str = "heavy") -> str:
@@ -144,19 +144,16 @@ def _means(rows: list[Row]) -> dict[str, Mean]:
     return means
 
 
-def _table(rows: list[Row]) -> str:
-    families = {family: _means(own) for family, own in _by("family", rows).items()}
-    head = ["form"]
-    for family, means in families.items():
-        count = max(mean.experts for mean in means.values())
-        head += [f"{family} ({count}): bits", "gain kept, %", "change left out, %"]
-    lines = []
-    for form in dict.fromkeys(row["form"] for row in rows):
-        line = [f"`{form}`"]
-        for mean in (means.get(form) for means in families.values()):
-            cells = ["", "", ""]
-            if mean:
-                cells = [f"{mean.bits:.2f}", f"{100 * mean.kept:.2f}", f"{100 * mean.left:.1f}"]
-            line += cells
-        lines.append(line)
+def _tables(rows: list[Row]) -> str:
+    """A table for each family of experts."""
+    return "\n\n".join(_table(family, _means(own)) for family, own in _by("family", rows).items())
+
+
+def _table(family: str, means: dict[str, Mean]) -> str:
+    count = max(mean.experts for mean in means.values())
+    head = [f"{family} ({count})", "bits", "gain kept, %", "change left out, %"]
+    lines = [
+        [f"`{form}`", f"{mean.bits:.2f}", f"{100 * mean.kept:.2f}", f"{100 * mean.left:.1f}"]
+        for form, mean in means.items()
+    ]
     return table(head, lines)

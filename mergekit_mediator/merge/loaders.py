@@ -70,7 +70,7 @@ class OpenInputs(Inputs):
             cache.loaders.pop(model, None)  # its files may have changed since an earlier merge
             try:
                 if model.lora is not None:
-                    cache.loaders[model] = open_adapted(model, self.options)
+                    cache.loaders[model] = open_adapted(model, self.options, self._adapted_dtype)
                 index = cache.get(model).index
             except MediatorError:
                 raise
@@ -93,6 +93,16 @@ class OpenInputs(Inputs):
                         "the model anew"
                     )
         return headers
+
+    @property
+    def _adapted_dtype(self) -> str | None:
+        """The dtype of the weights of adapters; None for that of the base.
+
+        A rate would spend bits on what rounding to 16 bits adds to the change of an adapter. Where no dtype of the output
+        is given it is that of the widest input, which must not become wider.
+        """
+        exact = self.config.needs_costs and self.out_dtype is not None
+        return "float32" if exact else None
 
     def load(
         self, weight: PlannedWeight, model: ModelReference, reference: Tensor | None = None

@@ -39,11 +39,11 @@ def test_a_peer_that_takes_more_bits_for_as_much_is_not_named(rows):
 
 def test_a_table_has_the_means_of_the_experts_of_each_family(rows):
     rows += [row("ours 1", 1.2, 0.97, 0.3, expert="D"), row("ours 1", 1.1, 1.0, 0.0, family="G")]
-    assert (
-        "| form | F (2): bits | gain kept, % | change left out, % | G (1): bits |" in rates.rates()
-    )
-    assert "| `ours 1` | 1.10 | 98.00 | 20.0 | 1.10 | 100.00 | 0.0 |" in rates.rates()
-    assert "| `ours 0.5` | 0.50 | 98.00 | 30.0 |  |  |  |" in rates.rates()
+    tables = rates.rates()
+    assert "| F (2) | bits | gain kept, % | change left out, % |" in tables
+    assert "| `ours 1` | 1.10 | 98.00 | 20.0 |" in tables
+    assert "| `ours 0.5` | 0.50 | 98.00 | 30.0 |" in tables
+    assert "| G (1) | bits |" in tables
 
 
 @pytest.mark.parametrize(

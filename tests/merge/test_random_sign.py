@@ -149,7 +149,7 @@ def test_the_curve_tells_of_noise(light, tmp_path):
     told = call("plan", config, "--curve", "--quiet", "--plot", tmp_path / "curve.svg").output
     assert "error, noise of signs, is over" in told
     drawn = (tmp_path / "curve.svg").read_text()
-    assert "loss recovered" in drawn
+    assert "gain kept" in drawn
     assert "squared change kept" not in drawn
     assert "change kept" not in told
     parts = [point["keep"] for point in figures("plan", config, "--curve", "--quiet")["keep"]]

@@ -76,7 +76,9 @@ class AdapterLoader:
         self._base.flush()
 
 
-def open_adapted(model: ModelReference, options: MergeOptions) -> AdapterLoader | LazyTensorLoader:
+def open_adapted(
+    model: ModelReference, options: MergeOptions, dtype: str | None = None
+) -> AdapterLoader | LazyTensorLoader:
     """Open a model with an adapter.
 
     An adapter of a kind in `ONE_BY_ONE` is merged into each weight that is read. Any other adapter is merged by
@@ -85,6 +87,8 @@ def open_adapted(model: ModelReference, options: MergeOptions) -> AdapterLoader 
     Args:
         model: a model with an adapter.
         options: mergekit's options, with a cache directory.
+        dtype: the dtype of the weights of an adapter that is merged one by one, unless the options name one; None for
+            that of the base.
 
     Raises:
         InputError: the adapter is no change of weights, is incomplete, belongs to another base, or changes one
@@ -107,7 +111,7 @@ def open_adapted(model: ModelReference, options: MergeOptions) -> AdapterLoader 
     if not all(any(n in held for n in adapted.twins(name)) for name in adapted.changed):
         # the model joins several tensors of the checkpoint into one parameter
         return merge_whole(model, config, base, options)
-    loader = AdapterLoader(base, adapted, options.lora_merge_dtype)
+    loader = AdapterLoader(base, adapted, options.lora_merge_dtype or dtype)
     for name in adapted.one_of_each_kind():
         adapted.weight(name, loader.base_weight)
     _check_ties(model, adapted, loader)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import peft
+import pico
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
@@ -212,3 +213,27 @@ def test_adapters_of_a_base_that_has_one_itself_are_compared_with_it(base, train
     assert not any(
         d.factors for f in model._mixer.experts.files.values() for d in f.weights.values()
     )
+
+
+def test_a_rate_stores_no_rounding_of_an_adapter_to_the_dtype_of_its_base(make, tmp_path):
+    """Of a small change of weights in bfloat16, half and more is rounding, which has no low rank."""
+    base = make(
+        lambda: pico.llama(hidden_size=128, intermediate_size=256, vocab_size=512), experts=()
+    ).base
+    train(base, tmp_path / "a", 0, on("q_proj", "up_proj", "down_proj", r=4, lora_alpha=0.01))
+    model = {"model": f"{base}+{tmp_path / 'a'}", "parameters": {"expert": "a"}}
+    config = {
+        "merge_method": "mediator",
+        "base_model": str(base),
+        "models": [model],
+        "parameters": {"keep": 0.99, "values": "low_rank"},
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    sizes = []
+    for dtype in (None, "bfloat16"):
+        out = tmp_path / str(dtype)
+        options = MergeOptions(quiet=True, lora_merge_dtype=dtype)
+        run(MergeConfiguration.model_validate(config), str(out), options)
+        sizes.append((out / "mediator/experts/a.safetensors").stat().st_size)
+    assert sizes[0] < sizes[1] / 2
