@@ -6,7 +6,7 @@ encodes the experts.
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,19 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_mediator.delta.narrow import check_range, narrowed, range_error
-from mergekit_mediator.delta.random_sign_costs import random_sign_tradeoff
-from mergekit_mediator.delta.tradeoff import tradeoff
 from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict, task_vectors
-from mergekit_mediator.merge.experts.spectra import Spectra
+from mergekit_mediator.merge.experts.costs import CostMeter, Costs
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.workers import Workers, load_linear_algebra
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
 from mergekit_mediator.route.response import is_measured, leading_directions
-
-Costs = Mapping[RateForm, Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,9 +89,8 @@ class Passes:
         inputs: OpenInputs,
         workers: Workers,
         allow_nonfinite: bool = False,
-        spectra: Spectra | None = None,
+        costs: CostMeter | None = None,
         reference: Callable[[str], Tensor] | None = None,
-        compared: Container[str] | None = None,
     ) -> None:
         """Prepare the passes.
 
@@ -103,14 +98,12 @@ class Passes:
             inputs: the models, entered.
             workers: the threads of the passes.
             allow_nonfinite: accept NaN and infinity in the inputs.
-            spectra: keeps the decompositions of the weights whose costs are measured, if a later pass encodes
-                them.
+            costs: measures costs; None to measure them in every form, and to keep no decomposition.
             reference: reads a weight of the dense expert by name, if it is there already; then costs are those of
                 the difference from it.
-            compared: the names of the weights whose costs are measured in every form; None for all.
         """
         self.inputs, self._workers, self._allow_nonfinite = inputs, workers, allow_nonfinite
-        self._spectra, self._reference, self._compared = spectra, reference, compared
+        self._costs, self._reference = costs or CostMeter(inputs), reference
         self.device = inputs.options.device or "cpu"
         load_linear_algebra(self.device)
 
@@ -169,7 +162,7 @@ class Passes:
                 (difference,) = task_vectors(
                     origin, [self.inputs.load(weight, model, base)], self.device
                 )
-                costs[model] = self._cost_of_low_rank(weight, model, difference, base)
+                costs[model] = self._costs.low_rank(weight, model, difference, base)
             return costs
 
         return self._each("decompose", weights, measured) if weights else iter(())
@@ -228,9 +221,6 @@ class Passes:
         weighted = None if equal else WeightedSum(base, shares, self.device)
         with_directions = with_directions and is_measured(base.shape, inputs.hidden_size)
         reference = None if self._reference is None else self._reference(name)
-        decomposed = "low_rank" in inputs.config.rate_forms and (
-            self._compared is None or name in self._compared
-        )
         costs: list[dict[RateForm, Tensor]] = []
         directions: list[Tensor] = []
         widest = base.dtype
@@ -244,8 +234,8 @@ class Passes:
             del expert  # frees it before the next one is loaded
             if name in costed:
                 costs.append({})
-                if decomposed:
-                    costs[-1]["low_rank"] = self._cost_of_low_rank(weight, model, stored, base)
+                if self._costs.decomposes(name):
+                    costs[-1]["low_rank"] = self._costs.low_rank(weight, model, stored, base)
             del stored
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
@@ -258,28 +248,12 @@ class Passes:
         else:
             dense = self._dense(weight, base, total, routed, widest)
         del total
-        if costs and "random_sign" in inputs.config.rate_forms:
+        if costs and self._costs.measures_signs:
             for model, of_expert in zip(inputs.experts, costs, strict=True):
-                of_expert["random_sign"] = self._cost_of_signs(weight, model, dense.routed, base)
+                of_expert["random_sign"] = self._costs.random_sign(
+                    weight, model, dense.routed, base
+                )
         return Averaged(Measured(conflict, tuple(costs)), tuple(directions), dense)
-
-    def _cost_of_low_rank(
-        self, weight: PlannedWeight, model: ModelReference, tau: Tensor, base: Tensor
-    ) -> Tensor:
-        """The bits and the error of a task vector at each slope; its decomposition is kept if it is used again."""
-        components = None
-        if self._spectra is not None:
-            expert = self.inputs.config.experts[model]
-            components = self._spectra.decompose(expert, weight.info.name, tau)
-        return tradeoff(tau, components, base)
-
-    def _cost_of_signs(
-        self, weight: PlannedWeight, model: ModelReference, dense: Tensor, base: Tensor
-    ) -> Tensor:
-        """The bits and the noise of an expert's signs, which store its difference from the dense expert."""
-        expert = self.inputs.load(weight, model, base)
-        (difference,) = task_vectors(dense, [expert], self.device)
-        return random_sign_tradeoff(difference, base)
 
     def _task_vectors(
         self, weight: PlannedWeight, base: Tensor, accumulator: Accumulator

@@ -24,6 +24,7 @@ from mergekit_mediator.merge.checkpoint import Merged, describe, digest_base, wr
 from mergekit_mediator.merge.dense_pass import DensePass, write_dense
 from mergekit_mediator.merge.estimate import dense_sizes
 from mergekit_mediator.merge.expert_pass import write_experts
+from mergekit_mediator.merge.experts.costs import CostMeter
 from mergekit_mediator.merge.experts.forms import compared_names
 from mergekit_mediator.merge.experts.spectra import spectra_in
 from mergekit_mediator.merge.inputs import Inputs
@@ -141,7 +142,8 @@ def _merge(
         with spectra_in(out) as spectra:
             sizes = dense_sizes(inputs, weights)
             compared = compared_names(inputs.config, sorted(sizes), sizes)
-            passes = Passes(inputs, threads, allow_nonfinite, spectra, reference, compared)
+            costs = CostMeter(inputs, spectra, compared)
+            passes = Passes(inputs, threads, allow_nonfinite, costs, reference)
             dense = write_dense(passes, preparation, out)
             _write_directions(inputs, dense, out)
             experts = write_experts(passes, threads, weights, dense, lessons, spectra, out)

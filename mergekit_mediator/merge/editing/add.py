@@ -28,6 +28,7 @@ from mergekit_mediator.merge.editing.storage import (
 from mergekit_mediator.merge.editing.workspace import Edited, Workspace, change, editing
 from mergekit_mediator.merge.estimate import dense_sizes
 from mergekit_mediator.merge.expert_pass import write_experts
+from mergekit_mediator.merge.experts.costs import CostMeter
 from mergekit_mediator.merge.experts.encode import adapters_for
 from mergekit_mediator.merge.experts.forms import compared_names
 from mergekit_mediator.merge.experts.keep import Kept
@@ -189,7 +190,8 @@ def _write(work: Workspace, preparation: Preparation[AddedInputs]) -> _Added:
     with workers() as threads, spectra_in(work.root) as spectra:
         reference = work.dense.weight if inputs.config.reference_is_merged else None
         compared = compared_names(inputs.config, sorted(routed), dense_sizes(inputs, weights))
-        passes = Passes(inputs, threads, spectra=spectra, reference=reference, compared=compared)
+        costs = CostMeter(inputs, spectra, compared)
+        passes = Passes(inputs, threads, costs=costs, reference=reference)
         for weight, averaged in passes.average(weights, routed, costed):
             measured[weight.info.name] = averaged.measured
             if averaged.directions:

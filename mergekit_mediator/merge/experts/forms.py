@@ -17,6 +17,7 @@ from mergekit_mediator.delta.loss_law import LAWS
 from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.estimate import Size
+from mergekit_mediator.merge.experts.costs import Costs
 from mergekit_mediator.merge.passes import Measured, Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 
@@ -123,7 +124,7 @@ def _of_one_size(names: Sequence[str], sizes: Mapping[str, Size]) -> dict[int, l
 
 def _standing_for_all(
     names: Sequence[str], measured: Mapping[str, Measured], sizes: Mapping[str, Size]
-) -> list[tuple[float, tuple[Mapping[RateForm, Tensor], ...]]]:
+) -> list[tuple[float, tuple[Costs, ...]]]:
     """The costs of the weights that have them in every form, and for how many weights each stands."""
     costed = [name for name in names if measured[name].costs]
     most = max(len(of_expert) for name in costed for of_expert in measured[name].costs)
@@ -138,7 +139,7 @@ def _bits(
     form: RateForm,
     keep: float,
     expert: int,
-    compared: Sequence[tuple[float, tuple[Mapping[RateForm, Tensor], ...]]],
+    compared: Sequence[tuple[float, tuple[Costs, ...]]],
 ) -> float:
     """Predict the bits that an expert needs in a form; infinity if the form cannot keep enough."""
     total = torch.stack([count * costs[expert][form] for count, costs in compared]).sum(dim=0)
