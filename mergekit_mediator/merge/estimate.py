@@ -61,7 +61,9 @@ class Estimate:
 
     Attributes:
         layers: the predictions for the layers in order.
-        passes: the number of passes over the experts' weights: 2 if experts may store a layer, else 1.
+        passes: the number of passes over the experts' weights: 1, and another if experts may store a layer, and another if
+            the costs of random signs are measured. Experts that `keep` then stores as low rank plus sparse are read once
+            more.
         peak_memory: bytes. It does not depend on the number of layers and experts, except that tuning holds
             the whole model in float32.
     """
@@ -103,7 +105,7 @@ def estimate(
     routed = {plan.name for plan in plans if plan.routed}
     rate = _bits_per_parameter(inputs, dense, [w for w in weights if w.layer in routed])
     layers = tuple(_layer(inputs, by_layer[plan.name], plan, rate) for plan in plans)
-    passes = 2 if any(plan.routed is not False for plan in plans) else 1
+    passes = max((_reads(inputs, plan) for plan in plans), default=1)
     return Estimate(layers, passes, _peak_memory(inputs, weights, dense, rate or 0.0))
 
 
@@ -184,7 +186,7 @@ def _bits_per_parameter(
 def _layer(
     inputs: Inputs, weights: list[PlannedWeight], plan: LayerPlan, rate: float | None
 ) -> LayerEstimate:
-    models = inputs.models if plan.routed is False else (*inputs.models, *inputs.experts)
+    models = (*inputs.models, *inputs.experts * (_reads(inputs, plan) - 1))
     return LayerEstimate(
         plan=plan,
         parameters=sum(_parameters(inputs, weight) for weight in weights),
@@ -192,6 +194,14 @@ def _layer(
         dense=sum(_dense_bytes(inputs, weight) for weight in weights),
         experts=sum(_expert_bytes(inputs, w, rate) for w in weights) if plan.routed else 0,
     )
+
+
+def _reads(inputs: Inputs, plan: LayerPlan) -> int:
+    """How often the experts' versions of a layer are read."""
+    if plan.routed is False:
+        return 1
+    config = inputs.config
+    return 2 + (config.needs_costs and "random_sign" in config.rate_forms)
 
 
 def _parameters(inputs: Inputs, weight: PlannedWeight) -> int:

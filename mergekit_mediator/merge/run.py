@@ -2,7 +2,8 @@
 
 Each worker holds one weight of the base and of one expert at a time and writes its results at once, so memory
 depends neither on the number of layers nor on that of experts. A merge reads the base once, or twice within
-`bits`, `budget` and `keep`, and the experts once, or twice in routed layers.
+`bits`, `budget` and `keep`, and the experts once, or twice in routed layers. Within `keep` experts are read once more to
+measure random signs, and again if they become low rank plus sparse.
 """
 
 import shutil

@@ -119,6 +119,11 @@ def test_a_plan_counts_the_bytes_of_all_inputs(family, read, tmp_path):
     assert planned["experts"] == 0
     planned = figures("plan", write(family.config(route="all"), tmp_path / "config.yml"))
     assert (planned["passes"], planned["read"]) == (2, 7 * size)
+    # random signs are measured on the difference from the dense expert
+    planned = figures("plan", write(family.config(keep=0.99), tmp_path / "config.yml"))
+    assert (planned["passes"], planned["read"]) == (3, 10 * size)
+    config = family.config(keep=0.99, values="low_rank")
+    assert figures("plan", write(config, tmp_path / "config.yml"))["passes"] == 2
 
 
 def test_a_plan_leaves_open_what_conflict_decides(family, tmp_path):
