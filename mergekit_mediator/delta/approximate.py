@@ -52,7 +52,8 @@ def approximate(
     matrix = as_matrix(difference)
     components = components or decompose(matrix)
     factors = components.quantise(slope, matrix)
-    return _steps(difference, factors, remainder_step(slope), dtype, share, norm_power)
+    whole = factors is not None and components.is_whole(factors.rank)
+    return _steps(difference, factors, remainder_step(slope), dtype, share, norm_power, whole)
 
 
 def is_vector(weight: Tensor) -> bool:
@@ -93,15 +94,21 @@ def _steps(
     dtype: torch.dtype,
     share: float,
     norm_power: float,
+    is_whole: bool = False,
 ) -> StoredWeight:
-    """Factors and the remainder of a difference, which is the difference less their product, in steps."""
+    """Factors and the remainder of a difference, which is the difference less their product, in steps.
+
+    If the factors are the whole difference, the remainder is the error of their rounding. It is in every number, and no
+    part of it is worth storing.
+    """
     if factors is None:
         flat = difference.reshape(-1).clone()
     else:
         flat = factors.product().neg_().view_as(difference).add_(difference).reshape(-1)
     if flat.numel():
         step = max(step, float(flat.abs().max()) / _LARGEST_CODE)
-    codes = quantise_steps(flat, step) if step else torch.zeros_like(flat, dtype=torch.int16)
+    stored = step and not is_whole
+    codes = quantise_steps(flat, step) if stored else torch.zeros_like(flat, dtype=torch.int16)
     index_dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
     positions = nonzero(codes != 0).to(index_dtype)
     codes = codes[positions]

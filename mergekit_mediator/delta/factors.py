@@ -17,6 +17,8 @@ _ROWS = 4096  # of a matrix that is copied to float64, at once
 # Two rounds reduce the remaining squared error by about 1%, a third one by 0.1% more.
 _REFITS = 2
 _TINY = 1e-30
+# Of a squared norm: so much is left by the rounding of float32 where the change is a hundredth of the weight or more.
+_ROUNDING = 1e-6
 _WITHIN = 0.499  # steps around a code; each number there rounds to the code
 
 
@@ -100,6 +102,10 @@ class Components:
     def _remaining(self) -> Tensor:
         """The squared norm that remains after each component, `[k]` float64."""
         return (self.energy - self.squares.cumsum(0)).clamp(min=0)
+
+    def is_whole(self, rank: int) -> bool:
+        """Whether the first components are the whole matrix, as those of an adapter's change are, but for rounding."""
+        return bool(rank) and float(self._remaining[rank - 1]) <= _ROUNDING * self.energy
 
     def rank(self, slope: float) -> int:
         """Count the components that save at least `slope` of squared error per stored number.

@@ -62,10 +62,9 @@ def tradeoff(
     components = components or decompose(matrix)
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
     ranks, fineness = components.finenesses(slopes)
-    factor_bits, missed = (
-        _factor_bits(components, ranks, fineness),
-        _missed(components, ranks, fineness),
-    )
+    factor_bits = _factor_bits(components, ranks, fineness)
+    lost, remaining = _left(components, ranks, fineness)
+    missed = torch.where(remaining > 0, lost / remaining, 0.0)
     sampled = min(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
     rows = torch.linspace(0, len(matrix) - 1, sampled).long()
     # one copy from the device, and none for each slope
@@ -74,9 +73,14 @@ def tradeoff(
     sample = Sample(remainder)
     bits: list[float] = []
     errors: list[float] = []
-    for slope, rank, of_factors, more in zip(
-        slopes.tolist(), ranks.tolist(), factor_bits.tolist(), (1 + missed).tolist(), strict=True
+    of_slopes = (slopes, ranks, factor_bits, 1 + missed, lost + remaining)
+    for slope, rank, of_factors, more, left_by_factors in zip(
+        *(figures.tolist() for figures in of_slopes), strict=True
     ):
+        if components.is_whole(rank):
+            bits.append(of_factors)
+            errors.append(left_by_factors)
+            continue
         if rank > subtracted:
             remainder -= left[:, subtracted:rank] @ right[:, subtracted:rank].T
             subtracted, sample = rank, Sample(remainder)
@@ -124,12 +128,11 @@ def slope_for(costs: Tensor, numel: int, bits: float) -> float:
     return math.pow(2.0, -(first - 1 + part) / 2)
 
 
-def _missed(components: Components, ranks: Tensor, fineness: Tensor) -> Tensor:
-    """The squared error of quantising the factors, over that of leaving out the other components, `[n_slopes]`."""
+def _left(components: Components, ranks: Tensor, fineness: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared errors of quantising the factors and of leaving out the other components, `[n_slopes]` each."""
     squares = _first(ranks, components.squares.expand_as(fineness))
     remaining = (components.energy - squares.sum(1)).clamp(min=1e-9 * components.energy)
-    lost = (squares * (1 - KEPT[fineness])).sum(1)
-    return torch.where(remaining > 0, lost / remaining, 0.0)
+    return (squares * (1 - KEPT[fineness])).sum(1), remaining
 
 
 def _factor_bits(components: Components, ranks: Tensor, fineness: Tensor) -> Tensor:

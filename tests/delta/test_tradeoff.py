@@ -63,3 +63,22 @@ def test_the_error_that_is_left_is_about_the_predicted_one(costs, bits):
     place = -2 * math.log2(slope)
     predicted = np.exp(np.interp(place, range(len(SLOPES)), costs[1].clamp_min(1e-300).log()))
     assert left == pytest.approx(predicted, rel=0.05)
+
+
+def test_a_change_of_low_rank_takes_no_more_bits_than_its_factors():
+    """Float32 rounds a product, and this noise is in every number."""
+    generator = torch.Generator().manual_seed(0)
+    base = 0.05 * torch.randn(192, 160, generator=generator)
+    thin = [torch.randn(n, 4, generator=generator) for n in (192, 160)]
+    difference = (base + 1e-4 * thin[0] @ thin[1].T) - base
+    costs = tradeoff(difference)
+    for asked in (0.5, 4.0):
+        slope = slope_for(costs[0], difference.numel(), asked)
+        stored = approximate(difference, slope, torch.bfloat16)
+        assert not stored.positions.numel()
+        bits = 8 * encode_bytes(stored)[0].numel() / difference.numel()
+        assert bits < 1.02 * min(asked, 0.6)
+        error = float((stored.change(base) - difference).norm() / difference.norm())
+        assert error < (0.3 if asked < 1 else 0.05)
+    assert (costs[0].diff() >= 0).all()
+    assert (costs[1].diff() <= 0).all()
