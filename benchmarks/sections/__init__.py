@@ -23,6 +23,7 @@ COMPARISONS = (
 )
 # Merges with `keep: 0.99` and nothing tuned: of four experts, and of those of a second base model.
 KEPT, SECOND = "experts-4-keep", "experts-gemma"
+SECOND_KEPT = "experts-gemma-keep"
 # Merges of the second and the third draw, in the default form and as signs within a budget.
 DRAWS = (
     *("experts-4-again-keep", "experts-4-third-keep", "experts-8-again-keep"),
@@ -30,7 +31,7 @@ DRAWS = (
 )
 # Results whose page says how they were made.
 RECORDS = (
-    *(*COMPARISONS, KEPT, SECOND, *DRAWS),
+    *(*COMPARISONS, KEPT, SECOND, SECOND_KEPT, *DRAWS),
     *(
         "ablations",
         "blending",
@@ -71,7 +72,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "systems": comparison.systems,
     "against": comparison.against,
     "kept": comparison.kept,
-    **{name: partial(comparison.experts, name) for name in (*COMPARISONS, KEPT, SECOND)},
+    **{name: partial(comparison.experts, name) for name in (*COMPARISONS, KEPT, SECOND, SECOND_KEPT)},
     **{f"{name} findings": partial(comparison.findings, name) for name in COMPARISONS},
     "experts-gemma findings": comparison.second_base,
     "draws": partial(comparison.draws, *DRAWS),

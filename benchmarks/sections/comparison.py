@@ -43,18 +43,20 @@ def kept() -> str:
     routed = [draw["systems"]["mediator"] for draw in draws]
     size = max(row["total_bytes_over_base"] for row in own)
     means = " and ".join(f"{row['normalized_mean']:.1f}%" for row in routed)
-    second = load("experts-gemma")["systems"]
+    three, four = (load(name)["systems"] for name in ("experts-gemma-keep", "experts-gemma"))
     return (
         f"The default, `keep: 0.99`, took {size:.2f} of one model for two other draws of these tasks: with its own "
         f"expert every task kept {min(row['normalized_worst'] for row in own):.1f}% or more, and routed without "
         f"calibration {means}, on {min(draws[0]['tasks'].values())} prompts each "
-        "([how](docs/results/four-experts-again.md#in-the-default-form)). Of four fine-tunes of Gemma 3 270M `values: low_rank` "
-        f"kept {second['mediator_oracle']['normalized_worst']:.1f}% or more in "
-        f"{second['mediator_oracle']['total_bytes_over_base']:.2f}; routed without calibration "
-        f"{second['mediator']['normalized_mean']:.1f}% ({second['mediator']['normalized_worst']:.1f}%), and with "
-        f"twenty prompts per expert {second['mediator_calibrated']['normalized_mean']:.1f}% "
-        f"({second['mediator_calibrated']['normalized_worst']:.1f}%) ([how](docs/results/second-model.md))."
+        "([how](docs/results/four-experts-again.md#in-the-default-form)). Of three fine-tunes of Gemma 3 270M "
+        f"it kept {_mean_and_worst(three['mediator'])} in {three['mediator']['total_bytes_over_base']:.2f}, routed likewise; "
+        f"of four, as low rank plus sparse, {_mean_and_worst(four['mediator'])}, and with twenty prompts per expert "
+        f"{_mean_and_worst(four['mediator_calibrated'])} ([how](docs/results/second-model.md))."
     )
+
+
+def _mean_and_worst(row: dict[str, Any]) -> str:
+    return f"{row['normalized_mean']:.1f}% ({row['normalized_worst']:.1f}%)"
 
 
 def draws(*names: str) -> str:
