@@ -49,6 +49,7 @@ EXPERTS := bench
 STRONG := family_relationships,word_sequence_reversal,spiral_matrix,chain_sum
 OVERLAP := chain_sum,products,spiral_matrix,rotate_matrix
 WEAK := chain_sum,spiral_matrix,word_sequence_reversal
+THIN := chain_sum,word_sequence_reversal
 comma := ,
 run := $(BIN)/python benchmarks
 bench: .venv/demo
@@ -66,12 +67,17 @@ bench: .venv/demo
 	$(run)/lossless.py --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
 	$(run)/codec.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
-	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong
+	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/adapters --rank 16 $(addprefix --task ,$(subst $(comma), ,$(THIN)))
+	$(run)/train_experts.py --base $(EXPERTS)/base --out $(EXPERTS)/sparse --share 0.15 $(addprefix --task ,$(subst $(comma), ,$(THIN)))
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(OVERLAP) --family strong --prompts 32
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS)/adapters --tasks $(THIN) --family adapters --prompts 32
+	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS)/sparse --tasks $(THIN) --family sparse --prompts 32
 	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family strong --values random_sign
-	$(run)/keep.py --base $(EXPERTS)/base --experts $(EXPERTS)/weak --tasks $(WEAK) --family weak
 	$(run)/codec_plot.py
 	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family strong --experts $(EXPERTS) --tasks $(STRONG)
 	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family weak --experts $(EXPERTS)/weak --tasks $(WEAK)
+	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family adapters --experts $(EXPERTS)/adapters --tasks $(THIN)
+	$(run)/rates.py --base $(EXPERTS)/base --base-name SmolLM2-135M --family sparse --experts $(EXPERTS)/sparse --tasks $(THIN)
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(STRONG) --family "full fine-tunes"
 	$(run)/layers.py --base $(EXPERTS)/base --experts $(EXPERTS) --tasks $(OVERLAP) --family "full, overlapping"
 	$(run)/runtime.py $(EXPERTS)/base --work $(EXPERTS)/runtime
@@ -110,7 +116,8 @@ bench-gemma: .venv/demo .venv/gemma
 	$(run)/train_experts.py --model gemma --freeze-embedding --family gemma --out $(EXPERTS)/gemma
 	$(run)/rates.py --base $(EXPERTS)/gemma/base --base-name "Gemma 3 270M" --family strong --experts $(EXPERTS)/gemma --tasks $(GEMMA)
 	$(run)/weighed_errors.py --base $(EXPERTS)/gemma/base --base-name "Gemma 3 270M" --experts $(EXPERTS)/gemma --tasks chain_sum
-	$(run)/keep.py --base $(EXPERTS)/gemma/base --experts $(EXPERTS)/gemma --tasks $(GEMMA) --family gemma
+	$(run)/keep.py --base $(EXPERTS)/gemma/base --experts $(EXPERTS)/gemma --tasks products,lcm,word_sequence_reversal --family gemma --prompts 32
+	$(run)/experts.py --family gemma --tasks products,lcm,word_sequence_reversal --experts $(EXPERTS)/gemma --keep 0.99 --tuned-on 0 --prompts 64 --rivals "" --work $(EXPERTS)/gemma/kept --name experts-gemma-keep
 	$(run)/experts.py --family gemma --experts $(EXPERTS)/gemma --keep 0.99 --tuned-on 0 --prompts 64 --rivals average,ties,best_expert --name experts-gemma
 	$(run)/dense.py --family gemma --tasks chain_sum,products,lcm --experts $(EXPERTS)/gemma --prompts 48 --budgets 1.02x
 	$(run)/method_quality.py --family gemma --tasks products,lcm,word_sequence_reversal --experts $(EXPERTS)/gemma --prompts 32

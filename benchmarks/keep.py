@@ -4,7 +4,7 @@
 
 Every expert is stored in the fewest bytes at which it is predicted to keep each part, from its weights alone.
 `measured` is the way from the average (0) to the expert (1) that the stored expert goes, in nats per answer
-token on held-out prompts of its own task. Results are added to results/keep.json, family by family.
+token on held-out prompts of its own task; `over_base` is the way from the base. Results are added to results/keep.json, family by family.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def rows(family: Family, task: str, name: str, values: str) -> list[dict[str, An
     """One row for each `keep` of one expert that the form can keep."""
     figure = "answer_log_likelihood"
     best = getattr(family.score(task, family.experts[task]), figure)
-    least = getattr(family.score(task, family.mean), figure)
+    least, base = (
+        getattr(family.score(task, state), figure) for state in (family.mean, family.base)
+    )
     stored = FORMS[values](family, task)
     result = []
     for keep in KEEP:
@@ -98,14 +100,15 @@ def rows(family: Family, task: str, name: str, values: str) -> list[dict[str, An
         if predicted < keep:
             break
         bits, state = stored.at(slope)
-        measured = (getattr(family.score(task, state), figure) - least) / (best - least)
+        reached = getattr(family.score(task, state), figure)
         row = {
             "family": name,
             "expert": task,
             "values": values,
             "keep": keep,
             "predicted": round(predicted, 5),
-            "measured": round(measured, 5),
+            "measured": round((reached - least) / (best - least), 5),
+            "over_base": round((reached - base) / (best - base), 5),
             "bits_per_parameter": round(bits, 4),
         }
         print(row, flush=True)

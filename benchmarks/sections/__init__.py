@@ -72,7 +72,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "systems": comparison.systems,
     "against": comparison.against,
     "kept": comparison.kept,
-    **{name: partial(comparison.experts, name) for name in (*COMPARISONS, KEPT, SECOND, SECOND_KEPT)},
+    **{
+        name: partial(comparison.experts, name)
+        for name in (*COMPARISONS, KEPT, SECOND, SECOND_KEPT)
+    },
     **{f"{name} findings": partial(comparison.findings, name) for name in COMPARISONS},
     "experts-gemma findings": comparison.second_base,
     "draws": partial(comparison.draws, *DRAWS),

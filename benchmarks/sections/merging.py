@@ -44,9 +44,10 @@ def merge_cost() -> str:
         for name, row in figures["rows"].items()
     ]
     head = ["", "processor time, s", "/ `linear`", "/ extraction", "peak memory, GB"]
+    runs = "one run" if figures["runs"] == 1 else f"the median of {figures['runs']} runs"
     return (
         f"{table(head, rows)}\n\n{figures['experts']} experts, density {figures['density']} for "
-        f"`ties` and for `route`, the median of {figures['runs']} runs."
+        f"`ties` and for `route`, {runs}."
     )
 
 

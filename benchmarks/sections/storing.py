@@ -1,5 +1,7 @@
 """Sections about stored experts: what each form costs and keeps."""
 
+from typing import Any
+
 from mergekit_mediator.delta.kept import kept_in_noise
 from sections.markdown import load, table
 
@@ -55,6 +57,7 @@ def lossless() -> str:
 def keep(values: str = "") -> str:
     """The predicted and the measured part of its gain that each expert keeps, and how far they are apart."""
     figures = [row for row in load("keep")["rows"] if row["values"] == values]
+    over_base = any("over_base" in row for row in figures)
     rows = [
         [
             row["expert"],
@@ -62,20 +65,30 @@ def keep(values: str = "") -> str:
             f"{row['keep']:g}",
             f"{row['predicted']:.4f}",
             f"{row['measured']:.4f}",
+            *([f"{row['over_base']:.4f}"] if over_base else []),
             f"{row['bits_per_parameter']:.3f}",
         ]
         for row in figures
     ]
-    head = ["expert", "experts", "`keep`", "predicted", "measured", "bits per parameter"]
+    head = ["expert", "experts", "`keep`", "predicted", "measured"]
+    head += ["over the base"] * over_base + ["bits per parameter"]
     lines = [table(head, rows), ""]
     for part in sorted({row["keep"] for row in figures}):
-        errors = [row["measured"] - row["predicted"] for row in figures if row["keep"] == part]
-        near = sum(abs(error) <= 0.01 for error in errors)
-        lines.append(
-            f"- `keep: {part:g}`: measured less predicted is {100 * min(errors):+.1f} to "
-            f"{100 * max(errors):+.1f} points; within one point for {near} of {len(errors)} experts."
-        )
+        of_part = [row for row in figures if row["keep"] == part]
+        told = [_errors(of_part, "measured", "measured")]
+        told += [_errors(of_part, "over_base", "over the base")] if over_base else []
+        lines.append(f"- `keep: {part:g}`: {'; '.join(told)}.")
     return "\n".join(lines)
+
+
+def _errors(rows: list[dict[str, Any]], figure: str, name: str) -> str:
+    """How far figures are from the predicted ones."""
+    errors = [row[figure] - row["predicted"] for row in rows]
+    near = sum(abs(error) <= 0.01 for error in errors)
+    return (
+        f"{name} less predicted is {100 * min(errors):+.1f} to {100 * max(errors):+.1f} points, within one point for "
+        f"{near} of {len(errors)} experts"
+    )
 
 
 def own_texts() -> str:
