@@ -118,7 +118,7 @@ bench-gemma: .venv/demo .venv/gemma
 	$(run)/weighed_errors.py --base $(EXPERTS)/gemma/base --base-name "Gemma 3 270M" --experts $(EXPERTS)/gemma --tasks chain_sum
 	$(run)/keep.py --base $(EXPERTS)/gemma/base --experts $(EXPERTS)/gemma --tasks products,lcm,word_sequence_reversal --family gemma --prompts 32
 	$(run)/experts.py --family gemma --tasks products,lcm,word_sequence_reversal --experts $(EXPERTS)/gemma --keep 0.99 --tuned-on 0 --prompts 64 --rivals "" --work $(EXPERTS)/gemma/kept --name experts-gemma-keep
-	$(run)/experts.py --family gemma --experts $(EXPERTS)/gemma --keep 0.99 --tuned-on 0 --prompts 64 --rivals average,ties,best_expert --name experts-gemma
+	$(run)/experts.py --family gemma --experts $(EXPERTS)/gemma --keep 0.99 --values low_rank --tuned-on 0 --prompts 64 --rivals average,ties,best_expert --name experts-gemma
 	$(run)/dense.py --family gemma --tasks chain_sum,products,lcm --experts $(EXPERTS)/gemma --prompts 48 --budgets 1.02x
 	$(run)/method_quality.py --family gemma --tasks products,lcm,word_sequence_reversal --experts $(EXPERTS)/gemma --prompts 32
 	$(run)/exported_ranks.py $(EXPERTS)/gemma/base --experts $(EXPERTS)/gemma --family gemma --bits 0.15 --mean-ranks 8,16,32,64,128 --work $(EXPERTS)/gemma/serving

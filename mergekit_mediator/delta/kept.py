@@ -20,9 +20,9 @@ _LOST_OF_SQUARE, _SQUARE_BESIDE_BASE, _LOST_OF_LEFT_BESIDE_BASE = 1.2, 770.0, 27
 # broad fine-tunes of SmolLM2-135M, between the one that loses most and the others, see benchmarks/results/broad.json.
 # Narrow ones lose less, and as much as they where the noise is fifty times the change.
 _LOST_TO_NOISE, NOISE_POWER = 0.001, 1.4
-# The part that is lost to noise as large as the base: as much as two bits a number lost of a heavy fine-tune, see
-# benchmarks/results/heavy.json. It counts for changes of more than some half a percent of the base.
-_LOST_BESIDE_BASE = 110.0
+# The part that is lost to noise as large as the base, where that is a hundredth: of a fine-tune with too high a learning
+# rate, see benchmarks/results/hot.json. It counts for changes of more than some half a percent of the base.
+_LOST_BESIDE_BASE = 65.0
 
 
 def predicted_kept(left: ArrayLike) -> NDArray[np.float64]:

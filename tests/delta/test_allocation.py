@@ -163,11 +163,11 @@ def test_the_finest_slope_is_taken_where_none_keeps_enough():
 
 
 def test_a_change_that_is_large_beside_the_base_takes_more_signs():
-    small, large = noise(1e-3, base=1e6), noise(1e-3, base=4.4e3)
+    small, large = noise(1e-3, base=1e6), noise(1e-3, base=2.6e3)
     shared = Allocation([small, large], laws=[NOISE] * 2)
     slopes = shared.slopes_to_keep([0.9, 0.9])
     assert shared.kept(slopes) == pytest.approx([0.9, 0.9], abs=2e-3)
-    # a noise of four times the change, where 110 times its part of the base is a tenth
+    # a noise of four times the change, where 65 times its part of the base is a tenth
     assert 2 / (1e-3 * 2 ** (float(place(slopes[1])) / 4)) == pytest.approx(4, rel=0.02)
     assert slopes[1] < slopes[0]
 
