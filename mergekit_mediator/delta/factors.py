@@ -104,8 +104,9 @@ class Components:
         return (self.energy - self.squares.cumsum(0)).clamp(min=0)
 
     def is_whole(self, rank: int) -> bool:
-        """Whether the first components are the whole matrix, as those of an adapter's change are, but for rounding."""
-        return bool(rank) and float(self._remaining[rank - 1]) <= _ROUNDING * self.energy
+        """Whether fewer components than a matrix can have are all of it, as those of an adapter's change, but for rounding."""
+        fewer = 0 < rank < min(len(self.left), len(self.right))
+        return fewer and float(self._remaining[rank - 1]) <= _ROUNDING * self.energy
 
     def rank(self, slope: float) -> int:
         """Count the components that save at least `slope` of squared error per stored number.

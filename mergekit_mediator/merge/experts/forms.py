@@ -71,7 +71,7 @@ def choose_forms(
     if keep is None or not any(measured[name].costs for name in names):
         return forms
     compared = _standing_for_all(names, measured, sizes)
-    for i, model in enumerate(models):
+    for i, model in enumerate(models if compared else ()):
         fewest = _bits(first, keep, i, compared)
         for form in others:
             bits = _bits(form, keep, i, compared)
@@ -127,10 +127,10 @@ def _standing_for_all(
 ) -> list[tuple[float, tuple[Costs, ...]]]:
     """The costs of the weights that have them in every form, and for how many weights each stands."""
     costed = [name for name in names if measured[name].costs]
-    most = max(len(of_expert) for name in costed for of_expert in measured[name].costs)
     standing = []
     for group in _of_one_size(costed, sizes).values():
-        whole = [n for n in group if all(len(costs) == most for costs in measured[n].costs)]
+        # there may be none of a size, where a buffer has the place of the one that was to be compared
+        whole = [n for n in group if all("low_rank" in costs for costs in measured[n].costs)]
         standing += [(len(group) / len(whole), measured[name].costs) for name in whole]
     return standing
 

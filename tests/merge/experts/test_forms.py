@@ -12,9 +12,11 @@ from mergekit.config import MergeConfiguration
 from mergekit_mediator import MediatorModel
 from mergekit_mediator.errors import ConfigError
 from mergekit_mediator.merge.config import MediatorConfig
+from mergekit_mediator.merge.conflict import Conflict
 from mergekit_mediator.merge.estimate import Size
-from mergekit_mediator.merge.experts.forms import compared_names
+from mergekit_mediator.merge.experts.forms import choose_forms, compared_names
 from mergekit_mediator.merge.experts.spectra import Spectra
+from mergekit_mediator.merge.passes import Measured
 from mergekit_mediator.store.expert_file import ExpertFile
 from mergekit_mediator.store.manifest import read_manifest
 
@@ -169,3 +171,19 @@ def test_compared_weights_are_of_every_size_and_of_every_place_in_a_layer():
     assert "embed" in compared
     assert len(compared) == 7
     assert {name.split(".")[-1] for name in compared} == {*places, "embed"}
+
+
+def test_a_size_of_which_no_weight_was_compared_does_not_count():
+    """A buffer of integers may have the place in its size that was to be compared."""
+    config = MediatorConfig.from_merge_config(MergeConfiguration.model_validate(_DEFAULT))
+    figures = [torch.linspace(8, 800, 120), *(torch.full((120,), n) for n in (1e-3, 1.0, 1e6))]
+    costs = torch.stack(figures).double()
+    more = costs * torch.tensor([9.0, 1, 1, 1])[:, None]
+    both = Measured(Conflict(), ({"low_rank": more, "random_sign": costs},) * 2)
+    signs = Measured(Conflict(), ({"random_sign": costs},) * 2)
+    sizes = {"buffer": Size(8, 64), "vector": Size(8, 16), "matrix": Size(64, 128)}
+    measured = {"buffer": Measured(Conflict(), ()), "vector": signs, "matrix": both}
+    assert "vector" not in compared_names(config, sorted(sizes), sizes)
+    assert set(choose_forms(config, sorted(sizes), measured, sizes).values()) == {"random_sign"}
+    measured["matrix"] = signs
+    assert set(choose_forms(config, sorted(sizes), measured, sizes).values()) == {"low_rank"}
