@@ -150,3 +150,14 @@ def test_a_component_that_makes_most_of_the_noise_is_stored_as_factors():
 def test_a_change_without_large_components_is_signs_alone():
     delta = drawn(300, 400)
     assert encode_random_sign(delta, torch.zeros_like(delta), 0.1).factors is None
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_a_change_of_few_numbers_is_met_on_the_mean(density):
+    """Most numbers are zero, so that the others are large beside the root mean square of all."""
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(256, 1024, generator=generator)
+    change *= torch.rand(256, 1024, generator=generator) < 0.12
+    dense = torch.zeros_like(change)
+    stored = encode_random_sign(change, dense, density).change(dense)
+    assert float((stored * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.03)
