@@ -160,4 +160,4 @@ def test_a_change_of_few_numbers_is_met_on_the_mean(density):
     change *= torch.rand(256, 1024, generator=generator) < 0.12
     dense = torch.zeros_like(change)
     stored = encode_random_sign(change, dense, density).change(dense)
-    assert float((stored * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.03)
+    assert float((stored * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.06)
