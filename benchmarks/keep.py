@@ -23,7 +23,7 @@ from train_experts import REPORT_SEED
 from mergekit_mediator.delta.allocation import Allocation
 from mergekit_mediator.delta.approximate import approximate, as_matrix, is_vector
 from mergekit_mediator.delta.decomposition import decompose
-from mergekit_mediator.delta.factors import Components
+from mergekit_mediator.delta.factors import Components, squared_norm
 from mergekit_mediator.delta.loss_law import LEFT_OUT, NOISE
 from mergekit_mediator.delta.mixing import mix_
 from mergekit_mediator.delta.random_sign import encode_random_sign
@@ -50,7 +50,7 @@ class Stored:
         tau = self.family.difference(self.task, name)
         known = None if is_vector(tau) else decompose(as_matrix(tau)).storable()
         self.components[name] = known
-        return tradeoff(tau, known, self.family.base[name])
+        return tradeoff(tau, known, squared_norm(self.family.base[name]))
 
     def at(self, slope: float) -> tuple[float, State]:
         """Bits per parameter and the weights of the stored expert, on the base."""
@@ -73,7 +73,8 @@ class StoredAsSigns(Stored):
     law = NOISE
 
     def costs(self, name: str) -> Tensor:
-        return random_sign_tradeoff(self.family.difference(self.task, name), self.family.base[name])
+        square = squared_norm(self.family.base[name])
+        return random_sign_tradeoff(self.family.difference(self.task, name), square)
 
     def form(self, name: str, slope: float) -> StoredWeight:
         expert, base = self.family.experts[self.task][name], self.family.base[name]

@@ -228,7 +228,7 @@ def random_signs(change: Change, share: float) -> tuple[State, float]:
 def signs_within(change: Change, bits: float) -> tuple[State, float]:
     """Random signs at one slope, relative to the base, as `values: random_sign` with `bits` stores them."""
     differences = change.differences
-    costs = change.each(lambda n: random_sign_tradeoff(differences[n], change.base[n]), differences)
+    costs = change.each(lambda n: random_sign_tradeoff(differences[n], 0.0), differences)
     slope = tradeoff.slope_for(sum(costs.values())[0], change.numel, bits)
 
     def store(name: str) -> tuple[Tensor, int]:

@@ -41,18 +41,18 @@ def density_at(difference: Tensor, slope: float) -> float:
     return float(_densities(squared_norm(difference) / numel, torch.tensor([slope]).double()))
 
 
-def random_sign_tradeoff(difference: Tensor, reference: Tensor) -> Tensor:
+def random_sign_tradeoff(difference: Tensor, reference_square: float) -> Tensor:
     """Predict the bits and the squared error of a difference at each slope, as `tradeoff.tradeoff` does.
 
     Most of the squared error is noise, and several times the squared norm of the difference.
 
     Args:
         difference: of an expert from its reference, float32, any shape.
-        reference: the base's weight, of any floating dtype.
+        reference_square: the squared norm of the base's weight.
 
     Returns:
-        `[4, len(SLOPES)]` float64: bits, squared error, and in every column the squared norms of the difference and of
-        the reference.
+        `[4, len(SLOPES)]` float64: bits, squared error, and in every column the squared norm of the difference and
+        `reference_square`.
     """
     slopes = torch.tensor(SLOPES, dtype=torch.float64)
     numel, energy = difference.numel(), squared_norm(difference)
@@ -72,8 +72,9 @@ def random_sign_tradeoff(difference: Tensor, reference: Tensor) -> Tensor:
         exact = counts * FEW >= changed
         bits = torch.where(exact, exact_bits, bits)
         error = torch.where(exact, 0.0, error)
-    base = squared_norm(reference)
-    return torch.stack([bits, error, *(torch.full_like(slopes, n) for n in (energy, base))])
+    return torch.stack(
+        [bits, error, *(torch.full_like(slopes, n) for n in (energy, reference_square))]
+    )
 
 
 def _densities(mean_square: float, slopes: Tensor) -> Tensor:

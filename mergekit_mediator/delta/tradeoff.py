@@ -17,7 +17,7 @@ from mergekit_mediator.delta.approximate import (
 )
 from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factor_steps import BITS, KEPT
-from mergekit_mediator.delta.factors import Components, squared_norm
+from mergekit_mediator.delta.factors import Components
 from mergekit_mediator.delta.rounding import Sample
 from mergekit_mediator.errors import ConfigError
 
@@ -36,7 +36,7 @@ _FINE = 1000  # steps up to the largest magnitude, from which on a formula predi
 
 
 def tradeoff(
-    difference: Tensor, components: Components | None = None, reference: Tensor | None = None
+    difference: Tensor, components: Components | None = None, reference_square: float = 0.0
 ) -> Tensor:
     """Predict the bits and the remaining squared error of a difference at each slope.
 
@@ -46,14 +46,14 @@ def tradeoff(
     Args:
         difference: of an expert from the base, float32, any shape.
         components: of the difference as a matrix; computed if they are None.
-        reference: the base's weight, of any floating dtype; only `LossLaw.kept` depends on it.
+        reference_square: the squared norm of the base's weight; only `LossLaw.kept` depends on it.
 
     Returns:
         `[4, len(SLOPES)]` float64: bits in the first row, squared error in the second, and in every column of the others
-        the error of storing nothing and the squared norm of the reference, 0 without one.
+        the error of storing nothing and `reference_square`.
     """
     numel = difference.numel()
-    base = [0.0 if reference is None else squared_norm(reference)] * len(SLOPES)
+    base = [reference_square] * len(SLOPES)
     if is_vector(difference):
         stored = [_VECTOR_BITS * numel] * len(SLOPES)
         exact = [0.0] * len(SLOPES)

@@ -17,6 +17,7 @@ from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from torch import Tensor
 from tqdm import tqdm
 
+from mergekit_mediator.delta.factors import squared_norm
 from mergekit_mediator.delta.narrow import check_range, narrowed, range_error
 from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.errors import InputError, first_line
@@ -157,12 +158,12 @@ class Passes:
             name = weight.info.name
             base = self.inputs.load(weight, self.inputs.base)
             origin = base if self._reference is None else self._reference(name)
-            costs = {}
+            square, costs = squared_norm(base), {}
             for model in models:
                 (difference,) = task_vectors(
                     origin, [self.inputs.load(weight, model, base)], self.device
                 )
-                costs[model] = self._costs.low_rank(weight, model, difference, base)
+                costs[model] = self._costs.low_rank(weight, model, difference, square)
             return costs
 
         return self._each("decompose", weights, measured) if weights else iter(())
@@ -222,6 +223,7 @@ class Passes:
         with_directions = with_directions and is_measured(base.shape, inputs.hidden_size)
         reference = None if self._reference is None else self._reference(name)
         costs: list[dict[RateForm, Tensor]] = []
+        square = squared_norm(base) if name in costed else 0.0
         directions: list[Tensor] = []
         widest = base.dtype
         for model, expert, tau in self._task_vectors(weight, base, accumulator):
@@ -235,7 +237,7 @@ class Passes:
             if name in costed:
                 costs.append({})
                 if self._costs.decomposes(name):
-                    costs[-1]["low_rank"] = self._costs.low_rank(weight, model, stored, base)
+                    costs[-1]["low_rank"] = self._costs.low_rank(weight, model, stored, square)
             del stored
             if with_directions:
                 directions.append(leading_directions(tau).cpu())
@@ -251,7 +253,7 @@ class Passes:
         if costs and self._costs.measures_signs:
             for model, of_expert in zip(inputs.experts, costs, strict=True):
                 of_expert["random_sign"] = self._costs.random_sign(
-                    weight, model, dense.routed, base
+                    weight, model, dense.routed, square
                 )
         return Averaged(Measured(conflict, tuple(costs)), tuple(directions), dense)
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mergekit_mediator.delta.factors import squared_norm
 from mergekit_mediator.delta.random_sign import encode_random_sign
 from mergekit_mediator.delta.random_sign_costs import density_at, random_sign_tradeoff
 from mergekit_mediator.delta.tradeoff import SLOPES
@@ -22,7 +23,9 @@ def structured():
 def test_bits_and_error_are_those_of_the_stored_form(change, density):
     difference = 1e-3 * change
     place = min(range(len(SLOPES)), key=lambda k: abs(density_at(difference, SLOPES[k]) - density))
-    bits, error, whole, base = random_sign_tradeoff(difference, 2 * difference)[:, place].tolist()
+    bits, error, whole, base = random_sign_tradeoff(difference, squared_norm(2 * difference))[
+        :, place
+    ].tolist()
     dense = torch.zeros_like(difference)
     stored = encode_random_sign(difference, dense, density_at(difference, SLOPES[place]))
     content, _ = encode_bytes(stored, dense)
@@ -40,7 +43,7 @@ def test_the_density_is_in_proportion_to_the_size_of_the_change():
 
 
 def test_finer_slopes_take_no_fewer_bits_and_make_no_more_noise():
-    bits, error, *_ = random_sign_tradeoff(1e-3 * structured(), structured())
+    bits, error, *_ = random_sign_tradeoff(1e-3 * structured(), squared_norm(structured()))
     assert (bits.diff() >= 0).all()
     assert (error.diff() <= 1e-12).all()
 
@@ -49,7 +52,7 @@ def test_few_changed_coordinates_take_the_bits_of_exact_numbers():
     difference = torch.zeros(200, 300)
     changed = drawn(200, 300, seed=1) > 2.7
     difference[changed] = 1e-3 * drawn(200, 300)[changed]
-    bits, error, *_ = random_sign_tradeoff(difference, torch.ones_like(difference))
+    bits, error, *_ = random_sign_tradeoff(difference, squared_norm(torch.ones_like(difference)))
     dense = torch.zeros_like(difference).bfloat16()
     stored = encode_random_sign(difference.bfloat16(), dense, 1.0)
     content, _ = encode_bytes(stored, dense)
@@ -60,7 +63,9 @@ def test_few_changed_coordinates_take_the_bits_of_exact_numbers():
 
 @pytest.mark.parametrize("shape", [(30, 40), (50,), (0,), (1, 60)])
 def test_weights_without_a_change_have_no_error(shape):
-    bits, error, whole, _ = random_sign_tradeoff(torch.zeros(shape), torch.ones(shape))
+    bits, error, whole, _ = random_sign_tradeoff(
+        torch.zeros(shape), squared_norm(torch.ones(shape))
+    )
     assert not error.any()
     assert not whole.any()
     assert bits.isfinite().all()

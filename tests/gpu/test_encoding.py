@@ -158,7 +158,7 @@ def test_codes_of_factors_are_unrounded_on_the_device(device):
 @pytest.mark.parametrize("fast", [False, True], ids=["full", "tf32"])
 @pytest.mark.parametrize("shape", [(120, 90), (40,)], ids=str)
 @pytest.mark.parametrize(
-    "predict", [tradeoff, lambda tau: random_sign_tradeoff(tau, tau)], ids=["steps", "signs"]
+    "predict", [tradeoff, lambda tau: random_sign_tradeoff(tau, 1.0)], ids=["steps", "signs"]
 )
 def test_predicted_costs_are_those_of_the_processor(device, tf32, predict, shape, fast):
     tau = difference() if len(shape) == 2 else difference()[0, :40]

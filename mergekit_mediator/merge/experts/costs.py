@@ -47,7 +47,7 @@ class CostMeter:
         return compared and "low_rank" in self._inputs.config.rate_forms
 
     def low_rank(
-        self, weight: PlannedWeight, model: ModelReference, change: Tensor, base: Tensor
+        self, weight: PlannedWeight, model: ModelReference, change: Tensor, base_square: float
     ) -> Tensor:
         """Measure low rank plus sparse; the decomposition is kept if it is used again.
 
@@ -55,7 +55,7 @@ class CostMeter:
             weight: the weight.
             model: the expert.
             change: what is stored of the weight, float32.
-            base: the base's weight.
+            base_square: the squared norm of the base's weight.
 
         Returns:
             `[4, n_slopes]` float64, see `delta.tradeoff`.
@@ -64,10 +64,10 @@ class CostMeter:
         if self._spectra is not None:
             expert = self._inputs.config.experts[model]
             components = self._spectra.decompose(expert, weight.info.name, change)
-        return tradeoff(change, components, base)
+        return tradeoff(change, components, base_square)
 
     def random_sign(
-        self, weight: PlannedWeight, model: ModelReference, dense: Tensor, base: Tensor
+        self, weight: PlannedWeight, model: ModelReference, dense: Tensor, base_square: float
     ) -> Tensor:
         """Measure random signs, which store the difference from the dense expert; the expert is read for it.
 
@@ -75,7 +75,7 @@ class CostMeter:
             weight: the weight.
             model: the expert.
             dense: the dense expert's weight.
-            base: the base's weight.
+            base_square: the squared norm of the base's weight.
 
         Returns:
             `[4, n_slopes]` float64, see `delta.random_sign_costs`.
@@ -83,6 +83,6 @@ class CostMeter:
         Raises:
             InputError: see `OpenInputs.load`.
         """
-        expert = self._inputs.load(weight, model, base)
+        expert = self._inputs.load(weight, model, dense)
         (difference,) = task_vectors(dense, [expert], self._device)
-        return random_sign_tradeoff(difference, base)
+        return random_sign_tradeoff(difference, base_square)

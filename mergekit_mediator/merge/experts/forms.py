@@ -68,7 +68,7 @@ def choose_forms(
     models = list(config.experts)
     forms = dict.fromkeys(models, first)
     keep = config.keep if keep is None else keep
-    if keep is None or not any(measured[name].costs for name in names):
+    if keep is None or not others:
         return forms
     compared = _standing_for_all(names, measured, sizes)
     for i, model in enumerate(models if compared else ()):
