@@ -126,7 +126,7 @@ def plan(
         plot_curve(plot, points)
     elif plot is not None:
         profile: dict[str, list[float]] = {
-            metric: [p.metrics[metric] for p in plans] for metric in METRICS
+            metric: [p.metrics.get(metric, 0.0) for p in plans] for metric in METRICS
         }
         plot_conflict(plot, [p.name for p in plans], profile, [p.routed for p in plans])
     figures = plan_tables.plan_figures(estimated) | (

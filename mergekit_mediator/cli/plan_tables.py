@@ -20,7 +20,7 @@ def plan_report(estimate: Estimate) -> str:
             [
                 layer.plan.name,
                 decisions[layer.plan.routed],
-                *[f"{metrics[m]:.3f}" if metrics else "-" for m in METRICS],
+                *[f"{metrics[m]:.3f}" if m in metrics else "-" for m in METRICS],
                 f"{layer.parameters:,}",
                 size(layer.read),
                 size(layer.dense),

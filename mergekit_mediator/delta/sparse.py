@@ -72,7 +72,7 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
                 below = bit_patterns(expert[part]) == bit_patterns(dense[part])
             places = nonzero(below.logical_not_())
             magnitude.append(delta.index_select(0, places))
-            positions.append((places + part.start).to(dtype))
+            positions.append(places.to(dtype).add_(part.start))
         return torch.cat(positions), torch.cat(magnitude).nan_to_num_(torch.inf, torch.inf)
 
     if not numel:
@@ -89,8 +89,10 @@ def _select(expert: Tensor, dense: Tensor, density: float, bitwise: bool, device
     threshold, larger = kth_largest(values.__getitem__, len(values), count, device)
     mask = compare(values, threshold, np.greater)
     if threshold > 0:
-        mask[nonzero(compare(values, threshold, np.equal))[: count - larger]] = True
-    return positions[nonzero(mask)]
+        ties = nonzero(compare(values, threshold, np.equal))
+        end = int(ties[count - larger - 1]) + 1  # of the ties that are stored
+        mask[:end] = compare(values[:end], threshold, np.greater_equal)
+    return positions.index_select(0, nonzero(mask))
 
 
 def _quantise(delta: Tensor, values: Values) -> tuple[Tensor, float]:

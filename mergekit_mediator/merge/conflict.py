@@ -38,13 +38,20 @@ class Conflict:
     common_mass: float = 0.0  # Σ_j |Σ_t τ_tj|
     total_energy: float = 0.0  # Σ_t ‖τ_t‖²
     common_energy: float = 0.0  # ‖Σ_t τ_t‖² / T
+    has_sign: bool = False  # whether `sign` was measured, which takes as long as the two others
 
     def __add__(self, other: "Conflict") -> "Conflict":
-        return Conflict(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Conflict(**sums | {"has_sign": self.has_sign or other.has_sign})
+
+    @property
+    def metrics(self) -> dict[Metric, float]:
+        """The metrics that were measured, each in [0, 1]."""
+        return {m: self.value(m) for m in METRICS if m != "sign" or self.has_sign}
 
     @property
     def sign(self) -> float:
-        """The metric `sign`, in [0, 1]."""
+        """The metric `sign`, in [0, 1]; 0 if it was not measured."""
         return self.opposed / self.shared if self.shared else 0.0
 
     @property
@@ -73,19 +80,22 @@ class Accumulator:
             it is also False if the finite numbers of a chunk sum to infinity.
     """
 
-    def __init__(self, base: Tensor, denoise: float, device: str = "cpu") -> None:
+    def __init__(self, base: Tensor, denoise: float | None, device: str = "cpu") -> None:
         """Start without experts.
 
         Args:
             base: θ_0, of any shape and floating dtype.
-            denoise: the fraction in (0, 1] of each task vector that counts as a change for `sign`.
+            denoise: the fraction in (0, 1] of each task vector that counts as a change for `sign`; None to leave
+                `sign` unmeasured.
             device: the device that computes, chunk by chunk; the inputs may be on another device.
         """
         self._base, self._denoise, self._device = base.to(device), denoise, device
         self.total = torch.zeros(base.numel(), device=device)
         self._tau = torch.empty_like(self.total)
-        on_cpu = self.total.device.type == "cpu"
-        self._signs = PackedSigns(base.numel()) if on_cpu else Signs(base.numel(), device)
+        self._signs: PackedSigns | Signs | None = None
+        if denoise is not None:
+            on_cpu = self.total.device.type == "cpu"
+            self._signs = PackedSigns(base.numel()) if on_cpu else Signs(base.numel(), device)
         self.finite, self._experts = True, 0
         self._mass = self._energy = 0.0
 
@@ -116,16 +126,17 @@ class Accumulator:
         for mass, energy in map(subtract, chunks(base.numel(), self._device)):
             self._mass += mass
             self._energy += energy
-        self._signs.note(self._tau, self._threshold())
+        if self._signs is not None and self._denoise is not None:
+            self._signs.note(self._tau, self._threshold(self._denoise))
         self._experts += 1
         return self._tau.view(self._base.shape)
 
-    def _threshold(self) -> float:
+    def _threshold(self, denoise: float) -> float:
         """Find the smallest |τ| that counts as a change. It is above 0, so that every change has a sign."""
         smallest, numel = float(torch.finfo(torch.float32).smallest_normal), self._tau.numel()
-        if self._denoise >= 1 or not numel:
+        if denoise >= 1 or not numel:
             return smallest
-        count = count_kept(numel, self._denoise)
+        count = count_kept(numel, denoise)
         threshold, _ = kth_largest(
             lambda part: self._tau[part].abs(), numel, count, self._tau.device
         )
@@ -134,8 +145,9 @@ class Accumulator:
     def conflict(self) -> Conflict:
         """Give the conflict between the experts so far."""
         parts = [self.total[part] for part in chunks(self.total.numel(), self._device)]
-        shared, opposed = self._signs.counts()
+        shared, opposed = self._signs.counts() if self._signs is not None else (0, 0)
         return Conflict(
+            has_sign=self._signs is not None,
             shared=shared,
             opposed=opposed,
             total_mass=self._mass,

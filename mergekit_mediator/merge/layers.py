@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mergekit_mediator.errors import ConfigError
-from mergekit_mediator.merge.conflict import METRICS, Conflict, Metric
+from mergekit_mediator.merge.conflict import Conflict, Metric
 
 Rule = Literal["auto", "all", "none", "conflict_threshold", "routed_fraction", "routed_layers"]
 
@@ -59,8 +59,8 @@ class LayerPlan:
 
     @property
     def metrics(self) -> dict[Metric, float]:
-        """The three metrics of conflict, each in [0, 1]; empty before conflict is measured."""
-        return {m: self.conflict.value(m) for m in METRICS} if self.conflict else {}
+        """The metrics of conflict that were measured, each in [0, 1]."""
+        return self.conflict.metrics if self.conflict else {}
 
 
 def plan_layers(

@@ -1,6 +1,7 @@
 """The passes over the weights of a merge, which read one expert at a time.
 
-`measure` yields the conflict and the costs of each weight, and `average` also the dense expert's weight. Sums
+`measure` yields the conflict and the costs of each weight, and `average` also the dense expert's weight; the latter
+measures only those metrics of conflict that cost nothing, unless layers are chosen by the third one. Sums
 replace experts in memory, so memory does not grow with the number of experts. `experts.storing` has the pass that
 encodes the experts.
 """
@@ -189,7 +190,7 @@ class Passes:
             self._check_buffer(weight, base)
             return Measured(Conflict(), ())
         if weight.info.name in costed:
-            return self._read(costed, weight, base, False).measured
+            return self._read(costed, weight, base, False, self.inputs.config.denoise).measured
         accumulator = Accumulator(base, self.inputs.config.denoise, self.device)
         for _ in self._task_vectors(weight, base, accumulator):
             pass
@@ -203,7 +204,9 @@ class Passes:
             self._check_buffer(weight, base)
             buffer = base.to("cpu", copy=True)
             return Averaged(Measured(Conflict(), ()), (), DenseVersions(buffer, buffer))
-        return self._read(costed, weight, base, True, routed)
+        config = self.inputs.config
+        denoise = config.denoise if config.conflict == "sign" else None
+        return self._read(costed, weight, base, True, denoise, routed)
 
     def _read(
         self,
@@ -211,11 +214,12 @@ class Passes:
         weight: PlannedWeight,
         base: Tensor,
         with_directions: bool,
+        denoise: float | None,
         routed: Container[str] | None = None,
     ) -> Averaged:
         """Read every expert's version of a weight once, and once more if random signs of it have costs."""
         inputs, name = self.inputs, weight.info.name
-        accumulator = Accumulator(base, inputs.config.denoise, self.device)
+        accumulator = Accumulator(base, denoise, self.device)
         shares = [weight.shares[model] for model in inputs.experts]
         # the accumulator has the plain sum of the task vectors already
         equal = len(set(shares)) == 1 and not self._allow_nonfinite

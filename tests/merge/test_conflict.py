@@ -111,7 +111,7 @@ def test_opposite_experts_conflict_fully():
 
 def test_experts_that_change_nothing_do_not_conflict():
     base = torch.randn(100)
-    assert measure(base, [base, base], 0.2) == Conflict()
+    assert measure(base, [base, base], 0.2) == Conflict(has_sign=True)
 
 
 def test_denoising_ignores_the_signs_of_small_changes():

@@ -102,7 +102,14 @@ def test_only_rules_that_look_at_conflict_need_it():
     assert Selection("routed_fraction", by_conflict=True).needs_conflict
 
 
-def test_a_layer_shows_all_metrics_or_none():
-    measured = LayerPlan("0", ("w",), Conflict(2, 1, 4.0, 3.0, 4.0, 1.0))
+def test_a_layer_shows_the_metrics_that_were_measured():
+    measured = LayerPlan("0", ("w",), Conflict(2, 1, 4.0, 3.0, 4.0, 1.0, has_sign=True))
     assert measured.metrics == {"sign": 0.5, "mass": 0.25, "dispersion": 0.75}
+    without = LayerPlan("0", ("w",), Conflict(0, 0, 4.0, 3.0, 4.0, 1.0))
+    assert without.metrics == {"mass": 0.25, "dispersion": 0.75}
     assert LayerPlan("0", ("w",)).metrics == {}
+
+
+def test_a_layer_has_the_sign_of_those_of_its_weights_that_have_one():
+    buffer, weight = Conflict(), Conflict(2, 1, has_sign=True)
+    assert (buffer + weight).metrics["sign"] == (weight + buffer).metrics["sign"] == 0.5

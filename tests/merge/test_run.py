@@ -38,14 +38,21 @@ def close(actual, expected):
     torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-6)
 
 
-def test_the_conflict_of_every_layer_is_that_of_its_weights(family, merged, read):
-    out = merged(family.config(route="none", denoise=0.3))
+@pytest.mark.parametrize(
+    ("asked_for", "measured"),
+    [("sign", set(conflict.METRICS)), ("mass", {"mass", "dispersion"})],
+)
+def test_the_conflict_of_every_layer_is_that_of_its_weights(
+    family, merged, read, asked_for, measured
+):
+    out = merged(family.config(route="none", denoise=0.3, conflict=asked_for))
     base, experts = read(family.base), [read(path) for path in family.experts.values()]
     for layer in read_manifest(out).layers:
         sums = [conflict.measure(base[w], [e[w] for e in experts], 0.3) for w in layer.weights]
         whole = sum(sums, conflict.Conflict())
-        for metric in conflict.METRICS:
-            assert layer.conflict[metric] == pytest.approx(whole.value(metric), abs=1e-6)
+        assert set(layer.conflict) == measured
+        for metric, value in layer.conflict.items():
+            assert value == pytest.approx(whole.value(metric), abs=1e-6)
 
 
 @pytest.mark.parametrize("metric", conflict.METRICS)
