@@ -21,7 +21,8 @@ from mergekit_mediator.merge.experts.budget import predict
 from mergekit_mediator.merge.inputs import HeaderInputs
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.low_rank_methods import ARTIFACTS, as_mediator
-from mergekit_mediator.merge.passes import Measured, Passes
+from mergekit_mediator.merge.measured import Measured
+from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.preparation import prepared
 from mergekit_mediator.merge.prompted.plan import PROMPTED, plan_prompted
 from mergekit_mediator.merge.run import run

@@ -12,7 +12,8 @@ from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.dense_writer import DenseWriter
 from mergekit_mediator.merge.layers import LayerPlan
 from mergekit_mediator.merge.loaders import OpenInputs
-from mergekit_mediator.merge.passes import Measured, Passes
+from mergekit_mediator.merge.measured import Measured
+from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.preparation import Preparation
 

@@ -10,7 +10,7 @@ from mergekit.options import MergeOptions
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mergekit_mediator.merge.passes import DenseVersions
+from mergekit_mediator.merge.measured import DenseVersions
 
 
 class DenseWriter:

@@ -8,7 +8,6 @@ encodes the experts.
 
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,66 +15,20 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from torch import Tensor
-from tqdm import tqdm
 
 from mergekit_mediator.delta.factors import squared_norm
 from mergekit_mediator.delta.narrow import check_range, narrowed, range_error
 from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.errors import InputError, first_line
 from mergekit_mediator.merge.conflict import Accumulator, Conflict, task_vectors
-from mergekit_mediator.merge.experts.costs import CostMeter, Costs
+from mergekit_mediator.merge.experts.costs import CostMeter
 from mergekit_mediator.merge.loaders import OpenInputs
+from mergekit_mediator.merge.measured import Averaged, DenseVersions, Measured
 from mergekit_mediator.merge.planner import PlannedWeight
+from mergekit_mediator.merge.progress import bytes_bar
 from mergekit_mediator.merge.workers import Workers, load_linear_algebra
 from mergekit_mediator.methods.weighted_mean import WeightedSum, on_base
 from mergekit_mediator.route.response import is_measured, leading_directions
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The figures of one weight.
-
-    Attributes:
-        conflict: the conflict between the experts' task vectors; all zero for a buffer of integers.
-        costs: for each expert the bits and the error at each slope, `[4, n_slopes]` float64, by form: of its task
-            vector as low rank plus sparse, and of its difference from the dense expert as random signs; see
-            `delta.tradeoff`. Empty for a buffer, and unless the caller asked for costs. Low rank plus sparse is missing
-            where forms are not compared, see `experts.forms`.
-    """
-
-    conflict: Conflict
-    costs: tuple[Costs, ...]
-
-
-@dataclass(frozen=True)
-class DenseVersions:
-    """The dense expert's weight for each outcome of routing, on the CPU, in the output dtype.
-
-    Both are one tensor if the outcome is known or makes no difference.
-
-    Attributes:
-        averaged: the weight of an averaged layer.
-        routed: the weight of a routed layer.
-    """
-
-    averaged: Tensor
-    routed: Tensor
-
-
-@dataclass(frozen=True)
-class Averaged:
-    """One weight of the dense expert with its figures.
-
-    Attributes:
-        measured: the figures of the weight.
-        directions: the leading directions of each expert, `[rank, in]` float16; empty unless the response
-            router measures this weight.
-        dense: the weight.
-    """
-
-    measured: Measured
-    directions: tuple[Tensor, ...]
-    dense: DenseVersions
 
 
 class Passes:
@@ -335,10 +288,3 @@ class Passes:
         if routed_scale == averaged_scale:
             return DenseVersions(averaged, averaged)
         return DenseVersions(averaged, version(routed_scale))
-
-
-def bytes_bar(description: str, size: int, quiet: bool) -> "tqdm[Any]":
-    """Make a progress bar that counts bytes, and is hidden if `quiet`."""
-    return tqdm(
-        total=size, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet
-    )

@@ -34,8 +34,9 @@ from mergekit_mediator.merge.experts.forms import compared_names
 from mergekit_mediator.merge.experts.keep import Kept
 from mergekit_mediator.merge.experts.spectra import spectra_in
 from mergekit_mediator.merge.layers import LayerPlan
+from mergekit_mediator.merge.measured import Measured
 from mergekit_mediator.merge.model_cards import license_of
-from mergekit_mediator.merge.passes import Measured, Passes
+from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.merge.preparation import Preparation, prepared
 from mergekit_mediator.merge.workers import workers

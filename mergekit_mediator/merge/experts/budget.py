@@ -15,7 +15,7 @@ from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.estimate import Size, dense_sizes
 from mergekit_mediator.merge.experts.forms import Forms, allocation_of, choose_forms, tradeoffs
 from mergekit_mediator.merge.loaders import OpenInputs
-from mergekit_mediator.merge.passes import Measured
+from mergekit_mediator.merge.measured import Measured
 from mergekit_mediator.merge.planner import PlannedWeight
 from mergekit_mediator.store.expert_file import header_bytes
 

@@ -18,7 +18,8 @@ from mergekit_mediator.delta.value_forms import RateForm
 from mergekit_mediator.merge.config import MediatorConfig
 from mergekit_mediator.merge.estimate import Size
 from mergekit_mediator.merge.experts.costs import Costs
-from mergekit_mediator.merge.passes import Measured, Passes
+from mergekit_mediator.merge.measured import Measured
+from mergekit_mediator.merge.passes import Passes
 from mergekit_mediator.merge.planner import PlannedWeight
 
 Forms = Mapping[ModelReference, RateForm]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mergekit_mediator.delta.stored_weight import StoredWeight
 from mergekit_mediator.merge.loaders import OpenInputs
-from mergekit_mediator.merge.passes import bytes_bar
 from mergekit_mediator.merge.planner import PlannedWeight
+from mergekit_mediator.merge.progress import bytes_bar
 from mergekit_mediator.merge.workers import Workers
 from mergekit_mediator.store.codec import encode_bytes
 from mergekit_mediator.store.description import Description

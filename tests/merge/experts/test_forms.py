@@ -16,7 +16,7 @@ from mergekit_mediator.merge.conflict import Conflict
 from mergekit_mediator.merge.estimate import Size
 from mergekit_mediator.merge.experts.forms import choose_forms, compared_names
 from mergekit_mediator.merge.experts.spectra import Spectra
-from mergekit_mediator.merge.passes import Measured
+from mergekit_mediator.merge.measured import Measured
 from mergekit_mediator.store.expert_file import ExpertFile
 from mergekit_mediator.store.manifest import read_manifest
 
