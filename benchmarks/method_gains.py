@@ -28,17 +28,15 @@ from heavy import held_out
 from heavy_texts import ROW, Rows
 from heavy_training import RECIPES
 from method_artifacts import STORED, stored
-from method_quality import TRIALS, write
+from method_quality import RCP, TRIALS, merges, write
 from rates import Nats
 from trained_parts import SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator.evaluate.rivals import Rivals
-from mergekit_mediator.evaluate.trials import Trial, trials
-from mergekit_mediator.models.prompt_files import read_prompts
+from mergekit_mediator.evaluate.trials import Trial
 
-RCP, REASONING = "rcp", "reasoning"
-PENALTIES = (1.0, 100.0)
+REASONING = "reasoning"
 BEGINNING = 64  # tokens of a prompt
 # of adapters, and of texts that experts write in place of prompts
 LEFT_OUT = ("lora_lego", "regmean_pp_own_texts")
@@ -87,30 +85,11 @@ def beginnings(rows: Rows, count: int, tokenizer: Any, file: Path) -> Path:
     return file
 
 
-def tried(made: Rivals, method: str, files: Mapping[str, Path]) -> Iterator[Trial]:
-    """The merges by one method, with each choice of coefficients."""
-    if method != RCP:
-        asked = {name: read_prompts(file) for name, file in files.items()}
-        yield from trials(made, method, TRIALS[method], asked)
-        return
-    for penalty in PENALTIES:
-        of_model = {n: {"prompts": str(f), "reasoning": n == REASONING} for n, f in files.items()}
-        config = {
-            "merge_method": RCP,
-            "base_model": made.base,
-            "models": [{"model": m, "parameters": of_model[n]} for n, m in made.experts.items()],
-            "parameters": {"penalty": penalty},
-            "dtype": "float32",
-            "out_dtype": "bfloat16",
-        }
-        yield Trial(f"{RCP} penalty {penalty}", *made.merged(config, f"{RCP}-{penalty}"))
-
-
 def static_row(
-    method: str, merges: Iterator[Trial], tuning: Gains, report: Gains
+    method: str, trials: Iterator[Trial], tuning: Gains, report: Gains
 ) -> dict[str, Any]:
     """What the merge keeps that is best on the tuning rows."""
-    scored = [(tuning.of_checkpoint(trial.folder), trial) for trial in merges]
+    scored = [(tuning.of_checkpoint(trial.folder), trial) for trial in trials]
     _, chosen = max(scored, key=lambda one: sum(one[0]))
     return {
         "method": method,
@@ -194,7 +173,7 @@ def main() -> None:
         rows.append(
             stored_row(made, method, files, report)
             if method in STORED
-            else static_row(method, tried(made, method, files), tuning, report)
+            else static_row(method, merges(made, method, files, REASONING), tuning, report)
         )
         print(rows[-1], flush=True)
         path = write(args.label, rows, how)

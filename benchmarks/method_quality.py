@@ -4,17 +4,18 @@
     python benchmarks/method_quality.py --family strong4 --experts experts [--method NAME]...
 
 Every method merges the family with two or three usual coefficients; those that do best on prompts of another seed
-are scored on the prompts of the report. Methods that need prompts get others again. Those that store experts are routed. Trials that differ in a factor of
-the merged task vector alone are made of one merge in float32. Rows of these methods and of the family in
-results/methods.json are replaced, and all others stay; name `ties` too, or times are set against those of the last run
-with it. Experts that were trained anew are others: give them a --label, because rows of one table are compared. Merges
-and scores in the work folder are used again.
+are scored on the prompts of the report. Methods that need prompts get others again; `rcp` keeps the first expert
+whole. Those that store experts are routed. Trials that differ in a factor of the merged task vector alone are made of
+one merge in float32. Rows of these methods and of the family in results/methods.json are replaced, and all others
+stay; name `ties` too, or times are set against those of the last run with it. Experts that were trained anew are
+others: give them a --label, because rows of one table are compared. Merges and scores in the work folder are used
+again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.evaluate.scorer import Scorer, Tasks
 from mergekit_mediator.evaluate.static_methods import SCALES, STATIC, StaticMethod
 from mergekit_mediator.evaluate.systems import mediator_systems
-from mergekit_mediator.evaluate.trials import Prompts, Trial, trials
+from mergekit_mediator.evaluate.trials import Trial, trials
 from mergekit_mediator.models.loading import load_tokenizer
 from mergekit_mediator.models.prompt_files import read_prompts
 
+RCP, PENALTIES = "rcp", (1.0, 100.0)
 OWN_TEXTS = 32  # that an expert writes, in place of prompts of its task
 # Tried as `evaluate` tries them, and those that are no rivals there.
 TRIALS: dict[str, StaticMethod] = {
@@ -54,17 +56,36 @@ TRIALS: dict[str, StaticMethod] = {
 }
 
 
+def merges(made: Rivals, method: str, files: Mapping[str, Path], reasoning: str) -> Iterator[Trial]:
+    """The merges by one method, with each choice of coefficients; `rcp` keeps the reasoning expert whole."""
+    if method != RCP:
+        asked = {name: read_prompts(file) for name, file in files.items()}
+        yield from trials(made, method, TRIALS[method], asked)
+        return
+    for penalty in PENALTIES:
+        of_model = {n: {"prompts": str(f), "reasoning": n == reasoning} for n, f in files.items()}
+        config = {
+            "merge_method": RCP,
+            "base_model": made.base,
+            "models": [{"model": m, "parameters": of_model[n]} for n, m in made.experts.items()],
+            "parameters": {"penalty": penalty},
+            "dtype": "float32",
+            "out_dtype": "bfloat16",
+        }
+        yield Trial(f"{RCP} penalty {penalty}", *made.merged(config, f"{RCP}-{penalty}"))
+
+
 def row(
     method: str,
     made: Rivals,
-    prompts: Prompts,
+    files: Mapping[str, Path],
     scorer: Scorer,
     report: tuple[Tasks, dict[str, Score]],
     tuning: tuple[Tasks, dict[str, Score]],
 ) -> dict[str, Any]:
     """Merge with each choice of coefficients, and score the best one on the prompts of the report."""
     tried = []
-    for trial in trials(made, method, TRIALS[method], prompts):
+    for trial in merges(made, method, files, next(iter(files))):
         scores = scorer.alike(f"{trial.label}, tuning", tuning[0], answering(made, trial))
         tried.append((normalized(scores, tuning[1])[0], trial))
     _, chosen = max(tried, key=lambda scored: scored[0])
@@ -143,7 +164,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="prompts a task in the report")
     parser.add_argument("--tuning-prompts", type=int, default=8)
     parser.add_argument("--asked", type=int, default=16, help="prompts of an expert, for methods")
-    parser.add_argument("--method", action="append", choices=[*TRIALS, *STORED])
+    parser.add_argument("--method", action="append", choices=[*TRIALS, RCP, *STORED])
     args = parser.parse_args()
     if not (args.tasks or args.family in FAMILIES):
         parser.error(f"--family {args.family}: --tasks is required")
@@ -164,18 +185,17 @@ def main() -> None:
     report = measured(args.prompts, REPORT_SEED, "report")
     tuning = measured(args.tuning_prompts, TUNE_SEED, "tuning")
     files = prompt_files(folders, args.asked, work / "asked", dict(report[0]))
-    asked = {name: read_prompts(file) for name, file in files.items()}
     how = record.made({"report": REPORT_SEED, "tune": TUNE_SEED, "prompts": CALIBRATION_SEED})
     how |= {"prompts_per_task": args.prompts, "tuning_prompts_per_task": args.tuning_prompts}
     how |= {"prompts_of_methods": args.asked, "experts": len(names)}
     rows: list[dict[str, Any]] = []
     full = not any((folder / "adapter_config.json").exists() for folder in folders.values())
     of_full_models = [method for method in TRIALS if not (full and method == "lora_lego")]
-    for method in args.method or [*of_full_models, *STORED]:
+    for method in args.method or [*of_full_models, RCP, *STORED]:
         rows.append(
             stored_row(method, made, files, scorer, report)
             if method in STORED
-            else row(method, made, asked, scorer, report, tuning)
+            else row(method, made, files, scorer, report, tuning)
         )
         print(rows[-1], flush=True)
         path = write(args.label or args.family, rows, how)

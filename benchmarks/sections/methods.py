@@ -1,8 +1,11 @@
 """Sections about the merge methods of the literature: what they keep, and what they cost."""
 
+import shlex
 from typing import Any
 
 from sections.markdown import load, script, table
+
+_OF_METHOD = "--method"  # the option of a command that may come many times
 
 
 def costs() -> str:
@@ -80,7 +83,7 @@ def _rank(rows: list[dict[str, Any]], own: dict[str, dict[str, Any]]) -> float:
 
 
 def quality() -> str:
-    """What each static method keeps of the experts' skills, best first, by family."""
+    """What each method keeps of the experts' skills, best first, under a heading for each family."""
     figures = load("methods")
     parts = []
     for family, how in figures["quality"].items():
@@ -99,10 +102,28 @@ def quality() -> str:
         ]
         head = ["", "mean, %", "worst, %", "best coefficients", "tried", "processor time / `ties`"]
         head.append("bytes / one model")
-        runs = [how, *reversed(how.get("earlier", []))]
-        commands = " ".join(f"Command: `{script(run['command'])}`." for run in runs)
-        parts.append(f"{table(head, rows)}\n\n{_measured_on(family, how)} {commands}")
+        runs = [*reversed(how.get("earlier", [])), how]
+        commands = "\n".join(f"- Command: `{c}`" for c in _commands([r["command"] for r in runs]))
+        about = _measured_on(family, how)
+        parts.append(f"## `{family}`\n\n{about}\n\n{table(head, rows)}\n\n{commands}")
     return "\n\n".join(parts)
+
+
+def _commands(recorded: list[str]) -> list[str]:
+    """Recorded commands; those that differ in their methods only become one, with all of these."""
+    methods: dict[str, list[str]] = {}
+    for command in recorded:
+        words = iter(shlex.split(script(command)))
+        others, asked = [], []
+        for word in words:
+            (asked if word == _OF_METHOD else others).append(
+                next(words) if word == _OF_METHOD else word
+            )
+        methods.setdefault(shlex.join(others), []).extend(asked)
+    return [
+        " ".join([others, *(f"{_OF_METHOD} {shlex.quote(m)}" for m in dict.fromkeys(asked))])
+        for others, asked in methods.items()
+    ]
 
 
 def _measured_on(family: str, how: dict[str, Any]) -> str:
