@@ -37,7 +37,7 @@ from mergekit_mediator.models.prompts import render
 
 RANKS = (8, 16, 32, 64, 128)
 # The parts of the gain that `--rank auto` is asked to keep.
-AUTO = (0.99, 0.999, 0.9999)
+AUTO = (0.99, 0.995, 0.999)
 # By reference, whose norms the served model has: the dense expert's, the mean baked in, or those of the expert itself,
 # which no engine can have for several experts. The dense expert of `mean` is the mean already.
 NORMS = {"base": ("dense", "mean", "own"), "mean": ("dense", "own")}

@@ -46,6 +46,7 @@ class Adapter:
         dropped_energy: the squared norm of the dropped weights' changes.
         lacks: what no LoRA adapter holds, in words.
         choice: why the rank is what it is, if it was chosen.
+        base_square: the squared norm of the weights that the modules change; 0 if it is unknown.
     """
 
     modules: Mapping[str, Factors]
@@ -53,6 +54,7 @@ class Adapter:
     dropped_energy: float = 0.0
     lacks: str = "are no matrices of linear layers or embeddings, which alone a LoRA adapter holds"
     choice: RankChoice | None = None
+    base_square: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -69,6 +71,11 @@ class Adapter:
         """The part of the modules' squared change that the factors lose, in [0, 1]."""
         error = sum(factors.low_rank.squared_error for factors in self.modules.values())
         return error / self.squared_norm if self.squared_norm else 0.0
+
+    @property
+    def change_over_base(self) -> float:
+        """The squared norm of the change over that of the weights that it changes; 0 if the latter is unknown."""
+        return self.squared_norm / self.base_square if self.base_square else 0.0
 
     def changes(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the change of each module's weight by name, in the weight's shape, float32."""
@@ -102,7 +109,12 @@ def blend(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:
         norm = squared_norm(left, right)
         modules[module] = Factors(terms[0][1].kind, LowRank(left, right, norm, 0.0).cut(rank))
     dropped = dict.fromkeys(name for _, adapter in parts for name in adapter.dropped)
-    return Adapter(modules, tuple(dropped), sum(w * w * a.dropped_energy for w, a in parts))
+    return Adapter(
+        modules,
+        tuple(dropped),
+        sum(w * w * adapter.dropped_energy for w, adapter in parts),
+        base_square=max(adapter.base_square for _, adapter in parts),
+    )
 
 
 def write_peft(
@@ -155,7 +167,12 @@ def write_peft(
     }
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     squares = {m: [f.low_rank.squared_norm, f.low_rank.squared_error] for m, f in modules}
-    about = {"squares": squares, "dropped": adapter.dropped, "energy": adapter.dropped_energy}
+    about = {
+        "squares": squares,
+        "dropped": adapter.dropped,
+        "energy": adapter.dropped_energy,
+        "base_square": adapter.base_square,
+    }
     metadata = {"format": "pt", _ABOUT: json.dumps(about)}
     try:
         out.mkdir(parents=True)
@@ -180,7 +197,12 @@ def read_peft(folder: Path) -> Adapter:
             module: _from_peft(module, tensors, norm, error)
             for module, (norm, error) in about["squares"].items()
         }
-        return Adapter(modules, tuple(about["dropped"]), about["energy"])
+        return Adapter(
+            modules,
+            tuple(about["dropped"]),
+            about["energy"],
+            base_square=about.get("base_square", 0.0),  # files of earlier versions lack it
+        )
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ExportError(
             f"{path}: cannot be read as an adapter of mergekit-mediator: {first_line(error)}: delete the "

@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from mergekit_mediator.delta.kept import predicted_kept
+from mergekit_mediator.delta.kept import lost_of_left_out
 from mergekit_mediator.export.adapter import Adapter
 from mergekit_mediator.export.rank import AUTO_RANKS, RankChoice
 
 
 def predicted_part(adapter: Adapter) -> float:
-    """Predict the part of its expert's gain that an adapter keeps, in [0, 1], from the squared change it leaves out."""
-    return float(predicted_kept(adapter.squared_error))
+    """Predict the part of its expert's gain that an adapter keeps, in [0, 1], from the squared change it leaves out.
+
+    It holds of narrow, broad and heavy experts, see `delta.kept.lost_of_left_out`: narrow ones keep more.
+    """
+    return _predicted(adapter, adapter.squared_error)
 
 
 def least_rank(
@@ -33,7 +36,7 @@ def least_rank(
     for rank, error in zip(AUTO_RANKS, errors, strict=True):
         cut = None
         if measure is None:
-            kept = float(predicted_kept(error))
+            kept = _predicted(adapter, error)
         else:
             cut = _cut(adapter, rank)
             kept = measure(cut)
@@ -59,6 +62,11 @@ def rank_above_noise(adapter: Adapter, keep: float, directions: int) -> Adapter:
     """
     rank = next((rank for rank in AUTO_RANKS if rank >= directions), AUTO_RANKS[-1])
     return replace(_cut(adapter, rank), choice=RankChoice(rank, keep, None, False))
+
+
+def _predicted(adapter: Adapter, error: float) -> float:
+    """Predict what is kept where so much of the squared change is left out."""
+    return 1 - float(lost_of_left_out(error, adapter.change_over_base))
 
 
 def _squared_errors(adapter: Adapter) -> list[float]:

@@ -92,7 +92,7 @@ def to_adapter(
     if not 0 < energy <= 1:
         raise ExportError(f"energy: above 0 and at most 1 is required, got {energy}")
     modules: dict[str, Factors] = {}
-    dropped, lost = [], 0.0
+    dropped, lost, base_square = [], 0.0, 0.0
     directions: list[int] = []
     for change in experts.changes(mixture):
         kind = holdable.kind(change.weight, len(change.shape))
@@ -101,13 +101,15 @@ def to_adapter(
             dropped.append(change.weight)
             lost += float(change.tensor(dense).double().square().sum())
             continue
+        square = float(dense.double().square().sum())
         factors = low_rank(change, dense, rank, energy)
         if change.is_noisy and keep is not None and measure is None:
             directions.append(directions_above_noise(change, factors))
         for module in holdable.users[change.weight]:
             module_kind: Kind = "linear" if module == "lm_head" else kind
             modules[module] = Factors(module_kind, factors)
-    adapter = Adapter(modules, tuple(dropped), lost)
+            base_square += square
+    adapter = Adapter(modules, tuple(dropped), lost, base_square=base_square)
     if keep is None:
         return adapter
     return (

@@ -7,9 +7,10 @@ from mergekit_mediator.errors import ExportError
 
 # The ranks that `auto` chooses from. Engines pad to such ranks.
 AUTO_RANKS = (8, 16, 32, 64, 128, 256)
-# The part of its expert's gain that an adapter of the rank `auto` keeps. Adapters that are predicted to keep so much
-# kept 99.8% and more (benchmarks/exported_ranks.py); 99.99% takes ranks whose adapters are as large as a model.
-AUTO_KEEP = 0.999
+# The part of its expert's gain that an adapter of the rank `auto` keeps, whatever the expert was trained on. Adapters of
+# narrow experts that are predicted to keep so much kept 99.8% and more (benchmarks/exported_ranks.py); 99.9% takes ranks
+# whose adapters are as large as a model.
+AUTO_KEEP = 0.995
 _ALLOWED = (
     "a rank such as 64, a part of the squared change such as 0.99, or `auto` (or `auto:0.99`, with the part of the "
     "gain to keep) is required"

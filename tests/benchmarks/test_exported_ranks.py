@@ -7,7 +7,7 @@ import record
 import torch
 from transformers import AutoModelForCausalLM
 
-from mergekit_mediator.delta.kept import predicted_kept
+from mergekit_mediator.delta.kept import lost_of_left_out
 from mergekit_mediator.evaluate.rivals import Rivals
 from mergekit_mediator.export.rank import AUTO_KEEP
 
@@ -69,7 +69,8 @@ def test_adapters_that_are_predicted_to_keep_the_default_part_kept_nearly_all():
         return min(
             row[figure]
             for row in rows
-            if predicted_kept(row["worst_squared_error"]) >= part and row.get("norms") != "own"
+            if 1 - lost_of_left_out(row["worst_squared_error"], 0) >= part
+            and row.get("norms") != "own"
         )
 
     assert least("gain_kept", AUTO_KEEP) >= 0.998

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.delta.kept import predicted_kept
+from mergekit_mediator.delta.kept import lost_of_left_out
+from mergekit_mediator.export.adapter import read_peft
 from mergekit_mediator.export.rank import AUTO_RANKS
 
 IDS = torch.arange(4, 24)[None]
@@ -80,13 +81,17 @@ def test_what_an_adapter_cannot_hold_is_counted(out, tmp_path):
 
 def test_the_rank_of_each_expert_is_the_least_that_keeps_enough(out, tmp_path):
     folder = tmp_path / "adapters"
-    part = 0.9999
+    part = 0.999
+    dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
     told = figures("export", out, folder, "--rank", f"auto:{part}", "--drop")["experts"]
     text = call("export", out, tmp_path / "again", "--rank", f"auto:{part}", "--drop").output
     for expert in told:
-        choice = expert["choice"]
+        choice, adapter = expert["choice"], read_peft(folder / expert["name"])
+        changed = sum(float(dense[f"{m}.weight"].square().sum()) for m in adapter.modules)
+        over_base = adapter.squared_norm / changed
         assert choice["keep"] == part
-        assert choice["kept"] == pytest.approx(float(predicted_kept(expert["error"])), abs=1e-4)
+        lost = float(lost_of_left_out(expert["error"], over_base))
+        assert choice["kept"] == pytest.approx(1 - lost, abs=1e-4)
         assert choice["kept"] >= part
         assert not choice["is_measured"]
         less = AUTO_RANKS[: AUTO_RANKS.index(choice["rank"])]
@@ -95,7 +100,7 @@ def test_the_rank_of_each_expert_is_the_least_that_keeps_enough(out, tmp_path):
             (fixed,) = figures("export", out, tmp_path / f"{rank}-{expert['name']}", *arguments)[
                 "experts"
             ]
-            assert predicted_kept(fixed["error"]) < part
+            assert 1 - lost_of_left_out(fixed["error"], over_base) < part
         said = f"{choice['rank']} (predicted to keep {choice['kept']:.2%})"
         assert f"{expert['name']} {said}" in text
         assert f"{expert['name']} {said}" in (folder / "README.md").read_text()
