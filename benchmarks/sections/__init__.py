@@ -105,6 +105,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "own-texts": storing.own_texts,
     "rates": rates.rates,
     "expectations": expectations.expectations,
+    "expected of adapters": expectations.adapters,
     "rates ahead": rates.ahead,
     "heavy": rates.heavy,
     "heavy changes": rates.heavy_changes,

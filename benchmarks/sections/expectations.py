@@ -6,6 +6,7 @@ from typing import Any
 
 from sections.markdown import load, table
 
+RANKS = (4, 16, 64, 256)  # of adapters
 RATES = (0.05, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0)
 PARAMETERS = 7e9  # of the model that a reader has in mind
 _NEAR = 1.15  # a rate counts as one of the columns if it is within this factor
@@ -19,6 +20,30 @@ def expectations() -> str:
     return table(head, [*rows, ["an expert of a 7B model", *sizes]])
 
 
+def adapters() -> str:
+    """One row for each kind of fine-tune, with the gain that an adapter of each rank keeps of it."""
+    rates = [row for row in load("rates")["rows"] if row["base"].startswith("SmolLM2")]
+    kinds = {
+        "full fine-tunes, one narrow task each": [r for r in rates if r["family"] == "strong"],
+        "the same, of which a seventh of the numbers changed": [
+            r for r in rates if r["family"] == "sparse"
+        ],
+        "narrow tasks, training stopped early": [r for r in rates if r["family"] == "weak"],
+        "Python source, 0.10 million tokens": [r for r in rates if r["family"] == "broad"],
+        "Python source, 18.6 million tokens": _heavy(),
+    }
+    rows = []
+    for kind, measured in kinds.items():
+        kept = _by_bits(_ours(measured, "extract-lora"))
+        rows.append([kind, *(f"{100 * kept[rank]:.1f}" if rank in kept else "" for rank in RANKS)])
+    return table(["kind of fine-tune", *(f"rank {rank}" for rank in RANKS)], rows)
+
+
+def _heavy() -> list[Mapping[str, Any]]:
+    """The rows of the fine-tune of most tokens."""
+    return [row for row in load("heavy")["rows"] if row["expert"] == "python"]
+
+
 def _kinds() -> list[tuple[str, Mapping[float, float]]]:
     codec, rates = load("codec")["rows"], load("rates")["rows"]
     kept = {
@@ -26,8 +51,7 @@ def _kinds() -> list[tuple[str, Mapping[float, float]]]:
         for family in ("adapters", "strong", "weak")
     }
     gemma = _by_bits(_ours(r for r in rates if r["base"].startswith("Gemma")))
-    begun = _by_bits(_ours(r for r in load("own-texts")["rows"] if r["expert"] == "python"))
-    heavy = _by_bits(_ours(load("heavy")["rows"]))
+    broad = [row for row in rates if row["family"] == "broad"]
     weak = [row for row in rates if row["family"] == "weak"]
     return [
         ("LoRA adapters, one narrow task each", kept["adapters"]),
@@ -36,8 +60,9 @@ def _kinds() -> list[tuple[str, Mapping[float, float]]]:
         ("narrow tasks, training stopped early", kept["weak"]),
         ("others of these, over the base", _by_bits(_ours(weak))),
         ("the same, as random signs", _by_bits(_ours(weak, "ours as signs"))),
-        ("Python source, 0.15 million tokens", begun),
-        ("Python source, 18.6 million tokens", heavy),
+        ("Python source, 0.10 million tokens", _by_bits(_ours(broad))),
+        ("the same, as random signs", _by_bits(_ours(broad, "ours as signs"))),
+        ("Python source, 18.6 million tokens", _by_bits(_ours(_heavy()))),
     ]
 
 
