@@ -162,6 +162,7 @@ quality: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file benchmarks/mypy.ini benchmarks
 
 # torch comes first: as another package's dependency, pip may choose a build of several GB.
 .venv/dev: pyproject.toml setup.cfg mergekit_mediator/_build.py

@@ -63,10 +63,14 @@ class Ablations:
 
     def add(self, part: str, name: str, parameters: dict[str, Any]) -> None:
         """One merge, each task with its own expert."""
-        label = "mediator" if parameters == BUDGET else "-".join(map(str, parameters.values()))
-        model, _ = artifact(self.made, label, parameters)
+        model = self._merged(parameters)
         own = {t: [mixed(model, {t: 1.0})] * len(x.examples) for t, x in self.tasks.items()}
         self.add_of(model, part, name, parameters, own)
+
+    def _merged(self, parameters: dict[str, Any]) -> MediatorModel:
+        label = "mediator" if parameters == BUDGET else "-".join(map(str, parameters.values()))
+        model, _ = artifact(self.made, label, parameters)
+        return model
 
     def add_of(
         self,
@@ -113,14 +117,14 @@ class Ablations:
 
         Blocks are of one size, so that every third of them costs the same bytes.
         """
+        blocks: dict[str, float] = {}
         for metric in METRICS:
             parameters = {"route": "auto", "conflict": metric, **PLAIN}
             self.add("layers", f"route: auto by {metric}", parameters)
-        model, _ = artifact(self.made, "mediator", BUDGET)
-        blocks = {x.name: x.conflict for x in model.manifest.layers if x.name.isdigit()}
-        third = round(len(blocks) / 3)
-        for metric in METRICS:
-            ordered = sorted(blocks, key=lambda name, m=metric: -blocks[name][m])
+            layers = self._merged(parameters).manifest.layers
+            blocks = {x.name: x.conflict[metric] for x in layers if x.name.isdigit()}
+            third = round(len(blocks) / 3)
+            ordered = sorted(blocks, key=lambda name: -blocks[name])
             self._explicit(f"{third} blocks of most {metric}", ordered[:third])
             self._explicit(f"{third} blocks of least {metric}", ordered[-third:])
         by_place = nearest_middle(list(blocks))

@@ -77,11 +77,11 @@ def artifact(
 def artifact_systems(
     made: Rivals,
     scorer: Scorer,
-    tasks: dict[str, Task],
+    tasks: Mapping[str, Task],
     label: str,
     parameters: dict[str, Any],
     routing: dict[str, Routing] | None = None,
-    prompts: dict[str, Path] | None = None,
+    prompts: Mapping[str, Path] | None = None,
 ) -> list[SystemResult]:
     """`mediator_systems` of our merge, with the CPU seconds it took; routed as it routes unless told otherwise."""
     model, seconds = artifact(made, label, parameters, prompts)

@@ -31,7 +31,7 @@ def make_base(model: str, out: Path) -> None:
     # save_pretrained refuses a config that still claims quantised weights
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
-    plain = type(loaded)(type(loaded.config)(**config))
+    plain: Any = type(loaded)(type(loaded.config)(**config))
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
     plain.to(torch.bfloat16).save_pretrained(out)

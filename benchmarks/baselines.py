@@ -40,6 +40,6 @@ def task_config(folder: Path) -> dict[str, Any]:
 def average(states: list[State]) -> State:
     """The plain mean, in bfloat16."""
     return {
-        name: (sum(state[name].float() for state in states) / len(states)).to(torch.bfloat16)
+        name: torch.stack([state[name].float() for state in states]).mean(dim=0).to(torch.bfloat16)
         for name in states[0]
     }

@@ -40,7 +40,10 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 VOCABULARY = [*SPECIAL, *NAMES, *WORDS]
 TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s> {% endfor %}<s>"
 LENGTH = 4
-MEDIATORS = {"bits: 1": {"route": "all", "bits": 1.0}, "budget: 2x": {"budget": "2x"}}
+MEDIATORS: dict[str, dict[str, Any]] = {
+    "bits: 1": {"route": "all", "bits": 1.0},
+    "budget: 2x": {"budget": "2x"},
+}
 CALIBRATED = "bits: 1"
 
 
@@ -113,7 +116,7 @@ def make_family(work: Path, count: int) -> tuple[Path, dict[str, Path]]:
     base, tokenizer = work / "ciphers" / "base", make_tokenizer()
     if not (base / "config.json").exists():
         torch.manual_seed(SEED)
-        model = make_model()
+        model: Any = make_model()
         train(model, NAMES, [list(range(len(WORDS)))] * MOST, 400, 2e-3)
         model.to(torch.bfloat16).save_pretrained(base)
         tokenizer.save_pretrained(base)

@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,12 @@ from mergekit_mediator.store.codec import encode_bytes
 
 BITS = (4.0, 2.0, 1.0, 0.5, 0.2, 0.15, 0.08, 0.05)
 RIVAL_RANKS = (1, 2, 4, 8, 16, 32)
-PLAIN = (("exact", 0.1), ("exact", 0.05), ("int4", 0.1), ("sign", 1.0))
+PLAIN: tuple[tuple[Values, float], ...] = (
+    ("exact", 0.1),
+    ("exact", 0.05),
+    ("int4", 0.1),
+    ("sign", 1.0),
+)
 State = dict[str, Tensor]
 
 
@@ -57,7 +63,7 @@ class Family:
         self.adapters = {t: _adapter(experts / t) for t in tasks}
         self.experts = {t: expert(self.base, experts / t) for t in tasks}
         self.mean = {
-            name: (sum(e[name].float() for e in self.experts.values()) / len(tasks)).to(w.dtype)
+            name: torch.stack([e[name].float() for e in self.experts.values()]).mean(0).to(w.dtype)
             for name, w in self.base.items()
         }
         self.numel = sum(w.numel() for w in self.base.values())
@@ -120,7 +126,8 @@ def stored_experts(
     family: Family, store: Callable[[str, str], StoredWeight]
 ) -> tuple[float, dict[str, State]]:
     """Mean bits per parameter, and the weights of each expert as a mixture gives them."""
-    stored_bytes, states = 0, {task: {} for task in family.tasks}
+    states: dict[str, State] = {task: {} for task in family.tasks}
+    stored_bytes = 0
     for name, dense in family.mean.items():
         stored = {task: store(task, name) for task in family.tasks}
         for tensor in stored.values():
@@ -203,17 +210,17 @@ def main() -> None:
     family.decompose()
     codecs: dict[str, Callable[[], tuple[float, dict[str, State]]]] = {}
     for bits in BITS:
-        codecs[f"bits: {bits:g}"] = lambda bits=bits: stored_experts(
-            family, low_rank_plus_sparse(family, bits)
+        codecs[f"bits: {bits:g}"] = partial(
+            stored_experts, family, low_rank_plus_sparse(family, bits)
         )
     for values, density in PLAIN:
-        codecs[f"{values} {density:g}"] = lambda values=values, density=density: stored_experts(
-            family, plain(family, values, density)
+        codecs[f"{values} {density:g}"] = partial(
+            stored_experts, family, plain(family, values, density)
         )
     if all(family.adapters.values()):
         codecs["adapter"] = lambda: stored_experts(family, own_factors(family))
     for rank in RIVAL_RANKS:
-        codecs[f"extract-lora {rank}"] = lambda rank=rank: extracted_adapters(family, rank)
+        codecs[f"extract-lora {rank}"] = partial(extracted_adapters, family, rank)
 
     def mean(scores: dict[str, Score], figure: str) -> float:
         return sum(getattr(score, figure) for score in scores.values()) / len(scores)

@@ -49,11 +49,12 @@ def config(layers: int, **changes: Any) -> LlamaConfig:
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The weights of the model by name."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    heads, pairs = config.num_attention_heads * config.head_dim, config.num_key_value_heads
+    head, pairs = config.head_dim or 0, config.num_key_value_heads or 0
+    heads = config.num_attention_heads * head
     layer = {
         "self_attn.q_proj": (heads, hidden),
-        "self_attn.k_proj": (pairs * config.head_dim, hidden),
-        "self_attn.v_proj": (pairs * config.head_dim, hidden),
+        "self_attn.k_proj": (pairs * head, hidden),
+        "self_attn.v_proj": (pairs * head, hidden),
         "self_attn.o_proj": (hidden, heads),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
@@ -130,7 +131,7 @@ def make_adapters(folder: Path, base: Path, layers: int, **changes: Any) -> dict
             state[f"{stem}.lora_A.weight"] = torch.randn(RANK, width, generator=generator) * 0.02
             state[f"{stem}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 2e-4
         path.mkdir(parents=True, exist_ok=True)
-        settings.save_pretrained(path)
+        settings.save_pretrained(str(path))
         state = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
         save_file(state, path / "adapter_model.safetensors", {"format": "pt"})
     return folders

@@ -29,7 +29,8 @@ def seconds(function: Callable[[], Any]) -> float:
 def load(root: Path, device: str, **options: Any) -> MediatorModel:
     """An artifact with its dense expert on the device."""
     model = MediatorModel.from_pretrained(root, verify=False, **options)
-    model.model.to(device)
+    dense: Any = model.model
+    dense.to(device)
     return model
 
 
@@ -95,7 +96,8 @@ def entering(
 
 def decoding(model: MediatorModel, root: Path, device: str, rounds: int, tokens: int) -> Any:
     """Decoding inside a mixture against the plain dense model."""
-    plain: Any = load_plain(root).to(device)
+    plain: Any = load_plain(root)
+    plain.to(device)
     ids = prompts(1, device)
     mask = torch.ones_like(ids)
 
@@ -142,7 +144,8 @@ def peft_batch(
     """The same batch by PEFT, which adds each row's adapter to every linear layer."""
     from peft import PeftModel
 
-    plain: Any = load_plain(base).to(device)
+    plain: Any = load_plain(base)
+    plain.to(device)
     names = list(adapters)
     model = PeftModel.from_pretrained(plain, adapters[names[0]], adapter_name=names[0])
     for name in names[1:]:

@@ -31,7 +31,7 @@ from base_models import make_base
 from baselines import State, load
 from heavy_texts import ROW, Rows
 from heavy_training import RECIPES, losses, train
-from stored_forms import Change, begins, forms, settings
+from stored_forms import Change, Form, begins, forms, settings
 from trained_parts import SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,7 +181,7 @@ def main() -> None:
             wait(described_in, FIGURES_SECONDS)  # of the process that stores this expert alone
         head |= {"held_out_tokens": rows.size, **described(change, described_in)}
         within = {f"budget {b}": partial(merged, made, b, name) for b in budgets}
-        known = {**forms(), **(settings() if args.settings else {}), **within}
+        known: dict[str, Form] = {**forms(), **(settings() if args.settings else {}), **within}
         wanted = {form: store for form, store in known.items() if begins(form, args.forms)}
         rates.add(args.name, head, change, nats, wanted, {"train": SEED})
         nats(base)  # the next expert may change other weights

@@ -69,7 +69,8 @@ class Training:
     def __init__(self, begin: Path, path: Path, lr: float, device: str) -> None:
         small = torch.device(device).type == "cuda" or COMPUTES_IN_BFLOAT16
         dtype = torch.bfloat16 if small else torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(begin, dtype=dtype).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(begin, dtype=dtype)
+        self.model = model.to(device)
         _normalise_at_once(self.model)
         self.computed = dict(self.model.named_parameters())
         self.parameters = {n: p.detach().float().clone() for n, p in self.computed.items()}

@@ -43,7 +43,7 @@ class Stored:
     def __init__(self, family: Family, task: str) -> None:
         self.family, self.task = family, task
         self.components: dict[str, Components | None] = {}
-        costs = sum(self.costs(name) for name in family.base)
+        costs = torch.stack([self.costs(name) for name in family.base]).sum(dim=0)
         self.allocation = Allocation([costs], laws=[self.law])
 
     def costs(self, name: str) -> Tensor:

@@ -109,7 +109,7 @@ def _recorded(model: Any, squares: dict[str, Tensor]) -> Iterator[None]:
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
             if not isinstance(module, nn.Linear):
-                epsilon = (
+                epsilon: Any = (
                     getattr(module, "variance_epsilon", None) or module.eps
                 )  # Llama's, Gemma's
                 x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)

@@ -183,7 +183,7 @@ def row_of(gains: Gains, profiles: dict[str, Profile], sizes: dict[str, int]) ->
         },
         "gain": alone,
         "lost": lost,
-        "reliability": rank_correlation(*halves, gains.blocks),
+        "reliability": rank_correlation(halves[0], halves[1], gains.blocks),
         "best_third": [gains.share(chosen) for chosen in best],
         "random_third": shares,
         "metrics": metrics,

@@ -89,7 +89,7 @@ def main() -> None:
     experts = [load_file(args.experts / t / "model.safetensors") for t in args.tasks.split(",")]
     expert = experts[-1]
     dense = {
-        name: (sum(e[name].float() for e in experts) / len(experts)).to(weight.dtype)
+        name: torch.stack([e[name].float() for e in experts]).mean(dim=0).to(weight.dtype)
         for name, weight in expert.items()
     }
     rows = [ours(expert, dense, density) for density in (0.01, 0.05, 0.1, 1.0)]

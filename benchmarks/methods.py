@@ -133,7 +133,9 @@ def main() -> None:
     others = [r for r in known["rows"] if r["family"] != family or r["method"] not in measured]
     own = [row for row in (*rows, *others) if row["family"] == family]
     ordered = sorted(own, key=lambda row: row["method"])
-    figures = {"rows": [*ordered, *(row for row in others if row["family"] != family)]}
+    figures: dict[str, Any] = {
+        "rows": [*ordered, *(row for row in others if row["family"] != family)]
+    }
     seeds = {"prompts": CALIBRATION_SEED} if arguments.experts else {"changes": SEED}
     if arguments.method or arguments.experts:
         part = f"cost of {', '.join(measured)}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,17 @@ def measured(
     of_base = {name: divergence(model, known) for name, known in texts.items()}
     made = {f"ours {bits:g}": ours(change, bits) for bits in RATES}
     rows = []
-    for row in rates.measure(change, nats, {f: lambda _, m=m: m for f, m in made.items()}):
+    for row in rates.measure(change, nats, {f: partial(_as_made, m) for f, m in made.items()}):
         become(made[row["form"]][0])
         kept = {f"kept_{n}": 1 - divergence(model, t) / of_base[n] for n, t in texts.items()}
         row["predicted"] = round(float(predicted_kept(row["left_out"])), 4)
         rows.append({**row, **{name: round(part, 4) for name, part in kept.items()}})
     return rows
+
+
+def _as_made(made: tuple[State, float], _: Change) -> tuple[State, float]:
+    """A form whose weights are there already, with their bits per parameter."""
+    return made
 
 
 def merged(
@@ -92,7 +98,7 @@ def merged(
             weights = {key: mixed.state_dict()[key].clone() for key in change.differences}
         bits = 8 * (model.root / f"mediator/experts/{name}.safetensors").stat().st_size
         known = weights, bits / change.numel
-        (row,) = rates.measure(change, nats, {label: lambda _, known=known: known})
+        (row,) = rates.measure(change, nats, {label: partial(_as_made, known)})
         kept: Any = read_manifest(model.root).parameters["kept"]
         rows.append(
             {**row, "predicted": kept[name]["predicted"], "kept_own": kept[name]["measured"]}
@@ -147,7 +153,7 @@ def main() -> None:
         else:
             texts = {"own": write(model, tokenizer, args.texts)}
             if args.kind:
-                texts["held_out"] = held_out_text(model, held[: args.rows])
+                texts["held_out"] = held_out_text(model, torch.from_numpy(held[: args.rows]))
             else:
                 ids = [render(tokenizer, example.prompt) for example in drawn.examples]
                 texts["held_out"] = answer(model, ids, pad_token(model))

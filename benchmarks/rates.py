@@ -33,9 +33,7 @@ KEY = ("base", "family", "expert", "form")
 Nats = Callable[[State], float]
 
 
-def measure(
-    change: Change, nats: Nats, wanted: Mapping[str, Form]
-) -> Iterator[dict[str, str | float]]:
+def measure(change: Change, nats: Nats, wanted: Mapping[str, Form]) -> Iterator[dict[str, Any]]:
     """The rate of each form, and the gain that it keeps."""
     base, best = nats(change.base), nats(change.expert)
     for form, store in wanted.items():

@@ -24,7 +24,7 @@ from router_systems import systems
 from torch import Tensor
 
 from mergekit_mediator.route.background import BACKGROUND
-from mergekit_mediator.route.calibrated import CalibratedRouter, Kind, standardized
+from mergekit_mediator.route.calibrated import CalibratedRouter, Head, Kind, standardized
 from mergekit_mediator.route.confidence import expected_calibration_error
 from mergekit_mediator.route.features import embedding_features, mean_embedding, shared_tokens
 from mergekit_mediator.route.fit import Calibration, fit
@@ -33,7 +33,7 @@ from mergekit_mediator.route.fit import Calibration, fit
 CALIBRATION_SEED, REPORT_SEED = 11, 100_007
 PER_EXPERT = 20
 WAYS = (1, 2, 4, 8, 16)
-HEADS = ("ridge", "mahalanobis", "prototype")
+HEADS: tuple[Head, ...] = ("ridge", "mahalanobis", "prototype")
 
 
 def auroc(near: Tensor, far: Tensor) -> float:

@@ -123,9 +123,9 @@ def peft_switch(root: Path, size: int) -> tuple[Callable[[], float], int]:
 
 def decode_figures(model: MediatorModel, root: Path, rounds: int, tokens: int) -> dict[str, Any]:
     """Decoding inside a mixture against the plain dense model."""
-    plain = load_plain(root)
+    plain: Any = load_plain(root)
     ids, mask = model.tokenize(PROMPTS[:1])
-    options = {
+    options: dict[str, Any] = {
         "attention_mask": mask,
         "do_sample": False,
         "min_new_tokens": tokens,
@@ -151,7 +151,8 @@ def batch_figures(model: MediatorModel, rounds: int, tokens: int) -> dict[str, A
     mixture = [name for name in model.experts[:4] for _ in range(2)]
 
     def run(apply: Any) -> float:
-        options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens}
+        options["min_new_tokens"] = tokens
         return seconds(lambda: model.generate(ids, mask, mixture=mixture, apply=apply, **options))
 
     times = in_turns(rounds, merge=lambda: run("merge"), rows=lambda: run("rows"))
@@ -167,7 +168,8 @@ def form_figures(model: MediatorModel, rounds: int) -> list[dict[str, Any]]:
     ids, mask = model.tokenize(PROMPTS[:1])
     figures = []
     for tokens in (4, 16, 64):
-        options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens}
+        options["min_new_tokens"] = tokens
 
         def run(apply: Any, options: Any = options) -> float:
             chosen = {"mixture": model.experts[0], "apply": apply, **options}

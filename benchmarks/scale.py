@@ -110,10 +110,8 @@ def memory(
 ) -> Iterator[dict[str, Any]]:
     """By merge and number of experts: seconds and peak memory, again after each that is measured."""
     start, experts = wide_family(base, work, max(counts))
-    largest = max(
-        weight.numel() * weight.element_size()
-        for weight in AutoModelForCausalLM.from_pretrained(start).to(torch.bfloat16).parameters()
-    )
+    narrow: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16)
+    largest = max(weight.numel() * weight.element_size() for weight in narrow.parameters())
     known = record.read("scale") if record.exists("scale") else {}
     rows: dict[str, Any] = dict(known.get("memory", {}).get("merges", {}))
     for name in merges:

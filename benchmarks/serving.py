@@ -49,9 +49,9 @@ class Client:
         self._client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=20)
 
     async def ask(self, model: str, ids: list[int], tokens: int, to_the_end: bool = False) -> Any:
-        more = {"extra_body": {"ignore_eos": True}} if to_the_end else {}
+        more = {"ignore_eos": True} if to_the_end else None
         return await self._client.completions.create(
-            model=model, prompt=ids, max_tokens=tokens, temperature=0, **more
+            model=model, prompt=ids, max_tokens=tokens, temperature=0, extra_body=more
         )
 
     async def all(self, asked: list[tuple[str, list[int]]], tokens: int, end: bool) -> list[Any]:
@@ -69,7 +69,7 @@ def expected(model: MediatorModel, mixture: Any, rows: list[list[int]]) -> list[
     texts = []
     for start in range(0, len(rows), 10):
         ids, mask = model.pad(rows[start : start + 10])
-        options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
         out = model.generate(ids, mask, mixture=mixture, **options)
         tokens = out[:, ids.shape[1] :]
         texts += model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -160,7 +160,7 @@ def decision_ms(decider: EmbeddingDecider, prompts: dict[str, list[list[int]]]) 
         decider._decide([row], "prompt")
         wall.append(1000 * (time.perf_counter() - began))
         cpu.append(1000 * (time.thread_time() - worked))
-    result = {}
+    result: dict[str, float] = {}
     for name, some in (("wall", wall[20:]), ("cpu", cpu[20:])):
         result |= {
             f"{name}_median_ms": statistics.median(some),

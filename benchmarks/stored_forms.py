@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, cached_property, partial
@@ -229,7 +229,8 @@ def signs_within(change: Change, bits: float) -> tuple[State, float]:
     """Random signs at one slope, relative to the base, as `values: random_sign` with `bits` stores them."""
     differences = change.differences
     costs = change.each(lambda n: random_sign_tradeoff(differences[n], 0.0), differences)
-    slope = tradeoff.slope_for(sum(costs.values())[0], change.numel, bits)
+    total = torch.stack(list(costs.values())).sum(dim=0)
+    slope = tradeoff.slope_for(total[0], change.numel, bits)
 
     def store(name: str) -> tuple[Tensor, int]:
         weight = change.base[name].clone()
@@ -272,5 +273,5 @@ def _weights(change: Change, stored: dict[str, Stored], vectors: State) -> State
     }
 
 
-def _rate(change: Change, stored: Iterator[Stored]) -> float:
+def _rate(change: Change, stored: Iterable[Stored]) -> float:
     return sum(one.bits for one in stored) / change.numel

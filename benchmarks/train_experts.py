@@ -105,14 +105,10 @@ def answer_logits(model: Any, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Te
     common = next(
         (i for i in range(shortest) if any(prompt[i] != first[i] for prompt, _ in pairs)), shortest
     )
-    ids, positions, owner, reads, rows, targets = (
-        first[:common],
-        [*range(common)],
-        [-1] * common,
-        [],
-        [],
-        [],
-    )
+    ids, positions, owner = first[:common], [*range(common)], [-1] * common
+    reads: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
     for row, (prompt, answer) in enumerate(pairs):
         own = prompt[common:] + answer[:-1]  # the last answer token is predicted, never read
         reads += range(len(ids) + len(prompt) - common - 1, len(ids) + len(own))
@@ -164,7 +160,7 @@ def train(
     recipe = RECIPES[task]
     seed, report_seed = recipe.seed + DRAW * draw, REPORT_SEED + DRAW * draw
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.get_input_embeddings().requires_grad_(not freeze_embedding)
     change_a_share(model, share)
     saved = model if rank is None else with_adapter(model, rank)

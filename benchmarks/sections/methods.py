@@ -114,7 +114,8 @@ def _commands(recorded: list[str]) -> list[str]:
     methods: dict[str, list[str]] = {}
     for command in recorded:
         words = iter(shlex.split(script(command)))
-        others, asked = [], []
+        others: list[str] = []
+        asked: list[str] = []
         for word in words:
             (asked if word == _OF_METHOD else others).append(
                 next(words) if word == _OF_METHOD else word

@@ -137,10 +137,11 @@ class Mean(NamedTuple):
 def _means(rows: list[Row]) -> dict[str, Mean]:
     means = {}
     for form, own in _by("form", rows).items():
-        columns = zip(
-            *((r["bits_per_parameter"], r["gain_kept"], r["left_out"]) for r in own), strict=True
+        bits, kept, left = (
+            sum(row[figure] for row in own) / len(own)
+            for figure in ("bits_per_parameter", "gain_kept", "left_out")
         )
-        means[form] = Mean(*(sum(column) / len(own) for column in columns), len(own))
+        means[form] = Mean(bits, kept, left, len(own))
     return means
 
 
