@@ -26,8 +26,10 @@ KEPT, SECOND = "experts-4-keep", "experts-gemma"
 SECOND_KEPT = "experts-gemma-keep"
 # Merges of the second and the third draw, in the default form and as signs within a budget.
 DRAWS = (
-    *("experts-4-again-keep", "experts-4-third-keep", "experts-8-again-keep"),
-    *("experts-4-again-signs", "experts-4-third-signs", "experts-8-again-signs"),
+    *("experts-4-again-keep", "experts-4-third-keep"),
+    *("experts-8-again-keep", "experts-8-third-keep"),
+    *("experts-4-again-signs", "experts-4-third-signs"),
+    *("experts-8-again-signs", "experts-8-third-signs"),
 )
 # Results whose page says how they were made.
 RECORDS = (
