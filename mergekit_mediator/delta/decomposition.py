@@ -24,7 +24,10 @@ _SQUARED = (
 
 @full_precision()
 def decompose(
-    matrix: Tensor, largest_gram: int = _LARGEST_GRAM, most: int | None = None
+    matrix: Tensor,
+    largest_gram: int = _LARGEST_GRAM,
+    most: int | None = None,
+    rounds: int = _ROUNDS,
 ) -> Components:
     """Compute the leading components of a matrix: an eighth of them, and at least 128. A matrix of zeros has none.
 
@@ -35,6 +38,7 @@ def decompose(
         matrix: `[out, in]` float32.
         largest_gram: a matrix with more rows and columns than this is projected.
         most: the number of components, if a few are enough; these take a few products with the matrix.
+        rounds: of a random projection; more of them tell values apart that are nearly equal.
     """
     out, width = matrix.shape
     energy = squared_norm(matrix)
@@ -44,17 +48,18 @@ def decompose(
         )
     if not _SQUARED[0] < energy < _SQUARED[1]:
         unit = 2.0 ** round(math.log2(energy) / 2)
-        scaled = decompose(matrix / unit, largest_gram, most)
+        scaled = decompose(matrix / unit, largest_gram, most, rounds)
         return Components(scaled.left, scaled.values * unit, scaled.right, energy)
     if out < width:
-        other = decompose(matrix.T, largest_gram, most)
+        other = decompose(matrix.T, largest_gram, most, rounds)
         return Components(other.right, other.values, other.left, other.energy)
     count = width if width <= _SMALL else max(_SMALL, width // 8)
-    vectors = _projected if width > largest_gram else _of_gram
-    if most is None:
-        right = vectors(matrix, count)
+    if most is not None:
+        right = _projected(matrix, min(most + _SPARE, width), rounds)[:, :most]
+    elif width > largest_gram:
+        right = _projected(matrix, count, rounds)
     else:
-        right = _projected(matrix, min(most + _SPARE, width))[:, :most]
+        right = _of_gram(matrix, count)
     # The eigenvalues of the Gram matrix lose small singular values; the products with its eigenvectors do not.
     left = matrix @ right
     values = left.norm(dim=0)
@@ -68,12 +73,12 @@ def _of_gram(matrix: Tensor, count: int) -> Tensor:
     return vectors.flip(1)[:, :count]
 
 
-def _projected(matrix: Tensor, count: int) -> Tensor:
+def _projected(matrix: Tensor, count: int, rounds: int) -> Tensor:
     """The same by random projection, about."""
     generator = torch.Generator().manual_seed(0)  # of its own: workers share that of torch
     start = torch.randn(matrix.shape[1], count, generator=generator)
     basis = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         basis = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
     small = (basis.T @ matrix).to(torch.float64)

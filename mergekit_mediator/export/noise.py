@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.export.experts import Change
 from mergekit_mediator.export.low_rank import LowRank
 
@@ -23,12 +24,10 @@ def directions_above_noise(change: Change, factors: LowRank) -> int:
     """
     flipped = _flipped(change)
     flipped = flipped.reshape(-1, flipped.shape[-1])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, noise, _ = torch.svd_lowrank(flipped, q=min(_VECTORS, *flipped.shape), niter=_ROUNDS)
+    noise = decompose(flipped, most=_VECTORS, rounds=_ROUNDS).values
     # each factor holds the root of the singular value
     values = factors.left.square().sum(0)
-    return int((values > _MARGIN * noise[0]).sum())
+    return int((values > _MARGIN * noise.max()).sum()) if noise.numel() else len(values)
 
 
 def _flipped(change: Change) -> Tensor:

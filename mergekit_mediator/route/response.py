@@ -83,9 +83,11 @@ def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Ten
     left = basis(start, tau)
     for _ in range(2):
         left = basis(basis(left, tau.T), tau)
-    _, values, vectors = torch.linalg.svd(left.T @ tau, full_matrices=False)
+    small = (left.T @ tau).to(torch.float64)
+    # A decomposition of the small matrix itself does not converge for some; that of its Gram matrix does.
+    rotation = torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)
     count = min(rank, width)
-    result[:count] = (values[:count, None] * vectors[:count] / norm).to(torch.float16)
+    result[:count] = (rotation.T @ small)[:count].div(norm).to(torch.float16)
     return result
 
 

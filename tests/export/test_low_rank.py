@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mergekit_mediator.export.low_rank import LowRank, side_by_side, squared_norm
+from mergekit_mediator.export.low_rank import LowRank, low_rank, side_by_side, squared_norm
 
 
 def product(out, width, rank):
@@ -42,3 +42,39 @@ def test_the_errors_of_cuts_are_known_before_they_are_made(out, width):
     for rank, error in zip(ranks, whole.squared_errors(ranks), strict=True):
         expected = whole.cut(rank).squared_error
         assert error == pytest.approx(expected, abs=1e-9 * whole.squared_norm)
+
+
+class Unfactored:
+    """A change of a weight of which only the sum is known."""
+
+    is_factored = False
+
+    def __init__(self, matrix):
+        self._matrix = matrix
+
+    def tensor(self, dense):
+        return self._matrix
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (640, 1100), (1100, 640)], ids=str)
+@pytest.mark.parametrize("directions", [0, 7, 40])
+def test_a_change_of_fewer_directions_than_the_rank_is_exact(shape, directions):
+    generator = torch.Generator().manual_seed(0)
+    out, width = shape
+    left = torch.randn(out, directions, generator=generator)
+    matrix = left @ torch.randn(directions, width, generator=generator)
+    product = low_rank(Unfactored(matrix), matrix, 256)
+    assert product.rank <= min(256, *shape)
+    assert product.squared_error <= 1e-6 * product.squared_norm
+    torch.testing.assert_close(product.left @ product.right.T, matrix, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (640, 1100), (1100, 640)], ids=str)
+def test_the_error_of_a_rank_is_near_that_of_a_full_decomposition(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(matrix.double())
+    product = low_rank(Unfactored(matrix), matrix, 32)
+    assert product.squared_norm == pytest.approx(float(values.square().sum()))
+    assert product.squared_error == pytest.approx(float(values[32:].square().sum()), rel=5e-3)
+    error = (product.left @ product.right.T - matrix).double().square().sum()
+    assert float(error) == pytest.approx(product.squared_error, rel=1e-4)
