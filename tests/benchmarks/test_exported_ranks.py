@@ -74,7 +74,7 @@ def test_adapters_that_are_predicted_to_keep_the_default_part_kept_nearly_all():
         )
 
     assert least("gain_kept", AUTO_KEEP) >= 0.998
-    assert least("answers_kept", 0.9999) == 1 > least("answers_kept", AUTO_KEEP) >= 0.98
+    assert least("answers_kept", 0.9999) == 1 > least("answers_kept", AUTO_KEEP) >= 0.97
 
 
 def test_no_adapter_of_what_is_stored_is_nearer_than_the_best_of_its_rank():
