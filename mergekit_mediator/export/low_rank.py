@@ -1,5 +1,6 @@
 """A change of a matrix as two thin factors: exact if the change is such a product, else the nearest product."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mergekit_mediator.delta.decomposition import decompose
+from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.experts import Change
 
 # The components of a random projection that are left out again, and its rounds. With these numbers its squared error is
@@ -72,6 +74,9 @@ def low_rank(change: Change, dense: Tensor, rank: int, energy: float = 1.0) -> L
         dense: the dense expert's weight.
         rank: the largest rank, at least 1.
         energy: the part in (0, 1] of the squared change that is enough; the rank is the least that keeps it.
+
+    Raises:
+        ExportError: the change has a number that is not finite.
     """
     if change.is_factored:
         left, right = side_by_side(
@@ -85,6 +90,11 @@ def low_rank(change: Change, dense: Tensor, rank: int, energy: float = 1.0) -> L
     matrix = change.tensor(dense)
     matrix = matrix.reshape(-1, matrix.shape[-1])
     norm = float(matrix.double().square().sum())
+    if not math.isfinite(norm):
+        raise ExportError(
+            f"{change.weight}: an adapter needs a finite change, got NaN or infinity: export this expert with "
+            "`--format checkpoint`"
+        )
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
     if smaller <= _FULL_DECOMPOSITION or rank + _OVERSAMPLED >= smaller:

@@ -1,7 +1,7 @@
 """The passes over the weights of a merge, which read one expert at a time.
 
 `measure` yields the conflict and the costs of each weight, and `average` also the dense expert's weight; the latter
-measures only those metrics of conflict that cost nothing, unless layers are chosen by the third one. Sums
+measures the metric `sign` only if layers are chosen by it. Sums
 replace experts in memory, so memory does not grow with the number of experts. `experts.storing` has the pass that
 encodes the experts.
 """

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.low_rank import LowRank, low_rank, side_by_side, squared_norm
 
 
@@ -47,7 +48,7 @@ def test_the_errors_of_cuts_are_known_before_they_are_made(out, width):
 class Unfactored:
     """A change of a weight of which only the sum is known."""
 
-    is_factored = False
+    is_factored, weight = False, "layers.0.weight"
 
     def __init__(self, matrix):
         self._matrix = matrix
@@ -78,3 +79,12 @@ def test_the_error_of_a_rank_is_near_that_of_a_full_decomposition(shape):
     assert product.squared_error == pytest.approx(float(values[32:].square().sum()), rel=5e-3)
     error = (product.left @ product.right.T - matrix).double().square().sum()
     assert float(error) == pytest.approx(product.squared_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(8, 6), (640, 600)], ids=str)
+def test_a_change_that_is_not_finite_is_refused(shape, number):
+    matrix = torch.zeros(shape)
+    matrix[1, 2] = number
+    with pytest.raises(ExportError, match=r"layers\.0\.weight: an adapter needs a finite change"):
+        low_rank(Unfactored(matrix), matrix, 4)
