@@ -24,8 +24,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from mergekit_mediator.delta.decomposition import decompose
 from mergekit_mediator.delta.factor_steps import codes
-from mergekit_mediator.delta.full_precision import full_precision
 from mergekit_mediator.errors import ArtifactError, RoutingError
 from mergekit_mediator.models.hooks import Hook, hooked
 from mergekit_mediator.models.scope import scope
@@ -39,6 +39,7 @@ TEMPERATURE = 0.03
 _SCALE = ".scale"
 _FINENESS = 3.0  # of stored directions, see `factor_steps`
 _MOST_DIRECTIONS = 64  # the most directions per expert and weight that a file may have
+_ROUNDS = 2  # of the random projection
 _SMALLEST = 1e-20  # keeps the log finite for an expert that did not change a weight
 
 
@@ -52,42 +53,22 @@ def is_measured(shape: Sequence[int], hidden_size: int) -> bool:
     return len(shape) == 2 and shape[0] == hidden_size and shape[1] > hidden_size
 
 
-@full_precision()
-def leading_directions(task_vector: Tensor, rank: int = 4, seed: int = 0) -> Tensor:
-    """Compute the leading right singular vectors of τ/‖τ‖_F, each times its singular value.
-
-    The method is randomised subspace iteration with two rounds (Halko, Martinsson and Tropp, arXiv 0909.4061).
+def leading_directions(task_vector: Tensor, rank: int = 4) -> Tensor:
+    """Compute the leading right singular vectors of τ/‖τ‖_F, each times its singular value, by random projection.
 
     Args:
         task_vector: `[out, in]`, any float dtype. The computation is in float32 on its device.
         rank: the number of vectors.
-        seed: the seed of the random start.
 
     Returns:
         `[rank, in]` float16. Rows are zero if τ has fewer directions.
     """
     tau = task_vector.to(torch.float32)
-    norm = tau.norm()
     result = torch.zeros(rank, tau.shape[1], dtype=torch.float16, device=tau.device)
-    if norm == 0:
-        return result
-    width = min(rank + 8, *tau.shape)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(tau.shape[1], width, generator=generator).to(tau.device)
-
-    def basis(few: Tensor, matrix: Tensor) -> Tensor:
-        """Orthonormal columns that span `matrix @ few`; a CPU is twice as fast with the few on the left."""
-        columns: Tensor = torch.linalg.qr((few.T @ matrix.T).T).Q
-        return columns
-
-    left = basis(start, tau)
-    for _ in range(2):
-        left = basis(basis(left, tau.T), tau)
-    small = (left.T @ tau).to(torch.float64)
-    # A decomposition of the small matrix itself does not converge for some; that of its Gram matrix does.
-    rotation = torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)
-    count = min(rank, width)
-    result[:count] = (rotation.T @ small)[:count].div(norm).to(torch.float16)
+    parts = decompose(tau, most=rank, rounds=_ROUNDS)
+    if parts.energy:
+        directions = (parts.right * (parts.values / math.sqrt(parts.energy))).T
+        result[: len(directions)] = directions.to(torch.float16)
     return result
 
 
