@@ -117,9 +117,10 @@ def _commands(recorded: list[str]) -> list[str]:
         others: list[str] = []
         asked: list[str] = []
         for word in words:
-            (asked if word == _OF_METHOD else others).append(
-                next(words) if word == _OF_METHOD else word
-            )
+            if word == _OF_METHOD:
+                asked.append(next(words))
+            else:
+                others.append(word)
         methods.setdefault(shlex.join(others), []).extend(asked)
     return [
         " ".join([others, *(f"{_OF_METHOD} {shlex.quote(m)}" for m in dict.fromkeys(asked))])

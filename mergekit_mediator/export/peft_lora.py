@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_mediator.delta.factors import squared_norm
 from mergekit_mediator.errors import ExportError
 from mergekit_mediator.export.adapter import Adapter, Factors
 from mergekit_mediator.export.auto_rank import least_rank, rank_above_noise
@@ -101,7 +102,7 @@ def to_adapter(
             dropped.append(change.weight)
             lost += float(change.tensor(dense).double().square().sum())
             continue
-        square = float(dense.double().square().sum())
+        square = squared_norm(dense)
         factors = low_rank(change, dense, rank, energy)
         if change.is_noisy and keep is not None and measure is None:
             directions.append(directions_above_noise(change, factors))

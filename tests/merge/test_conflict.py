@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mergekit_mediator.delta.chunks import CHUNK
 from mergekit_mediator.merge import conflict
 from mergekit_mediator.merge.conflict import METRICS, Conflict, measure, task_vectors
+from mergekit_mediator.store.manifest import read_manifest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -176,3 +177,28 @@ def test_the_inputs_are_left_alone():
     before = [t.clone() for t in (base, *experts)]
     conflict.measure(base, experts, 0.2)
     assert all(torch.equal(a, b) for a, b in zip(before, (base, *experts), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "measured"),
+    [("sign", set(conflict.METRICS)), ("mass", {"mass", "dispersion"})],
+)
+def test_the_conflict_of_every_layer_is_that_of_its_weights(
+    family, merged, read, asked_for, measured
+):
+    out = merged(family.config(route="none", denoise=0.3, conflict=asked_for))
+    base, experts = read(family.base), [read(path) for path in family.experts.values()]
+    for layer in read_manifest(out).layers:
+        sums = [conflict.measure(base[w], [e[w] for e in experts], 0.3) for w in layer.weights]
+        whole = sum(sums, conflict.Conflict())
+        assert set(layer.conflict) == measured
+        for metric, value in layer.conflict.items():
+            assert value == pytest.approx(whole.value(metric), abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", conflict.METRICS)
+def test_auto_routes_the_layers_of_most_conflict(family, merged, metric):
+    layers = read_manifest(merged(family.config(conflict=metric))).layers
+    average = sum(layer.conflict[metric] for layer in layers) / len(layers)
+    assert [layer.routed for layer in layers] == [x.conflict[metric] > average for x in layers]
+    assert any(layer.routed for layer in layers)

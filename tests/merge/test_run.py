@@ -13,7 +13,6 @@ from mergekit.options import MergeOptions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_mediator import MediatorModel
-from mergekit_mediator.merge import conflict
 from mergekit_mediator.merge.loaders import OpenInputs
 from mergekit_mediator.merge.run import run
 from mergekit_mediator.store.expert_file import open_expert
@@ -36,31 +35,6 @@ def mean(base, experts, weights):
 
 def close(actual, expected):
     torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("asked_for", "measured"),
-    [("sign", set(conflict.METRICS)), ("mass", {"mass", "dispersion"})],
-)
-def test_the_conflict_of_every_layer_is_that_of_its_weights(
-    family, merged, read, asked_for, measured
-):
-    out = merged(family.config(route="none", denoise=0.3, conflict=asked_for))
-    base, experts = read(family.base), [read(path) for path in family.experts.values()]
-    for layer in read_manifest(out).layers:
-        sums = [conflict.measure(base[w], [e[w] for e in experts], 0.3) for w in layer.weights]
-        whole = sum(sums, conflict.Conflict())
-        assert set(layer.conflict) == measured
-        for metric, value in layer.conflict.items():
-            assert value == pytest.approx(whole.value(metric), abs=1e-6)
-
-
-@pytest.mark.parametrize("metric", conflict.METRICS)
-def test_auto_routes_the_layers_of_most_conflict(family, merged, metric):
-    layers = read_manifest(merged(family.config(conflict=metric))).layers
-    average = sum(layer.conflict[metric] for layer in layers) / len(layers)
-    assert [layer.routed for layer in layers] == [x.conflict[metric] > average for x in layers]
-    assert any(layer.routed for layer in layers)
 
 
 def test_weights_of_experts_are_their_shares_of_the_mean(family, merged, read):
